@@ -1,0 +1,40 @@
+"""The compiled parts. Everything else about the package is in pyproject.toml.
+
+The capture core is loaded by the Python that nbdkit embeds (the system's) as well as by the
+environment the package is installed in, so both must have the same minor version: `blockrepl
+doctor` checks it by loading the core in both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+HERE = Path(__file__).parent
+CAPTURE_HEADERS = sorted(str(path.relative_to(HERE)) for path in HERE.glob("blockrepl/capture/*.h"))
+FLAGS = ["-O2", "-Wall", "-pthread"]
+
+
+def extension(name: str, *sources: str) -> Extension:
+    return Extension(
+        name,
+        sources=list(sources),
+        include_dirs=["blockrepl/capture"],
+        depends=CAPTURE_HEADERS,
+        extra_compile_args=FLAGS,
+        extra_link_args=["-pthread"],
+    )
+
+
+EXTENSIONS = [
+    extension(
+        "blockrepl.capture._core", "blockrepl/capture/_core.pyx", "blockrepl/capture/device.c"
+    ),
+    extension("blockrepl.storage._ring", "blockrepl/storage/_ring.pyx"),
+    extension("blockrepl.model._paint", "blockrepl/model/_paint.pyx"),
+]
+
+present = [e for e in EXTENSIONS if all((HERE / source).exists() for source in e.sources)]
+setup(ext_modules=cythonize(present, build_dir="build/cython", language_level=3))
