@@ -1,0 +1,165 @@
+"""Messages of the channel between an agent and a receiver.
+
+On the wire (channel/framing.py): u32 length, u8 type, payload. Types and who sends them:
+
+====  =========  ========  ==================================================================
+type  name       from      payload
+====  =========  ========  ==================================================================
+1     HELLO      agent     JSON Hello; the first message
+2     DATA       agent     one frame (frame.py)
+3     WELCOME    receiver  JSON Welcome; the answer to HELLO
+4     ACK        receiver  binary: group id, u64 messages, u64 number: the first ``messages`` DATA
+                           messages of this session for the group are durable; ``number`` is the
+                           last durable frame
+5     REQUEST    agent     JSON Request
+6     RESPONSE   receiver  JSON Response with the request's id
+7     PING       both      empty
+8     PONG       both      empty
+9     ERROR      both      JSON Refusal; closes the session, or one group of it when it names one
+10    ATTACH     agent     JSON Attach: a group and all disks this source has in it
+11    ATTACHED   receiver  JSON Attached: where to go on
+====  =========  ========  ==================================================================
+
+Types 32 to 63 belong to enrolment. After ATTACHED, DATA for the group starts counting at 1 again.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import Annotated, Any, Literal, TypeVar
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from blockrepl import limits
+from blockrepl.errors import PeerError
+from blockrepl.formats.marks import NameField, StampField
+
+PROTOCOL_VERSION = 1
+ACK = struct.Struct("<16sQQ")
+
+
+class MessageType(IntEnum):
+    HELLO = 1
+    DATA = 2
+    WELCOME = 3
+    ACK = 4
+    REQUEST = 5
+    RESPONSE = 6
+    PING = 7
+    PONG = 8
+    ERROR = 9
+    ATTACH = 10
+    ATTACHED = 11
+
+
+CONTROL = limits.CONTROL_MESSAGE_BYTES_MAX
+RECEIVER_ACCEPTS = {  # type -> largest payload
+    MessageType.HELLO: CONTROL,
+    MessageType.DATA: limits.MESSAGE_BYTES_MAX,
+    MessageType.REQUEST: CONTROL,
+    MessageType.PING: 0,
+    MessageType.PONG: 0,
+    MessageType.ERROR: CONTROL,
+    MessageType.ATTACH: CONTROL,
+}
+AGENT_ACCEPTS = {
+    MessageType.WELCOME: CONTROL,
+    MessageType.ACK: ACK.size,
+    MessageType.RESPONSE: CONTROL,
+    MessageType.PING: 0,
+    MessageType.PONG: 0,
+    MessageType.ERROR: CONTROL,
+    MessageType.ATTACHED: CONTROL,
+}
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Hello(Message):
+    version: int
+    software: str = Field(default="", max_length=100)
+
+
+class Welcome(Message):
+    version: int
+    receiver: str = Field(max_length=100)
+    window_frames: int = Field(ge=1, le=65536)
+    window_bytes: int = Field(ge=limits.MESSAGE_BYTES_MAX, le=1 << 32)
+
+
+class AttachDisk(Message):
+    id: UUID
+    name: NameField
+    size_bytes: Annotated[int, Field(gt=0, lt=1 << 62, multiple_of=limits.SECTOR_BYTES)]
+
+
+class Attach(Message):
+    group: NameField
+    disks: Annotated[list[AttachDisk], Field(max_length=limits.DISKS_PER_SOURCE_MAX)]
+
+
+class AttachedDisk(Message):
+    id: UUID
+    epoch: int  # current epoch of the disk
+    state: Literal["empty", "ready", "gap"]  # empty: the first sync is not done
+    ring_id: int  # of the last durable frame with records of the disk; 0: none
+    next_sequence: int  # in that ring: the first record that is not durable here
+
+
+class Attached(Message):
+    group: NameField
+    group_id: UUID
+    next_number: int
+    watermark: StampField  # last durable one of this source
+    disks: list[AttachedDisk]
+
+
+class Refusal(Message):
+    code: str = Field(max_length=64)
+    error: str = Field(max_length=1000)
+    hint: str = Field(default="", max_length=1000)
+    group: str | None = None
+
+
+class Request(Message):
+    id: int
+    verb: Literal["checkpoint-list", "checkpoint-remove", "group-status"]
+    group: NameField
+    name: NameField | None = None
+
+
+class Response(Message):
+    id: int
+    refusal: Refusal | None = None
+    data: Any = None
+
+
+M = TypeVar("M", bound=Message)
+
+
+def encode(message: Message) -> bytes:
+    return message.model_dump_json().encode()
+
+
+def decode(model: type[M], payload: bytes | bytearray | memoryview) -> M:
+    """Parse a JSON message. Raises PeerError."""
+    try:
+        return model.model_validate_json(bytes(payload))
+    except ValidationError as error:
+        raise PeerError(f"{model.__name__} message does not parse") from error
+
+
+def encode_ack(group: bytes, messages: int, number: int) -> bytes:
+    return ACK.pack(group, messages, number)
+
+
+def decode_ack(payload: bytes | bytearray | memoryview) -> tuple[bytes, int, int]:
+    """Group id, durable DATA messages of this session, last durable frame. Raises PeerError."""
+    if len(payload) != ACK.size:
+        raise PeerError("acknowledgement has the wrong size")
+    group, messages, number = ACK.unpack(payload)
+    return group, messages, number

@@ -1,0 +1,48 @@
+"""Every bound of the product, with unit and reason. Relations between them hold at import."""
+
+from __future__ import annotations
+
+from blockrepl.units import KIB, MIB
+
+NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,62}"  # every name; safe as a part of a path
+
+SECTOR_BYTES = 512  # a disk's size is a multiple of it
+REGION_BYTES = 1 * MIB  # grain of the hot map and of resync
+
+RING_BYTES_DEFAULT = 64 * MIB
+RING_BYTES_MIN = 16 * MIB  # must hold the largest request beside others
+RING_BYTES_MAX = 16 * 1024 * MIB
+REQUEST_BYTES_MAX = 4 * MIB  # largest NBD write we advertise
+
+BLOCK_BYTES = 64 * KIB  # payload compressed as one unit: the cost of a random 4 KiB read
+FRAME_PAYLOAD_BYTES_MAX = 8 * MIB  # a frame holds at least one largest request
+FRAME_PAYLOAD_BYTES_TARGET = 1 * MIB  # amortises a frame, does not hold up others
+FRAME_RECORDS_MAX = 16384  # columns of a frame stay under 400 KiB
+FRAME_BODY_BYTES_MAX = 10 * MIB  # payload, columns and block table together
+MARK_BYTES_MAX = 64 * KIB
+
+MESSAGE_BYTES_MAX = 11 * MIB  # one frame and its envelope
+CONTROL_MESSAGE_BYTES_MAX = 1 * MIB  # JSON messages
+DISKS_PER_SOURCE_MAX = 1024
+
+WINDOW_FRAMES = 256  # frames sent and not yet acknowledged, per group
+WINDOW_BYTES = 32 * MIB
+
+HANDSHAKE_SECONDS = 10.0  # TLS and hello; a silent peer is dropped after it
+MESSAGE_SECONDS = 30.0  # from the first byte of a message to its last
+IDLE_SECONDS = 30.0  # no byte at all from a peer that should ping every IDLE_SECONDS / 3
+SESSIONS_MAX = 256  # connections past their handshake
+HANDSHAKES_MAX = 64  # connections not yet past it
+
+WATERMARK_SECONDS = 1.0  # an idle group's watermark moves at least this often
+COMMIT_SECONDS = 0.003  # frames that arrive within it share one fdatasync
+
+SEGMENT_BYTES_TARGET = 256 * MIB  # sealed beyond it
+SEGMENT_FRAMES_MAX = 65536  # the open segment's headers are scanned at recovery
+
+assert FRAME_PAYLOAD_BYTES_MAX >= REQUEST_BYTES_MAX
+assert FRAME_BODY_BYTES_MAX > FRAME_PAYLOAD_BYTES_MAX + FRAME_RECORDS_MAX * 32
+assert MESSAGE_BYTES_MAX > FRAME_BODY_BYTES_MAX
+assert RING_BYTES_MIN >= 2 * REQUEST_BYTES_MAX
+assert WINDOW_BYTES >= FRAME_BODY_BYTES_MAX
+assert FRAME_PAYLOAD_BYTES_MAX % BLOCK_BYTES == 0

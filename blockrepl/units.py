@@ -1,0 +1,27 @@
+"""Types that keep quantities apart, and how instants are written.
+
+An instant is an integer number of nanoseconds since 1970-01-01T00:00:00Z (a *stamp*). On paper it
+is ISO 8601 in UTC with nine decimals: ``2026-11-22T10:31:07.250000000Z``.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import NewType
+
+Stamp = NewType("Stamp", int)  # nanoseconds UTC
+FrameNumber = NewType("FrameNumber", int)  # 1 is the first frame of a stream
+Sequence = NewType("Sequence", int)  # index of a record since its ring was made
+Epoch = NewType("Epoch", int)
+
+NANOSECONDS_PER_SECOND = 1_000_000_000
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+
+def format_instant(stamp: int) -> str:
+    """Write a stamp as ISO 8601 UTC with nanoseconds."""
+    seconds, nanoseconds = divmod(stamp, NANOSECONDS_PER_SECOND)
+    day = datetime.fromtimestamp(seconds, tz=timezone.utc)
+    return f"{day:%Y-%m-%dT%H:%M:%S}.{nanoseconds:09d}Z"
