@@ -33,6 +33,11 @@ MESSAGE_SECONDS = 30.0  # from the first byte of a message to its last
 IDLE_SECONDS = 30.0  # no byte at all from a peer that should ping every IDLE_SECONDS / 3
 SESSIONS_MAX = 256  # connections past their handshake
 HANDSHAKES_MAX = 64  # connections not yet past it
+CLIENT_HELLO_BYTES_MAX = 16 * KIB  # first flight of a client; real ones stay under 2 KiB
+HANDSHAKE_BYTES_MAX = 64 * KIB  # all that either side sends before the channel is up
+CLOSE_SECONDS = 2.0  # to hand a close_notify to a peer that may not be reading
+ENROLMENT_MESSAGE_BYTES_MAX = 64 * KIB  # a certificate, a request or a refusal, as JSON
+TOKEN_CHARACTERS_MAX = 4096  # an invitation token; real ones stay under 400
 
 WATERMARK_SECONDS = 1.0  # an idle group's watermark moves at least this often
 COMMIT_SECONDS = 0.003  # frames that arrive within it share one fdatasync

@@ -1,0 +1,39 @@
+# blockrepl. `make` lists the targets.
+
+PYTHON := .venv/bin/python
+ROWS ?=
+SECONDS ?= 600
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench soak clean
+
+help: ## list the targets
+	@echo "usage: make TARGET"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: ## install what is missing: Debian packages (as root) and .venv
+	@scripts/setup.sh
+
+demo: setup ## a guest loses its data and gets it back from an instant of its history (< 5 minutes)
+	@$(PYTHON) scripts/demo.py
+
+test: setup ## the whole test suite
+	@$(PYTHON) -m pytest
+
+check: setup ## formatting, lint, types (mypy strict) and import contracts
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m mypy
+	@.venv/bin/lint-imports --no-logo
+
+bench: setup ## measure against the peers; ROWS="name name" runs some; writes build/bench.json
+	@$(PYTHON) scripts/bench.py $(ROWS)
+
+soak: setup ## the point-in-time oracle and its faults for SECONDS (default 600)
+	@BLOCKREPL_SOAK_SECONDS=$(SECONDS) $(PYTHON) -m pytest -m soak --timeout=0
+
+clean: ## remove what was built (.venv stays)
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find blockrepl plugins scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find blockrepl -name '*.so' -delete
+	@rm -f .venv/.blockrepl-stamp
