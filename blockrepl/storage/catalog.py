@@ -1,0 +1,396 @@
+"""The catalog: what is true of a group beside its frames.
+
+SQLite, ``replicas/<group>/catalog.sqlite``.
+
+===========  =====================================================================================
+table        a row is
+===========  =====================================================================================
+meta         group_name, group_id (hex), created_ns
+sources      a source that has attached: its last catalogued frame and watermark
+disks        a disk: ``ready_ns`` is its floor (null before the first sync is done), ``ring_id`` and
+             ``next_sequence`` say up to where its ring is journaled, ``removed_ns`` retires it
+gaps         an interval of a disk's history that cannot be reconstructed; open: ``to_ns`` null
+checkpoints  a named instant
+segments     a journal file. Sealed: closed for ever, its index is in the file, all its marks are
+             here. Not sealed: ``bytes`` and ``frames`` count what was durable when the next
+             segment was begun; of the newest, what was durable when the row was last written
+===========  =====================================================================================
+
+Rules:
+
+1. Written by the receiver only, after the frames that say so are durable. Hence a mark whose frame
+   number is at most its source's ``last_number`` has been applied: replaying is idempotent, and a
+   removed checkpoint stays removed.
+2. What the catalog does not say (frames after ``last_number``) is in the unsealed segments.
+3. WAL mode and synchronous=FULL: a returned transaction is durable, and other processes read while
+   the receiver writes. ``user_version`` is the format's version; others are refused.
+4. Integers of foreign origin are unsigned 64-bit; SQLite's are signed: ring ids are folded.
+
+One connection may be used by several threads: a lock serialises them.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from blockrepl.errors import DamageError, StateError, StorageError
+
+FILE_NAME = "catalog.sqlite"
+VERSION = 1
+BUSY_SECONDS = 10.0  # a reader may hold up a checkpoint of the write-ahead log for a moment
+SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE sources (
+    id TEXT PRIMARY KEY, last_number INTEGER NOT NULL, watermark INTEGER NOT NULL) STRICT;
+CREATE TABLE disks (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, size_bytes INTEGER NOT NULL,
+    source TEXT NOT NULL REFERENCES sources (id), ready_ns INTEGER,
+    epoch INTEGER NOT NULL, ring_id INTEGER NOT NULL, next_sequence INTEGER NOT NULL,
+    removed_ns INTEGER) STRICT;
+CREATE TABLE gaps (
+    disk TEXT NOT NULL REFERENCES disks (id), from_ns INTEGER NOT NULL, to_ns INTEGER,
+    PRIMARY KEY (disk, from_ns)) STRICT;
+CREATE TABLE checkpoints (
+    name TEXT PRIMARY KEY, at_ns INTEGER NOT NULL, kind TEXT NOT NULL,
+    kept INTEGER NOT NULL) STRICT;
+CREATE INDEX checkpoints_by_instant ON checkpoints (at_ns);
+CREATE TABLE segments (
+    number INTEGER PRIMARY KEY, created_ns INTEGER NOT NULL, first_stamp INTEGER NOT NULL,
+    last_stamp INTEGER NOT NULL, sealed INTEGER NOT NULL, bytes INTEGER NOT NULL,
+    frames INTEGER NOT NULL) STRICT;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    id: bytes
+    last_number: int
+    watermark: int
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRow:
+    id: bytes
+    name: str
+    size_bytes: int
+    source: bytes
+    ready_ns: int | None = None
+    epoch: int = 1
+    ring_id: int = 0
+    next_sequence: int = 0
+    removed_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GapRow:
+    disk: bytes
+    from_ns: int
+    to_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRow:
+    name: str
+    at_ns: int
+    kind: str
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRow:
+    """``first_stamp`` and ``last_stamp`` bound the records' stamps; both 0 without records."""
+
+    number: int
+    created_ns: int
+    first_stamp: int
+    last_stamp: int
+    sealed: bool
+    bytes: int  # of the frames and the segment's header; of the whole file when sealed
+    frames: int
+
+
+Row = TypeVar("Row")
+
+
+class Catalog:
+    """An open catalog. ``group_name`` and ``group_id`` never change."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection = connection
+        self._lock = threading.RLock()
+        self.path = path
+        meta = dict(self._rows("SELECT key, value FROM meta"))
+        self.group_name = str(meta["group_name"])
+        self.group_id = bytes.fromhex(meta["group_id"])
+        self.created_ns = int(meta["created_ns"])
+
+    @classmethod
+    def create(cls, path: Path, group_name: str, group_id: bytes, created_ns: int) -> Catalog:
+        """Make a catalog where there is none yet."""
+        connection = _connect(path, "rwc")
+        with _translated(path):
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            # One transaction, so that a crash leaves an empty file (made again) or a whole catalog.
+            connection.executescript(
+                f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION};"
+                f"INSERT INTO meta VALUES ('group_name', '{group_name}'),"
+                f"('group_id', '{group_id.hex()}'), ('created_ns', '{created_ns}'); COMMIT;"
+            )
+        return cls(connection, path)
+
+    @classmethod
+    def open(cls, path: Path) -> Catalog:
+        """Open for writing (the receiver only)."""
+        connection = _connect(path, "rw")
+        _check_version(connection, path)
+        with _translated(path):
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+        return cls(connection, path)
+
+    @classmethod
+    def open_readonly(cls, path: Path) -> Catalog:
+        """Open beside a receiver that may be writing. StateError when there is no catalog."""
+        connection = _connect(path, "ro")
+        _check_version(connection, path)
+        return cls(connection, path)
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All changes made inside become durable together, or none. May be nested."""
+        with self._lock, _translated(self.path):
+            if self._connection.in_transaction:
+                yield
+                return
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                # A full disk may have made SQLite roll back on its own.
+                with suppress(sqlite3.OperationalError):
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """All reads made inside see one state of the catalog."""
+        with self._lock, _translated(self.path):
+            self._connection.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._connection.execute("ROLLBACK")
+
+    def _rows(self, query: str, *values: object) -> list[Any]:
+        with self._lock, _translated(self.path):
+            return self._connection.execute(query, values).fetchall()
+
+    def _change(self, query: str, *values: object) -> int:
+        """Run a statement; the number of rows it changed."""
+        with self.transaction():
+            return self._connection.execute(query, values).rowcount
+
+    # Sources and disks
+
+    def sources(self) -> list[SourceRow]:
+        rows = self._rows("SELECT id, last_number, watermark FROM sources ORDER BY id")
+        return [SourceRow(bytes.fromhex(i), number, watermark) for i, number, watermark in rows]
+
+    def put_source(self, row: SourceRow) -> None:
+        self._change(
+            "INSERT INTO sources VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+            "last_number = excluded.last_number, watermark = excluded.watermark",
+            row.id.hex(),
+            row.last_number,
+            row.watermark,
+        )
+
+    def disks(self, *, removed: bool = False) -> list[DiskRow]:
+        """The disks by name; with ``removed``, the retired ones too."""
+        rows = self._rows(
+            "SELECT * FROM disks WHERE removed_ns IS NULL OR ? ORDER BY name", removed
+        )
+        return [
+            DiskRow(
+                bytes.fromhex(i),
+                name,
+                size,
+                bytes.fromhex(source),
+                ready,
+                epoch,
+                _unfold(ring),
+                *rest,
+            )
+            for i, name, size, source, ready, epoch, ring, *rest in rows
+        ]
+
+    def add_disk(self, row: DiskRow) -> None:
+        self._change(
+            "INSERT INTO disks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            row.id.hex(),
+            row.name,
+            row.size_bytes,
+            row.source.hex(),
+            row.ready_ns,
+            row.epoch,
+            _fold(row.ring_id),
+            row.next_sequence,
+            row.removed_ns,
+        )
+
+    def set_position(self, disk: bytes, ring_id: int, next_sequence: int) -> None:
+        """Records of ``ring_id`` before ``next_sequence`` are journaled."""
+        self._change(
+            "UPDATE disks SET ring_id = ?, next_sequence = ? WHERE id = ?",
+            _fold(ring_id),
+            next_sequence,
+            disk.hex(),
+        )
+
+    # History
+
+    def gaps(self) -> list[GapRow]:
+        rows = self._rows("SELECT disk, from_ns, to_ns FROM gaps ORDER BY from_ns, disk")
+        return [GapRow(bytes.fromhex(disk), begin, end) for disk, begin, end in rows]
+
+    def begin_gap(self, disk: bytes, from_ns: int) -> bool:
+        """Open a gap and an epoch, unless one is open or there is no history to interrupt."""
+        with self.transaction():
+            changed = self._change(
+                "UPDATE disks SET epoch = epoch + 1 WHERE id = ?1 AND ready_ns IS NOT NULL "
+                "AND NOT EXISTS (SELECT 1 FROM gaps WHERE disk = ?1 AND to_ns IS NULL)",
+                disk.hex(),
+            )
+            if changed:
+                # The same instant twice is one gap that has not ended after all.
+                self._change(
+                    "INSERT INTO gaps VALUES (?, ?, NULL) "
+                    "ON CONFLICT (disk, from_ns) DO UPDATE SET to_ns = NULL",
+                    disk.hex(),
+                    from_ns,
+                )
+            return changed > 0
+
+    def set_consistent(self, disk: bytes, at_ns: int) -> None:
+        """From ``at_ns`` on the replica equals the disk: its floor, or the end of its gap."""
+        with self.transaction():
+            if self._change(
+                "UPDATE disks SET ready_ns = ? WHERE id = ? AND ready_ns IS NULL", at_ns, disk.hex()
+            ):
+                return
+            self._change(
+                "UPDATE gaps SET to_ns = max(from_ns, ?) WHERE disk = ? AND to_ns IS NULL",
+                at_ns,
+                disk.hex(),
+            )
+
+    def checkpoints(self) -> list[CheckpointRow]:
+        """All, by instant."""
+        rows = self._rows("SELECT name, at_ns, kind, kept FROM checkpoints ORDER BY at_ns, name")
+        return [CheckpointRow(name, at_ns, kind, bool(kept)) for name, at_ns, kind, kept in rows]
+
+    def checkpoint(self, name: str) -> CheckpointRow | None:
+        return next((row for row in self.checkpoints() if row.name == name), None)
+
+    def add_checkpoint(self, row: CheckpointRow) -> bool:
+        """False, and no change, when the name is taken."""
+        return (
+            self._change(
+                "INSERT INTO checkpoints VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                row.name,
+                row.at_ns,
+                row.kind,
+                int(row.kept),
+            )
+            > 0
+        )
+
+    def remove_checkpoint(self, name: str) -> bool:
+        """False when there is none of that name."""
+        return self._change("DELETE FROM checkpoints WHERE name = ?", name) > 0
+
+    # The journal
+
+    def segments(self) -> list[SegmentRow]:
+        rows = self._rows("SELECT * FROM segments ORDER BY number")
+        return [
+            SegmentRow(number, created, first, last, bool(sealed), size, frames)
+            for number, created, first, last, sealed, size, frames in rows
+        ]
+
+    def put_segment(self, row: SegmentRow) -> None:
+        self._change(
+            "INSERT OR REPLACE INTO segments VALUES (?, ?, ?, ?, ?, ?, ?)",
+            row.number,
+            row.created_ns,
+            row.first_stamp,
+            row.last_stamp,
+            int(row.sealed),
+            row.bytes,
+            row.frames,
+        )
+
+
+def _fold(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _unfold(value: int) -> int:
+    return value + (1 << 64) if value < 0 else value
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    if mode != "rwc" and not path.exists():
+        raise StateError(f"there is no catalog at {path}", code="no-catalog")
+    with _translated(path):
+        return sqlite3.connect(
+            f"file:{quote(str(path.absolute()))}?mode={mode}",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=BUSY_SECONDS,
+        )
+
+
+def _check_version(connection: sqlite3.Connection, path: Path) -> None:
+    with _translated(path):
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version != VERSION:
+        connection.close()
+        if version == 0:
+            raise StateError(f"the catalog {path} is empty", code="no-catalog")
+        raise StateError(
+            f"the catalog {path} is of format {version}, this blockrepl knows {VERSION}",
+            hint="use the blockrepl version that made it",
+            code="catalog-version",
+        )
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """SQLite's errors as ours."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        name = getattr(error, "sqlite_errorname", "")
+        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+            raise DamageError(
+                f"the catalog {path} is damaged: {error}",
+                hint="restore it, and the files beside it, from a copy of the replica",
+            ) from error
+        code = "full" if name == "SQLITE_FULL" else None
+        raise StorageError(f"the catalog {path} cannot be used: {error}", code=code) from error
