@@ -1,0 +1,52 @@
+"""Newest-wins resolution against a byte painter that knows no theory."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockrepl.model import extents
+
+SPAN = st.tuples(st.integers(0, 40), st.integers(0, 20)).map(lambda s: (s[0], s[0] + s[1]))
+
+
+def resolve(spans: list[tuple[int, int]], first: int, last: int) -> extents.Extents:
+    starts = np.array([s for s, _ in spans], np.uint64)
+    ends = np.array([e for _, e in spans], np.uint64)
+    return extents.resolve(starts, ends, first, last)
+
+
+@given(st.lists(SPAN, max_size=25), st.integers(0, 40), st.integers(0, 30))
+def test_every_byte_shows_the_newest_record_that_covers_it(
+    spans: list[tuple[int, int]], first: int, size: int
+) -> None:
+    naive = [-1] * 100
+    for index, (start, end) in enumerate(spans):
+        naive[start:end] = [index] * (end - start)
+    flat = resolve(spans, first, first + size)
+    shown: list[int] = []
+    for start, end, winner in zip(flat.starts, flat.ends, flat.winners, strict=True):
+        assert start == first + len(shown)
+        assert end > start
+        shown += [int(winner)] * int(end - start)
+    assert shown == naive[first : first + size]
+    assert not (flat.winners[1:] == flat.winners[:-1]).any()
+
+
+def test_an_empty_window_has_no_extents() -> None:
+    assert len(resolve([(0, 10)], 5, 5)) == 0
+
+
+def test_offsets_near_the_end_of_the_number_range_survive() -> None:
+    top = (1 << 63) - 4096
+    flat = resolve([(top, top + 4096)], top - 4096, top + 4096)
+    assert flat.winners.tolist() == [-1, 0]
+
+
+def test_a_hundred_thousand_overlapping_records_resolve_in_well_under_a_second() -> None:
+    generator = np.random.default_rng(1)
+    starts = generator.integers(0, 1 << 24, 100_000).astype(np.uint64)
+    ends = starts + generator.integers(1, 1 << 16, 100_000).astype(np.uint64)
+    flat = extents.resolve(starts, ends, 0, 1 << 24)
+    assert int((flat.ends - flat.starts).sum()) == 1 << 24
