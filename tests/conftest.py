@@ -20,6 +20,7 @@ so that its rings neither meet those of other runs and of the machine's services
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -120,8 +121,12 @@ def loops_below(base: Path) -> list[str]:
 
 
 def own_shared_memory() -> list[str]:
-    files = SHARED_MEMORY.glob("blockrepl-*")
-    return [path.name for path in files if path.stat().st_uid == os.geteuid()]
+    names = []
+    for path in SHARED_MEMORY.glob("blockrepl-*"):
+        with contextlib.suppress(FileNotFoundError):  # removed while we look
+            if path.stat().st_uid == os.geteuid():
+                names.append(path.name)
+    return names
 
 
 def remove(leaked: list[tuple[str, str]]) -> None:

@@ -110,7 +110,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: str =
     from rich.table import Table
     from rich.text import Text
 
-    result = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    result = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for header in headers:
         if header in right.split():
             result.add_column(Text(header), justify="right", no_wrap=True)
