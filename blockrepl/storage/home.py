@@ -218,3 +218,14 @@ def exclusive_lock(path: Path, what: str = "") -> ExclusiveLock:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return ExclusiveLock(descriptor)
+
+
+def exclusive_lock_wait(path: Path) -> ExclusiveLock:
+    """Lock a file, made where it is missing; waits. For locks that are held for moments only."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return ExclusiveLock(descriptor)

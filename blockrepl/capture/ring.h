@@ -1,0 +1,97 @@
+/* The ring: shared memory between capture (inside the NBD server) and the agent.
+ *
+ * One file in /dev/shm per disk; formats/ring.py holds the same tables for Python, and a test
+ * holds the two together. Parts, in this order, each page-aligned:
+ *
+ *   header      4096 bytes, struct ring_header
+ *   in flight   RING_INFLIGHT_SLOTS * 32 bytes: ranges being written at this moment. They are the
+ *               range lock, and after a killed server they say which regions may differ.
+ *   stale       one byte per region: 1 = its content must be sent again (nothing in the ring
+ *               covers what changed there)
+ *   syncing     one byte per region: 1 = the agent has sent its content, not yet acknowledged
+ *   slots       slot_count * 32 bytes: the records, oldest at tail, newest at head - 1
+ *   payload     payload_bytes bytes: the data of the write records, in order, wrapping
+ *
+ * The writer is one process at a time (it holds a lock on the image), the reader is the agent.
+ * `head` is stored last (release), so a killed writer leaves no half record. `tail` is stored by
+ * the reader once records are durable at the receiver. The payload in use follows from the slots:
+ * there is no second pair of counters to fall out of step.
+ */
+#ifndef BLOCKREPL_RING_H
+#define BLOCKREPL_RING_H
+
+#include <stdint.h>
+
+#define RING_MAGIC "BRRING01"
+#define RING_VERSION 1
+#define RING_HEADER_BYTES 4096
+#define RING_INFLIGHT_SLOTS 128
+#define RING_PAGE 4096
+
+enum record_kind { RECORD_WRITE = 0, RECORD_ZERO = 1, RECORD_TRIM = 2, RECORD_FLUSH = 3 };
+#define RECORD_FUA 0x80
+
+struct ring_header {
+    char magic[8];            /*   0 */
+    uint32_t version;         /*   8 */
+    uint32_t complete;        /*  12: 1 once the file is fully set up */
+    uint64_t ring_id;         /*  16: random, never 0, below 2^63 */
+    uint8_t disk_id[16];      /*  24 */
+    uint64_t size_bytes;      /*  40: of the disk */
+    uint64_t region_bytes;    /*  48 */
+    uint64_t region_count;    /*  56 */
+    uint64_t slot_count;      /*  64 */
+    uint64_t payload_bytes;   /*  72 */
+    int64_t clock_offset;     /*  80: stamp = CLOCK_MONOTONIC + this, ns */
+    uint64_t stale_marks;     /*  88: regions marked stale by capture since the ring was made */
+    uint8_t pad0[32];
+    /* written by capture */
+    uint64_t head;            /* 128: sequence of the next record */
+    uint64_t busy;            /* 136: odd from just before a stamp is taken until it is published */
+    uint64_t last_stamp;      /* 144 */
+    uint64_t gap_from;        /* 152: first stamp that was not kept; 0 = no gap to report. Cleared
+                                      by the agent (compare and swap) once it is reported durably */
+    uint64_t dropped;         /* 160: records not kept since the ring was made */
+    uint64_t written_bytes;   /* 168 */
+    uint64_t hot_regions;     /* 176 */
+    uint64_t writer_pid;      /* 184 */
+    uint64_t flushed;         /* 192: all records before this sequence are in the local disk */
+    uint8_t pad1[56];
+    /* written by the agent */
+    uint64_t tail;            /* 256: records before this are durable at the receiver */
+    uint8_t pad2[RING_HEADER_BYTES - 264];
+};
+
+struct ring_inflight {
+    uint64_t start;           /*  0 */
+    uint64_t end;             /*  8 */
+    uint64_t generation;      /* 16: odd while in use */
+    uint64_t pad;
+};
+
+struct ring_slot {
+    uint64_t stamp;           /*  0: ns UTC */
+    uint64_t offset;          /*  8 */
+    uint64_t position;        /* 16: payload bytes appended before this record, ever */
+    uint32_t length;          /* 24 */
+    uint8_t kind;             /* 28: record_kind | RECORD_FUA */
+    uint8_t pad[3];
+};
+
+_Static_assert(sizeof(struct ring_header) == RING_HEADER_BYTES, "ring header");
+_Static_assert(sizeof(struct ring_inflight) == 32, "in-flight slot");
+_Static_assert(sizeof(struct ring_slot) == 32, "record slot");
+
+static inline uint64_t ring_load(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+static inline void ring_store(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+static inline int ring_swap(uint64_t *p, uint64_t expected, uint64_t desired)
+{
+    return __atomic_compare_exchange_n(p, &expected, desired, 0, __ATOMIC_SEQ_CST,
+                                       __ATOMIC_SEQ_CST);
+}
+static inline void ring_store_byte(uint8_t *p, uint8_t v)
+{
+    __atomic_store_n(p, v, __ATOMIC_SEQ_CST);
+}
+
+#endif

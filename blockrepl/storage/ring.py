@@ -1,0 +1,258 @@
+"""The agent's end of the ring: records out as columns, releases back. Layout: formats/ring.py.
+
+`create_ring` makes the file in shared memory; `RingReader` reads it. Nothing here copies payload:
+what `take` returns are views of the mapping, good until `release` has passed them.
+
+A watermark is taken in three steps (design, section 3): read the clock; `quiesce`, which waits
+until an append that had already taken its stamp is published; then everything up to `head` is
+complete for every stamp below the clock reading, unless `gap_from` says otherwise.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from blockrepl.errors import StateError, StorageError
+from blockrepl.formats import ring as layout
+from blockrepl.formats.frame import KIND_MASK, Buffer, Columns, RecordKind
+from blockrepl.storage._ring import Words
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def ring_path(disk: bytes) -> Path:
+    return SHARED_MEMORY / f"blockrepl-{disk.hex()}.ring"
+
+
+def create_ring(
+    path: Path,
+    *,
+    disk: bytes,
+    size_bytes: int,
+    region_bytes: int,
+    ring_bytes: int,
+    clock_offset: int,
+    stale: npt.NDArray[np.uint8],
+) -> None:
+    """Make a ring whose stale regions are those that are hot. The caller holds the disk's lock."""
+    ring = layout.geometry(
+        ring_id=secrets.randbits(62) + 1,
+        disk=disk,
+        size_bytes=size_bytes,
+        region_bytes=region_bytes,
+        ring_bytes=ring_bytes,
+        clock_offset=clock_offset,
+    )
+    temporary = path.with_suffix(".new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            os.posix_fallocate(descriptor, 0, ring.file_bytes)
+        except OSError as error:
+            raise StorageError(
+                f"no room for a ring of {ring.file_bytes >> 20} MiB in {path.parent}: "
+                f"{error.strerror}",
+                hint="enlarge it (mount -o remount,size=...) or add the disk with a smaller --ring",
+                code="ring-full",
+            ) from error
+        os.pwrite(descriptor, layout.encode_geometry(ring), 0)
+        os.pwrite(descriptor, stale.tobytes(), ring.stale_at)
+        os.pwrite(descriptor, b"\1", layout.COMPLETE_AT)
+        os.rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def read_geometry(path: Path) -> layout.RingGeometry | None:
+    """The ring's sizes, or None when there is no complete ring."""
+    try:
+        with path.open("rb") as file:
+            return layout.decode_geometry(file.read(layout.HEADER.size))
+    except FileNotFoundError:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Records [first, after) of a ring. Columns and payload are views of the ring."""
+
+    first: int
+    after: int
+    columns: Columns
+    payload: Buffer
+
+
+class RingReader:
+    """A mapped ring. One reader at a time; the agent's own lock sees to that."""
+
+    def __init__(self, path: Path, disk: bytes) -> None:
+        geometry = read_geometry(path)
+        if geometry is None or geometry.disk != disk:
+            raise StateError(f"{path} is not the ring of this disk", code="ring")
+        self.path = path
+        self.geometry = geometry
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self.inode = os.fstat(descriptor).st_ino
+            mapping = mmap.mmap(descriptor, geometry.file_bytes)
+        finally:
+            os.close(descriptor)
+        self._words = Words(mapping)
+        whole = np.frombuffer(mapping, np.uint8)
+        regions = geometry.region_count
+        self.stale = whole[geometry.stale_at : geometry.stale_at + regions]
+        self.syncing = whole[geometry.syncing_at : geometry.syncing_at + regions]
+        self._inflight = np.frombuffer(
+            mapping, layout.INFLIGHT, layout.INFLIGHT_SLOTS, geometry.inflight_at
+        )
+        self._slots = np.frombuffer(mapping, layout.SLOT, geometry.slot_count, geometry.slots_at)
+        self._payload = memoryview(mapping)[geometry.payload_at : geometry.file_bytes]
+
+    # --- what capture has written
+
+    def head(self) -> int:
+        return self._words.load(layout.HEAD_AT)
+
+    def tail(self) -> int:
+        return self._words.load(layout.TAIL_AT)
+
+    def gap_from(self) -> int:
+        """First stamp that was not kept; 0 when there is no gap to report."""
+        return self._words.load(layout.GAP_FROM_AT)
+
+    def last_stamp(self) -> int:
+        return self._words.load(layout.LAST_STAMP_AT)
+
+    def stale_marks(self) -> int:
+        return self._words.load(layout.STALE_MARKS_AT)
+
+    def dropped(self) -> int:
+        return self._words.load(layout.DROPPED_AT)
+
+    def written_bytes(self) -> int:
+        return self._words.load(layout.WRITTEN_AT)
+
+    def hot_regions(self) -> int:
+        return self._words.load(layout.HOT_REGIONS_AT)
+
+    def used_bytes(self, head: int) -> int:
+        """Payload bytes that wait in the ring up to ``head``."""
+        tail = self.tail()
+        if tail == head:
+            return 0
+        last = self._slots[(head - 1) % self.geometry.slot_count]
+        first = self._slots[tail % self.geometry.slot_count]
+        return int(last["position"]) + _payload_length(last) - int(first["position"])
+
+    def quiesce(self, patience_seconds: float = 0.002) -> bool:
+        """Wait until an append under way is published. False when it takes too long."""
+        busy = self._words.load(layout.BUSY_AT)
+        if busy % 2 == 0:
+            return True
+        deadline = time.monotonic() + patience_seconds
+        while self._words.load(layout.BUSY_AT) == busy:
+            if time.monotonic() > deadline:
+                return False
+            os.sched_yield()
+        return True
+
+    def writes_in_flight(self) -> frozenset[tuple[int, int]]:
+        """(slot, generation) of each write under way, to see later whether it has ended."""
+        generations = self._inflight["generation"]
+        return frozenset(
+            (int(slot), int(generations[slot])) for slot in np.nonzero(generations % 2)[0]
+        )
+
+    # --- records
+
+    def take(self, first: int, head: int, payload_limit: int, record_limit: int) -> Batch:
+        """Records from ``first`` on, at least one, up to the limits; ``first`` < ``head``."""
+        count = self.geometry.slot_count
+        at = first % count
+        slots = self._slots[at : min(at + min(head - first, record_limit), count)]
+        start = int(slots["position"][0])
+        is_write = (slots["kind"] & KIND_MASK) == RecordKind.WRITE
+        ends = slots["position"] - np.uint64(start) + np.where(is_write, slots["length"], 0)
+        fitting = max(1, int(np.searchsorted(ends, payload_limit, side="right")))
+        slots = slots[:fitting]
+        columns = Columns(slots["stamp"], slots["offset"], slots["length"], slots["kind"])
+        return Batch(first, first + fitting, columns, self._payload_view(start, int(ends[fitting - 1])))
+
+    def _payload_view(self, position: int, size: int) -> Buffer:
+        at = position % self.geometry.payload_bytes
+        part = self.geometry.payload_bytes - at
+        if size <= part:
+            return self._payload[at : at + size]
+        return b"".join((self._payload[at:], self._payload[: size - part]))
+
+    def release(self, sequence: int) -> None:
+        """Records before ``sequence`` are durable at the receiver; their room may be reused."""
+        if sequence > self.tail():
+            self._words.store(layout.TAIL_AT, sequence)
+
+    # --- regions to send again
+
+    def begin_sync(self, region: int) -> None:
+        """The region's content is about to be read; what changes from here on marks it anew."""
+        self._words.store_byte(self.geometry.syncing_at + region, 1)
+        self._words.store_byte(self.geometry.stale_at + region, 0)
+
+    def end_sync(self, region: int) -> None:
+        """The region's content is durable at the receiver."""
+        self._words.store_byte(self.geometry.syncing_at + region, 0)
+
+    def mark_all_stale(self) -> None:
+        self.stale[:] = 1
+
+    def restart_syncs(self) -> None:
+        """After a lost session: what was sent and not acknowledged must be sent again."""
+        self.stale[self.syncing != 0] = 1
+        self.syncing[:] = 0
+
+    def clear_gap(self, reported: int) -> None:
+        """The gap that began at ``reported`` is durably known to the receiver."""
+        self._words.swap(layout.GAP_FROM_AT, reported, 0)
+
+    def needs_sync(self) -> bool:
+        return bool(self.stale.any())
+
+    def is_syncing(self) -> bool:
+        return bool(self.syncing.any())
+
+    def is_current(self) -> bool:
+        """Whether the file at the path is still this ring."""
+        try:
+            return self.path.stat().st_ino == self.inode
+        except FileNotFoundError:
+            return False
+
+    # --- after a killed server; the caller holds the image's lock
+
+    def recover_in_flight(self, stamp: int) -> None:
+        """Mark what a killed server had in flight as stale, as its next start would."""
+        words, geometry = self._words, self.geometry
+        for slot in np.nonzero(self._inflight["generation"] % 2)[0]:
+            start, end = int(self._inflight["start"][slot]), int(self._inflight["end"][slot])
+            if start < end <= geometry.size_bytes:
+                first, last = start // geometry.region_bytes, (end - 1) // geometry.region_bytes
+                self.stale[first : last + 1] = 1
+                words.store(layout.STALE_MARKS_AT, self.stale_marks() + 1)
+                words.swap(layout.GAP_FROM_AT, 0, max(stamp, self.last_stamp() + 1))
+            at = geometry.inflight_at + int(slot) * layout.INFLIGHT.itemsize + 16
+            words.store(at, words.load(at) + 1)
+
+
+def _payload_length(slot: np.void) -> int:
+    return int(slot["length"]) if int(slot["kind"]) & KIND_MASK == RecordKind.WRITE else 0

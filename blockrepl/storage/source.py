@@ -1,0 +1,276 @@
+"""The source's disks: ``<home>/source/disks/<name>.json`` and ``<name>.hot`` for each.
+
+Rings live in shared memory (ring.py). Whoever needs a disk's ring first, server or agent, makes
+it, under the disk's lock: every hot region is stale in a new ring, for a new ring covers nothing
+of what was written before. A ring is retired when all of it is durable at the receiver and no
+server holds the image: then nothing is hot, and the shared memory is given back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+from uuid import UUID, uuid4
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from blockrepl import limits
+from blockrepl.errors import StateError, UsageError
+from blockrepl.formats import hot_map
+from blockrepl.formats.marks import NameField
+from blockrepl.storage.clock import SourceClock
+from blockrepl.storage.home import (
+    ExclusiveLock,
+    Home,
+    exclusive_lock_wait,
+    make_directory,
+    sync_directory,
+    write_atomically,
+)
+from blockrepl.storage.image import check_size, image_size, is_locked, lock_image
+from blockrepl.storage.ring import RingReader, create_ring, read_geometry, ring_path
+
+_SOCKET_PATH_BYTES_MAX = 107  # sun_path, with its final zero
+
+
+class DiskEntry(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    name: NameField
+    id: UUID
+    group: NameField
+    image: Path
+    size_bytes: Annotated[int, Field(gt=0, multiple_of=limits.SECTOR_BYTES)]
+    ring_bytes: Annotated[int, Field(ge=limits.RING_BYTES_MIN, le=limits.RING_BYTES_MAX)]
+    replica: UUID | None = None  # group id of the replica that the hot map speaks about
+
+
+class SourceDisks:
+    """All disks of a source's home."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self.directory = home.source_directory / "disks"
+
+    # --- entries
+
+    def names(self) -> list[str]:
+        return sorted(path.stem for path in self.directory.glob("*.json"))
+
+    def load(self, name: str) -> DiskEntry:
+        if re.fullmatch(limits.NAME_PATTERN, name):
+            with contextlib.suppress(FileNotFoundError):
+                return self._read(self.directory / f"{name}.json")
+        raise StateError(
+            f"there is no disk {name!r}",
+            hint="`blockrepl disk list` shows those there are, `blockrepl disk add` adds one",
+            code="unknown-disk",
+        )
+
+    def all(self) -> list[DiskEntry]:
+        entries = []
+        for name in self.names():
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                entries.append(self._read(self.directory / f"{name}.json"))
+        return entries
+
+    def _read(self, path: Path) -> DiskEntry:
+        try:
+            return DiskEntry.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise StateError(
+                f"{path} does not parse",
+                hint="restore it from a backup, or remove it and add the disk again",
+                code="damaged-entry",
+            ) from error
+
+    def _write(self, entry: DiskEntry) -> None:
+        write_atomically(
+            self.directory / f"{entry.name}.json", entry.model_dump_json(indent=2).encode()
+        )
+
+    def add(
+        self, name: str, image: Path, group: str, *, create_bytes: int | None, ring_bytes: int
+    ) -> DiskEntry:
+        """Put a disk under protection; nothing is left behind when that fails."""
+        for what, value in (("disk", name), ("group", group)):
+            if not re.fullmatch(limits.NAME_PATTERN, value):
+                raise UsageError(
+                    f"{value!r} is not a {what} name",
+                    hint="use a-z, 0-9, dot, underscore and hyphen, 63 at the most",
+                )
+        make_directory(self.directory)
+        with exclusive_lock_wait(self.directory / ".lock"):
+            if name in self.names():
+                raise StateError(
+                    f"disk {name!r} exists already",
+                    hint="choose another name; `blockrepl disk list` shows those taken",
+                    code="taken",
+                )
+            created = create_bytes is not None and _create_image(image, create_bytes)
+            try:
+                return self._add(name, image.absolute(), group, ring_bytes)
+            except BaseException:
+                if created:
+                    image.unlink(missing_ok=True)
+                raise
+
+    def _add(self, name: str, image: Path, group: str, ring_bytes: int) -> DiskEntry:
+        size_bytes = image_size(image)
+        for other in self.all():
+            with contextlib.suppress(OSError):
+                if os.path.samefile(other.image, image):
+                    raise StateError(
+                        f"image {image} is already protected as disk {other.name!r}",
+                        hint="one image is one disk; `blockrepl disk show` tells more",
+                        code="taken",
+                    )
+        os.close(lock_image(image))
+        entry = DiskEntry(
+            name=name,
+            id=uuid4(),
+            group=group,
+            image=image,
+            size_bytes=size_bytes,
+            ring_bytes=ring_bytes,
+        )
+        self._check_socket(entry)
+        data = hot_map.encode(entry.id.bytes, size_bytes, limits.REGION_BYTES, hot=True)
+        write_atomically(self.hot_map_path(entry), data)
+        self._write(entry)
+        return entry
+
+    def remove(self, entry: DiskEntry) -> None:
+        """Take a disk out of protection. The image stays, and so does the replica's history."""
+        with self.lock(entry):
+            descriptor = lock_image(entry.image) if entry.image.exists() else None
+            try:
+                (self.directory / f"{entry.name}.json").unlink()
+                self.hot_map_path(entry).unlink(missing_ok=True)
+                ring_path(entry.id.bytes).unlink(missing_ok=True)
+                self.socket_path(entry).unlink(missing_ok=True)
+                sync_directory(self.directory)
+            finally:
+                if descriptor is not None:
+                    os.close(descriptor)
+        (self.directory / f".{entry.name}.lock").unlink(missing_ok=True)
+
+    def bind_replica(self, entry: DiskEntry, replica: UUID) -> DiskEntry:
+        """Note which replica the hot map speaks about, durably."""
+        bound = entry.model_copy(update={"replica": replica})
+        self._write(bound)
+        return bound
+
+    # --- places
+
+    def socket_path(self, entry: DiskEntry) -> Path:
+        return self.home.run_directory / f"disk-{entry.name}.sock"
+
+    def hot_map_path(self, entry: DiskEntry) -> Path:
+        return self.directory / f"{entry.name}.hot"
+
+    def _check_socket(self, entry: DiskEntry) -> None:
+        path = self.socket_path(entry)
+        if len(os.fsencode(path)) > _SOCKET_PATH_BYTES_MAX:
+            raise StateError(
+                f"the socket's path {path} is longer than {_SOCKET_PATH_BYTES_MAX} bytes",
+                hint="use a home with a shorter path, or a shorter name",
+                code="path-length",
+            )
+
+    def lock(self, entry: DiskEntry) -> ExclusiveLock:
+        """Between processes that make or retire the disk's ring; held for moments only."""
+        return exclusive_lock_wait(self.directory / f".{entry.name}.lock")
+
+    # --- the ring's life
+
+    def hot_regions(self, entry: DiskEntry) -> npt.NDArray[np.uint8]:
+        """A byte per region, 1 = hot. A map that cannot be trusted makes everything hot."""
+        path = self.hot_map_path(entry)
+        data = path.read_bytes() if path.exists() else b""
+        found = hot_map.decode(data, entry.id.bytes, entry.size_bytes, limits.REGION_BYTES)
+        if found is None:
+            data = hot_map.encode(entry.id.bytes, entry.size_bytes, limits.REGION_BYTES, hot=True)
+            write_atomically(path, data)
+            return np.ones(
+                hot_map.region_count(entry.size_bytes, limits.REGION_BYTES), np.uint8
+            )
+        return found
+
+    def ensure_ring(self, entry: DiskEntry, clock: SourceClock) -> Path:
+        """The disk's ring, made where there is none. The caller holds the disk's lock."""
+        path = ring_path(entry.id.bytes)
+        geometry = read_geometry(path)
+        if geometry is None or (geometry.disk, geometry.size_bytes, geometry.clock_offset) != (
+            entry.id.bytes,
+            entry.size_bytes,
+            clock.offset_ns,
+        ):
+            create_ring(
+                path,
+                disk=entry.id.bytes,
+                size_bytes=entry.size_bytes,
+                region_bytes=limits.REGION_BYTES,
+                ring_bytes=entry.ring_bytes,
+                clock_offset=clock.offset_ns,
+                stale=self.hot_regions(entry),
+            )
+        return path
+
+    def retire_ring(self, entry: DiskEntry, ring: RingReader, clock: SourceClock) -> bool:
+        """Give the ring back if no server runs and all of it is durable. True when it is gone."""
+        with self.lock(entry):
+            try:
+                descriptor = lock_image(entry.image)
+            except StateError:
+                return False
+            try:
+                ring.recover_in_flight(clock.now())
+                if ring.needs_sync() or ring.is_syncing() or ring.gap_from():
+                    return False
+                if ring.head() != ring.tail():
+                    return False
+                os.fsync(descriptor)
+                cold = hot_map.encode(
+                    entry.id.bytes, entry.size_bytes, limits.REGION_BYTES, hot=False
+                )
+                write_atomically(self.hot_map_path(entry), cold)
+                ring.path.unlink(missing_ok=True)
+                return True
+            finally:
+                os.close(descriptor)
+
+    def is_serving(self, entry: DiskEntry) -> bool:
+        """Whether a server holds the image."""
+        return self.socket_path(entry).exists() and is_locked(entry.image)
+
+
+def _create_image(image: Path, size_bytes: int) -> bool:
+    check_size(size_bytes, "--size")
+    try:
+        descriptor = os.open(image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError as error:
+        raise StateError(
+            f"image {image} exists already",
+            hint="leave --size out to protect it as it is",
+            code="taken",
+        ) from error
+    except OSError as error:
+        raise StateError(
+            f"image {image} cannot be created: {error.strerror}", code="no-image"
+        ) from error
+    try:
+        os.ftruncate(descriptor, size_bytes)
+    except OSError as error:
+        image.unlink()
+        raise StateError(
+            f"image {image} of {size_bytes} bytes cannot be created: {error.strerror}",
+            code="no-image",
+        ) from error
+    finally:
+        os.close(descriptor)
+    return True

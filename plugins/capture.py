@@ -1,0 +1,90 @@
+"""nbdkit plugin: one protected disk. The requests are served by the compiled core, nothing else.
+
+Parameters: ``image_fd`` (opened and locked by the program that starts nbdkit), ``map`` (the hot
+map), ``ring`` (the shared memory), ``size`` and ``region`` in bytes. PYTHONPATH names the directory
+that holds the blockrepl package.
+"""
+
+from __future__ import annotations
+
+import os
+
+import nbdkit
+
+from blockrepl.capture import _core
+from blockrepl.capture._core import extents, flush, get_size, pread, pwrite, trim, zero
+
+__all__ = ["extents", "flush", "get_size", "pread", "pwrite", "trim", "zero"]
+
+API_VERSION = 2
+_parameters: dict[str, str] = {}
+
+
+def config(key: str, value: str) -> None:
+    _parameters[key] = value
+
+
+def config_complete() -> None:
+    missing = {"image_fd", "map", "ring", "size", "region"} - _parameters.keys()
+    if missing:
+        raise RuntimeError(f"missing parameters: {', '.join(sorted(missing))}")
+
+
+def thread_model() -> int:
+    # Before 1.34 PARALLEL aborts, or answers the wrong client, when one goes away with replies
+    # in flight.
+    version = tuple(int(part) for part in os.environ["BLOCKREPL_NBDKIT"].split(".")[:2])
+    if version >= (1, 34):
+        return int(nbdkit.THREAD_MODEL_PARALLEL)
+    return int(nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS)
+
+
+def after_fork() -> None:
+    _core.start(
+        int(_parameters["image_fd"]),
+        os.open(_parameters["map"], os.O_RDWR | os.O_CLOEXEC),
+        os.open(_parameters["ring"], os.O_RDWR | os.O_CLOEXEC),
+        int(_parameters["size"]),
+        int(_parameters["region"]),
+        nbdkit.set_error,
+    )
+
+
+def open(readonly: bool) -> int:
+    return 1
+
+
+def block_size(handle: int) -> tuple[int, int, int]:
+    return (1, 4096, 4 * 1024 * 1024)
+
+
+def can_write(handle: int) -> bool:
+    return True
+
+
+def can_flush(handle: int) -> bool:
+    return True
+
+
+def can_trim(handle: int) -> bool:
+    return True
+
+
+def can_zero(handle: int) -> bool:
+    return True
+
+
+def can_fast_zero(handle: int) -> bool:
+    return True
+
+
+def can_extents(handle: int) -> bool:
+    return True
+
+
+def can_fua(handle: int) -> int:
+    return int(nbdkit.FUA_NATIVE)
+
+
+def can_multi_conn(handle: int) -> bool:
+    return True
