@@ -1,0 +1,177 @@
+"""What arrives at the receiver: sustained throughput, lag, the journal's own cost.
+
+Sustained: 64 KiB writes at a rate fio holds; bytes written over the time from the first write until
+the receiver reports all of it durable. The rate searched is the highest that makes no gap: without
+a limit first, then by halving the interval. A figure with a gap would count bytes that never
+arrived, so a round with one counts as nothing.
+
+Lag: 20 MB/s of 4 KiB writes, the receiver's ``lag_seconds`` sampled all the while over its control
+API. Percentiles are of all samples; the range is that of fifths of the run.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from blockrepl.formats import segment
+from scripts.benchmark.bench import Bench
+from scripts.benchmark.load import MEGABYTE, Load, write_nbd
+from scripts.benchmark.ours import Ours, ask_status
+from scripts.benchmark.processes import MeasurementError
+from scripts.benchmark.report import Goal, Row, summarise
+from scripts.benchmark.rounds import percentile, slices
+
+SUSTAINED_BLOCK_BYTES = 64 * 1024
+RATE_TRIALS = 4
+RATE_SHARE = 1.2  # a limit below what was reached with a gap, above what could be reached without
+LAG_SECONDS = 15.0
+LAG_RATE_BYTES = 20 * MEGABYTE
+LAG_SAMPLE_SECONDS = 0.02
+LAG_SLICES = 5
+SAMPLES_MIN = 50
+
+
+def _sustained(bench: Bench, product: Ours, rate_bytes: int | None) -> tuple[float, bool]:
+    """MB/s durable at the receiver, and whether it made a gap."""
+    product.settle()
+    gaps = product.gaps()
+    load = write_nbd(
+        bench.scratch,
+        product.uri,
+        seconds=bench.seconds,
+        depth=16,
+        block_bytes=SUSTAINED_BLOCK_BYTES,
+        rate_bytes=rate_bytes,
+    )
+    durable = product.wait_durable(int(load.ended_seconds * 1e9))
+    began = load.ended_seconds - load.runtime_seconds
+    megabytes = load.transferred_bytes / MEGABYTE
+    product.settle()
+    return megabytes / (durable - began), product.gaps() > gaps
+
+
+def sustained_replication(bench: Bench) -> list[Row]:
+    if bench.peers_only:
+        return [summarise("sustained_replication", "MB/s", Goal(">=", 250), [])]
+    product = bench.product()
+    notes: list[str] = []
+    rate, best = _highest_rate(bench, product)
+    figures = []
+    lost = 0
+    for number in range(1, bench.rounds + 1):
+        bench.progress(f"round {number}/{bench.rounds}: ours")
+        figure, gap = _sustained(bench, product, rate)
+        figures.append(0.0 if gap else figure)
+        lost += gap
+    limit = "without a limit" if rate is None else f"at {rate / MEGABYTE:.0f} MB/s from fio"
+    notes.append(f"{limit}, best of the search {best:.0f} MB/s")
+    if lost:
+        notes.append(f"{lost} of {bench.rounds} rounds had a gap and count as 0")
+    return [summarise("sustained_replication", "MB/s", Goal(">=", 250), figures, notes=notes)]
+
+
+def _highest_rate(bench: Bench, product: Ours) -> tuple[int | None, float]:
+    """The highest rate without a gap (None: no limit was needed), and what it reached."""
+    bench.progress("searching the highest rate: no limit")
+    reached, gap = _sustained(bench, product, None)
+    if not gap:
+        return None, reached
+    low, high = 0.0, reached * RATE_SHARE * MEGABYTE
+    best_rate, best = 0, 0.0
+    for _ in range(RATE_TRIALS):
+        rate = int((low + high) / 2)
+        bench.progress(f"searching the highest rate: {rate / MEGABYTE:.0f} MB/s")
+        reached, gap = _sustained(bench, product, rate)
+        if gap:
+            high = rate
+        else:
+            low, best_rate, best = rate, rate, reached
+    if not best_rate:
+        raise MeasurementError(f"every rate down to {high / MEGABYTE:.0f} MB/s made a gap")
+    return best_rate, best
+
+
+def _lag_samples(bench: Bench, product: Ours) -> tuple[list[float], Load]:
+    """Milliseconds of lag while the load runs, and the load."""
+    samples: list[float] = []
+    failures: list[Exception] = []
+    done = threading.Event()
+
+    def sample() -> None:
+        try:
+            with product.control() as connection:
+                while not done.wait(LAG_SAMPLE_SECONDS):
+                    lag_seconds = ask_status(connection).lag_seconds
+                    if lag_seconds is None:
+                        raise MeasurementError("the receiver knows no lag")
+                    samples.append(lag_seconds * 1000)
+        except (MeasurementError, OSError) as error:
+            failures.append(error)
+
+    sampler = threading.Thread(target=sample, name="lag sampler")
+    sampler.start()
+    try:
+        load = write_nbd(
+            bench.scratch, product.uri, seconds=LAG_SECONDS, depth=16, rate_bytes=LAG_RATE_BYTES
+        )
+    finally:
+        done.set()
+        sampler.join()
+    if failures:
+        raise MeasurementError(f"the lag was not told: {failures[0]}")
+    return samples, load
+
+
+def lag_and_journal(bench: Bench) -> list[Row]:
+    goals = {
+        "lag_p50": ("ms", Goal("<=", 20)),
+        "lag_p99": ("ms", Goal("<=", 100)),
+        "journal_overhead": ("bytes/byte", Goal("<=", 1.02)),
+        "index_bytes_per_record": ("bytes", Goal("<=", 32)),
+    }
+    if bench.peers_only:
+        return [summarise(name, unit, goal, []) for name, (unit, goal) in goals.items()]
+    product = bench.product()
+    product.settle()
+    bench.progress(f"{LAG_RATE_BYTES // MEGABYTE} MB/s of 4 KiB writes for {LAG_SECONDS:g} s")
+    gaps = product.gaps()
+    before = product.journal_bytes()
+    samples, load = _lag_samples(bench, product)
+    product.settle()
+    journal_bytes = product.journal_bytes() - before
+    if len(samples) < SAMPLES_MIN:
+        raise MeasurementError(f"only {len(samples)} samples of lag in {LAG_SECONDS:g} s")
+    lost = product.gaps() - gaps
+    taken = f"{len(samples)} samples at {load.megabytes_per_second:.1f} MB/s" + (
+        f", {lost} gaps" if lost else ""
+    )
+    rows = []
+    for name, fraction in (("lag_p50", 0.5), ("lag_p99", 0.99)):
+        unit, goal = goals[name]
+        parts = [percentile(part, fraction) for part in slices(samples, LAG_SLICES)]
+        row = summarise(name, unit, goal, [percentile(samples, fraction)], notes=[taken])
+        rows.append(row.model_copy(update={"low": min(parts), "high": max(parts)}))
+    overhead = [journal_bytes / load.transferred_bytes]
+    note = f"{journal_bytes:,} journal bytes, {load.transferred_bytes:,} payload bytes"
+    rows.append(summarise("journal_overhead", *goals["journal_overhead"], overhead, notes=[note]))
+    rows.append(_index_row(product, *goals["index_bytes_per_record"]))
+    return rows
+
+
+def _index_row(product: Ours, unit: str, goal: Goal) -> Row:
+    """Bytes of sealed segments that are not frames, by record."""
+    figures = []
+    records = 0
+    for path in product.segments():
+        data = path.read_bytes()
+        trailer = segment.decode_trailer(data[-segment.TRAILER_BYTES :])
+        if trailer is None:
+            continue  # still open
+        end = trailer.contents_offset + trailer.contents_bytes
+        contents = segment.decode_contents(trailer, data[trailer.contents_offset : end])
+        count = sum(entry.count for entry in contents.runs)
+        if count:
+            figures.append((len(data) - contents.frames_end) / count)
+            records += count
+    notes = [f"{len(figures)} sealed segments, {records:,} records"]
+    return summarise("index_bytes_per_record", unit, goal, figures, notes=notes)
