@@ -36,5 +36,4 @@ EXTENSIONS = [
     extension("blockrepl.model._paint", "blockrepl/model/_paint.pyx"),
 ]
 
-present = [e for e in EXTENSIONS if all((HERE / source).exists() for source in e.sources)]
-setup(ext_modules=cythonize(present, build_dir="build/cython", language_level=3))
+setup(ext_modules=cythonize(EXTENSIONS, build_dir="build/cython", language_level=3))
