@@ -177,10 +177,10 @@ class Scratch:
 
 
 @contextmanager
-def scratch(parent: Path) -> Iterator[Scratch]:
+def scratch(parent: Path, prefix: str = "bench-") -> Iterator[Scratch]:
     """A fresh directory under ``parent``; on the way out its children end and it is removed."""
     parent.mkdir(parents=True, exist_ok=True)
-    place = Scratch(Path(tempfile.mkdtemp(prefix="bench-", dir=parent)))
+    place = Scratch(Path(tempfile.mkdtemp(prefix=prefix, dir=parent)))
     try:
         yield place
     finally:
