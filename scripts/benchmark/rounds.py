@@ -40,9 +40,10 @@ def interleave(
         contestant.settle()
     for number in range(1, rounds + 1):
         for contestant in contestants:
-            progress(f"round {number}/{rounds}: {contestant.name}")
             sync()
-            figures[contestant.name].append(contestant.measure())
+            figure = contestant.measure()
+            progress(f"round {number}/{rounds}: {contestant.name}: {figure:,.1f}")
+            figures[contestant.name].append(figure)
             contestant.settle()
     return figures
 

@@ -59,8 +59,9 @@ def sustained_replication(bench: Bench) -> list[Row]:
     figures = []
     lost = 0
     for number in range(1, bench.rounds + 1):
-        bench.progress(f"round {number}/{bench.rounds}: ours")
         figure, gap = _sustained(bench, product, rate)
+        said = f"{figure:,.1f} MB/s" + (", with a gap" if gap else "")
+        bench.progress(f"round {number}/{bench.rounds}: ours: {said}")
         figures.append(0.0 if gap else figure)
         lost += gap
     limit = "without a limit" if rate is None else f"at {rate / MEGABYTE:.0f} MB/s from fio"
