@@ -1,0 +1,253 @@
+"""The history of a replica, for readers beside (or without) a running receiver.
+
+What is there, in the order in which it is read, so that no step can miss what an earlier one says:
+
+1. the durable record: up to which instant, and which byte of the open segment, all is durable;
+2. the catalog: disks, gaps, checkpoints (the receiver writes it before the durable record);
+3. segment files, up to 1.
+
+Without a durable record, or when it contradicts the files (a power cut: it is never synced), the
+open segments are read to their last whole frame, marks the catalog does not know yet are applied,
+and the newest instant is the least of the sources' watermarks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from blockrepl.errors import StateError
+from blockrepl.formats.frame import KIND_MASK, U64, Columns, FrameHeader, RecordKind
+from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
+from blockrepl.formats.segment import file_name
+from blockrepl.model.points import Gap, History, Point, Resolved, resolve, union
+from blockrepl.storage import catalog as catalogs
+from blockrepl.storage import durable as durables
+from blockrepl.storage.catalog import Catalog, CheckpointRow, DiskRow, GapRow, SegmentRow
+from blockrepl.storage.durable import Durable
+from blockrepl.storage.home import Home
+from blockrepl.storage.index import JournalIndex
+from blockrepl.storage.payload import PayloadReader
+from blockrepl.storage.reading import ReadFiles
+from blockrepl.storage.segment_reader import Known, SegmentReader
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class State:
+    """One consistent reading of durable record and catalog."""
+
+    durable: Durable | None
+    latest_ns: int
+    disks: list[DiskRow]
+    gaps: list[GapRow]
+    checkpoints: dict[str, CheckpointRow]
+    segments: dict[int, SegmentRow]
+
+    def disks_at(self, at_ns: int) -> list[DiskRow]:
+        """The disks that a view of an instant has: synced by then, and not yet retired."""
+        return [
+            disk
+            for disk in self.disks
+            if disk.ready_ns is not None
+            and disk.ready_ns <= at_ns
+            and (disk.removed_ns is None or at_ns < disk.removed_ns)
+        ]
+
+
+class ReplicaHistory:
+    """A group's replica, read-only: its points, and the way to the content of its disks."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files = ReadFiles()
+        self.catalog = Catalog.open_readonly(directory / catalogs.FILE_NAME)
+        self.group = self.catalog.group_name
+        self.index = JournalIndex(directory / "segments", self.catalog.group_id, self.files)
+        self.payload = PayloadReader(self.index, self.files)
+
+    @classmethod
+    def open(cls, home: Path, group: str) -> ReplicaHistory:
+        """Open the replica of a group in a home. StateError when there is none."""
+        directory = Home.open(home).replica_directory(group)
+        if not (directory / catalogs.FILE_NAME).exists():
+            others = ", ".join(groups(home)) or "none"
+            raise StateError(
+                f"no replica of a group {group} in {home}",
+                hint=f"groups here: {others}; views are made on the receiver's host (--home)",
+                code="no-group",
+            )
+        return cls(directory)
+
+    def close(self) -> None:
+        self.catalog.close()
+        self.files.close()
+
+    def __enter__(self) -> ReplicaHistory:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def image_path(self, disk: DiskRow) -> Path:
+        return self.directory / "base" / f"{disk.name}.img"
+
+    def state(self) -> State:
+        durable = durables.read_durable(self.directory / durables.FILE_NAME)
+        with self.catalog.snapshot():
+            sources = {row.id: row for row in self.catalog.sources()}
+            state = State(
+                durable=durable,
+                latest_ns=0,
+                disks=self.catalog.disks(removed=True),
+                gaps=self.catalog.gaps(),
+                checkpoints={row.name: row for row in self.catalog.checkpoints()},
+                segments={row.number: row for row in self.catalog.segments()},
+            )
+        if durable is not None and self._holds(durable):
+            state.latest_ns = durable.watermark
+            return state
+        log.warning("group %s: no true durable record, reading its open segments", self.group)
+        state.durable = None
+        self.refresh(state)
+        watermarks = {source: row.watermark for source, row in sources.items()}
+        numbers = {source: row.last_number for source, row in sources.items()}
+        for segment in self.index.segments():
+            for source, watermark in segment.watermarks.items():
+                watermarks[source] = max(watermark, watermarks.get(source, 0))
+            for source, number, mark in segment.marks:
+                if number > numbers.get(source, 0):
+                    _apply(state, mark)
+        live = {disk.source for disk in state.disks if disk.removed_ns is None}
+        state.latest_ns = min((watermarks.get(source, 0) for source in live), default=0)
+        return state
+
+    def _holds(self, durable: Durable) -> bool:
+        path = self.directory / "segments" / file_name(durable.segment_number)
+        try:
+            return path.stat().st_size >= durable.segment_bytes
+        except FileNotFoundError:
+            return False
+
+    def refresh(self, state: State) -> None:
+        """Make all that is durable as of ``state`` visible to lookups."""
+        known = {
+            row.number: Known(0 if row.sealed else row.bytes, row.frames, row.first_stamp)
+            for row in state.segments.values()
+        }
+        durable = state.durable
+        self.index.refresh(
+            known, None if durable is None else (durable.segment_number, durable.segment_bytes)
+        )
+
+    def history(self, state: State | None = None) -> History:
+        """The value that points are resolved against."""
+        now = state or self.state()
+        floors = [disk.ready_ns for disk in now.disks if disk.ready_ns is not None]
+        removed = {disk.id: disk.removed_ns for disk in now.disks}
+        gaps = [
+            Gap(gap.from_ns, removed.get(gap.disk) if gap.to_ns is None else gap.to_ns)
+            for gap in now.gaps
+        ]
+        return History(
+            floor_ns=min(floors, default=None),
+            latest_ns=now.latest_ns,
+            gaps=union(gaps),
+            checkpoints={row.name: row.at_ns for row in now.checkpoints.values()},
+            last_flush=lambda at_ns: self._last_flush(now, at_ns),
+            records_back=lambda at_ns, count: self._records_back(now, at_ns, count),
+        )
+
+    def resolve(self, point: Point, now_ns: int, state: State | None = None) -> Resolved:
+        """The instant a point means in this group. PointError."""
+        return resolve(point, now_ns=now_ns, history=self.history(state))
+
+    def _last_flush(self, state: State, at_ns: int) -> int | None:
+        best = 0
+        for segment in self._segments_back(state, at_ns):
+            row = state.segments.get(segment.number)
+            if row is not None and row.sealed and row.last_stamp <= best:
+                continue
+            for header, ordinal in _headers_back(segment, state, at_ns):
+                if header.last_stamp > best:
+                    stamps = _flushes(segment.columns(ordinal), at_ns)
+                    best = max(best, int(stamps.max()) if len(stamps) else 0)
+        return best or None
+
+    def _records_back(self, state: State, at_ns: int, count: int) -> int | None:
+        """The (count + 1)-th newest stamp up to ``at_ns``."""
+        newest = np.zeros(0, np.uint64)  # the count + 1 newest so far, ascending
+        for segment in self._segments_back(state, at_ns):
+            row = state.segments.get(segment.number)
+            full = len(newest) > count
+            if full and row is not None and row.sealed and row.last_stamp <= int(newest[0]):
+                continue
+            for header, ordinal in _headers_back(segment, state, at_ns):
+                if len(newest) > count and header.last_stamp <= int(newest[0]):
+                    continue
+                stamps = segment.columns(ordinal).stamps
+                stamps = stamps[stamps <= np.uint64(at_ns)]
+                newest = np.sort(np.concatenate((newest, stamps)))[-1 - count :]
+        return int(newest[0]) if len(newest) > count else None
+
+    def _segments_back(self, state: State, at_ns: int) -> Iterator[SegmentReader]:
+        """Segments that may have a record up to an instant, newest first."""
+        self.refresh(state)
+        for segment in reversed(self.index.segments()):
+            row = state.segments.get(segment.number)
+            if row is None or not row.sealed or row.first_stamp <= at_ns:
+                yield segment
+
+
+def groups(home: Path) -> list[str]:
+    """The groups that have a replica in a home, by name."""
+    place = Home(home)
+    return [
+        name
+        for name in place.groups()
+        if (place.replica_directory(name) / catalogs.FILE_NAME).exists()
+    ]
+
+
+def _headers_back(
+    segment: SegmentReader, state: State, at_ns: int
+) -> Iterator[tuple[FrameHeader, int]]:
+    """A segment's frames with records up to an instant of disks that its view has, newest first."""
+    disks = {disk.id for disk in state.disks_at(at_ns)}
+    for ordinal in range(segment.frame_count() - 1, -1, -1):
+        header = segment.header(ordinal)
+        if header.record_count and header.first_stamp <= at_ns and header.disk in disks:
+            yield header, ordinal
+
+
+def _flushes(columns: Columns, at_ns: int) -> U64:
+    which = (columns.kinds & np.uint8(KIND_MASK)) == RecordKind.FLUSH
+    which &= columns.stamps <= np.uint64(at_ns)
+    return columns.stamps[which]
+
+
+def _apply(state: State, mark: CheckpointMark | GapMark | ConsistentMark) -> None:
+    """What the receiver will do with a mark when it recovers (storage/replica.py)."""
+    match mark:
+        case CheckpointMark():
+            row = CheckpointRow(mark.name, mark.at_ns, mark.kind, mark.kept)
+            state.checkpoints.setdefault(mark.name, row)
+        case GapMark():
+            disk = mark.disk.bytes
+            ready = any(row.id == disk and row.ready_ns is not None for row in state.disks)
+            if ready and not any(gap.disk == disk and gap.to_ns is None for gap in state.gaps):
+                state.gaps.append(GapRow(disk, mark.from_ns, None))
+        case ConsistentMark():
+            disk = mark.disk.bytes
+            for place, known in enumerate(state.disks):
+                if known.id == disk and known.ready_ns is None:
+                    state.disks[place] = replace(known, ready_ns=mark.at_ns)
+                    return
+            for place, gap in enumerate(state.gaps):
+                if gap.disk == disk and gap.to_ns is None:
+                    state.gaps[place] = replace(gap, to_ns=max(gap.from_ns, mark.at_ns))

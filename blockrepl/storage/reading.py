@@ -1,0 +1,178 @@
+"""Positional reads of many files through a bounded number of descriptors, and bounded caches.
+
+A journal has more segments than a process may have files open, and a memory map of a file that
+shrinks or fails kills its reader, so everything is read with pread.
+
+With ``wait=False`` a read never waits for a device: what is not in the page cache raises
+BlockingIOError, and the caller does it again from a thread that may wait.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from blockrepl.errors import DamageError, StorageError
+
+OPEN_FILES_MAX = 128  # descriptors; segments beyond are closed, least recently used first
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class Cache(Generic[Key, Value]):
+    """Least recently used out first; what it holds stays under ``limit`` in the caller's unit."""
+
+    def __init__(self, limit: int, size: Callable[[Value], int]) -> None:
+        self._limit = limit
+        self._size = size
+        self._held = 0
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Key) -> Value | None:
+        with self._lock:
+            value = self._values.get(key)
+            if value is not None:
+                self._values.move_to_end(key)
+            return value
+
+    def put(self, key: Key, value: Value) -> None:
+        with self._lock:
+            old = self._values.pop(key, None)
+            if old is not None:
+                self._held -= self._size(old)
+            self._values[key] = value
+            self._held += self._size(value)
+            while self._held > self._limit and len(self._values) > 1:
+                self._held -= self._size(self._values.popitem(last=False)[1])
+
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+            self._held = 0
+
+
+def damaged(path: Path, offset: int, why: object) -> DamageError:
+    """The one way damage is told: file and offset."""
+    return DamageError(
+        f"segment {path.name} is damaged at offset {offset}: {why} ({path})",
+        hint="points before the damage stay readable; look at the disk that holds the file",
+    )
+
+
+class _OpenFile:
+    """Closed when the last reader lets go of it."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class ReadFiles:
+    """Reads of files that never change where they are read. May be used by several threads."""
+
+    def __init__(self, open_files_max: int = OPEN_FILES_MAX) -> None:
+        self._open: Cache[Path, _OpenFile] = Cache(open_files_max, lambda _file: 1)
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def size(self, path: Path) -> int:
+        with _named(path, 0):
+            return os.fstat(self._file(path).descriptor).st_size
+
+    def allocated_bytes(self, path: Path) -> int:
+        with _named(path, 0):
+            return os.fstat(self._file(path).descriptor).st_blocks * 512
+
+    def read(self, path: Path, size: int, offset: int, *, wait: bool = True) -> bytes:
+        """``size`` bytes, fewer only at the end of the file. StorageError."""
+        with _named(path, offset):
+            file = self._file(path)
+            if wait:
+                return _read_whole(file.descriptor, size, offset)
+            buffer = bytearray(size)
+            done = os.preadv(file.descriptor, [buffer], offset, os.RWF_NOWAIT)
+            if done < size:
+                # At the end of the file, or what comes next is not in the page cache.
+                raise BlockingIOError(errno.EAGAIN, "not in the page cache")
+            return bytes(buffer)
+
+    def read_into(self, path: Path, buffer: memoryview, offset: int, *, wait: bool = True) -> None:
+        """Fill ``buffer``; beyond the end of the file it is left as it is. StorageError."""
+        with _named(path, offset):
+            file = self._file(path)
+            flags = 0 if wait else os.RWF_NOWAIT
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(file.descriptor, [buffer[done:]], offset + done, flags)
+                if count == 0:
+                    return
+                done += count
+
+    def data_ranges(self, path: Path, offset: int, end: int) -> list[tuple[int, int]]:
+        """The parts of [offset, end) that are not holes."""
+        ranges: list[tuple[int, int]] = []
+        with _named(path, offset):
+            descriptor = self._file(path).descriptor
+            while offset < end:
+                try:
+                    data = os.lseek(descriptor, offset, os.SEEK_DATA)
+                except OSError as error:
+                    if error.errno == errno.ENXIO:  # no data up to the end of the file
+                        break
+                    raise
+                if data >= end:
+                    break
+                offset = min(end, os.lseek(descriptor, data, os.SEEK_HOLE))
+                ranges.append((data, offset))
+        return ranges
+
+    def _file(self, path: Path) -> _OpenFile:
+        file = self._open.get(path)
+        if file is None:
+            file = _OpenFile(path)
+            self._open.put(path, file)
+        return file
+
+
+def _read_whole(descriptor: int, size: int, offset: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    while 0 < len(data) < size:
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+class _named:
+    """An OSError as a StorageError that names file and offset."""
+
+    __slots__ = ("offset", "path")
+
+    def __init__(self, path: Path, offset: int) -> None:
+        self.path = path
+        self.offset = offset
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
+            if error.errno == errno.EOPNOTSUPP:  # a file system without RWF_NOWAIT
+                raise BlockingIOError(errno.EAGAIN, "cannot tell") from error
+            raise StorageError(
+                f"cannot read {self.path} at {self.offset}: {error.strerror}"
+            ) from error

@@ -1,0 +1,304 @@
+"""The segment reader: what other processes than the receiver see of a segment file.
+
+===========================  ======================================================================
+the file                     is read by
+===========================  ======================================================================
+sealed, its index is true    index runs in place: proven once, then only the entries a lookup needs
+sealed, its index is not     its frames, like an open one, up to where they end; one warning
+open, or still to be sealed  its frames' headers and columns, from where the last scan stopped
+===========================  ======================================================================
+
+Frames are only ever appended, so ordinals, offsets and entries stay what they are when a segment
+is sealed; the reader then lets go of the entries it held in memory.
+
+*Known* is what was durable when somebody said so (the durable record, the catalog). Within it a
+frame must be whole and true. What is not is damage, kept with the oldest stamp it may concern:
+lookups from that stamp on must fail, older points stay readable. Beyond what is known, the file
+ends at the first frame that is cut short or does not match its digests, payload included.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from blockrepl.errors import DamageError, PeerError
+from blockrepl.formats import frame as frames
+from blockrepl.formats import segment as segments
+from blockrepl.formats.frame import HEADER_BYTES, Columns, FrameHeader, FrameKind
+from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, decode_mark
+from blockrepl.formats.run import Run, concatenate, from_columns
+from blockrepl.storage.reading import ReadFiles, damaged
+from blockrepl.storage.runs import FileRun, MemoryRun, RunSource
+
+log = logging.getLogger(__name__)
+
+Mark = CheckpointMark | GapMark | ConsistentMark
+SCAN_READ_BYTES = 64 * 1024  # header and columns of a frame of 4 KiB records, with some to spare
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What of a segment file was durable: its first bytes, its first frames, whichever is more."""
+
+    bytes: int = 0
+    frames: int = 0
+    first_stamp: int = 0  # no record in the segment is older
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Records of ``disk`` (None: of any) from ``first_stamp`` on cannot all be found."""
+
+    disk: bytes | None
+    first_stamp: int
+    error: DamageError
+
+
+class SegmentReader:
+    """One segment file. ``refresh`` before use; lookups may run in other threads meanwhile."""
+
+    def __init__(self, path: Path, number: int, group: bytes, files: ReadFiles) -> None:
+        self.path = path
+        self.number = number
+        self.sealed = False
+        self.damage: tuple[Damage, ...] = ()
+        # Of the frames scanned: watermarks by source, and marks with source and frame number.
+        self.watermarks: dict[bytes, int] = {}
+        self.marks: list[tuple[bytes, int, Mark]] = []
+        self._group = group
+        self._files = files
+        self._lock = threading.Lock()
+        self._offsets: Sequence[int] = array("Q")
+        self._end = segments.HEADER_BYTES
+        self._frames_seen = 0
+        self._runs: dict[bytes, tuple[RunSource, ...]] = {}
+        self._table: segments.Contents | None = None
+        self._checked_header = False
+
+    @property
+    def end(self) -> int:
+        """File offset just past the last frame seen."""
+        return self._end
+
+    def runs(self, disk: bytes) -> tuple[RunSource, ...]:
+        return self._runs.get(disk, ())
+
+    def refresh(self, known: Known, *, limit: int | None = None) -> None:
+        """See what has been appended, or that the file has been sealed. DamageError, StorageError.
+
+        Nothing beyond ``limit`` bytes is looked at, all of it is known then.
+        """
+        with self._lock:
+            if self.sealed:
+                return
+            if not self._checked_header:
+                self._check_header()
+            contents = self._contents()
+            if contents is not None:
+                self._adopt(contents)
+            else:
+                self._scan(known, limit)
+
+    def frame_count(self) -> int:
+        return self._table.frame_count if self._table is not None else len(self._offsets)
+
+    def frame_offset(self, ordinal: int) -> int:
+        """Where a frame begins in the file. DamageError."""
+        if self._table is not None and len(self._offsets) < self._table.frame_count:
+            self._offsets = self._frame_table(self._table)
+        return int(self._offsets[ordinal])
+
+    def header(self, ordinal: int) -> FrameHeader:
+        """A frame's header. DamageError."""
+        offset = self.frame_offset(ordinal)
+        try:
+            return frames.decode_header(self._files.read(self.path, HEADER_BYTES, offset))
+        except PeerError as error:
+            raise self._damaged(offset, error) from error
+
+    def body_start(self, ordinal: int, *, wait: bool = True) -> tuple[FrameHeader, int, bytes]:
+        """A frame's header, its body's file offset, and its proven columns and block table."""
+        offset = self.frame_offset(ordinal)
+        data = self._files.read(self.path, HEADER_BYTES, offset, wait=wait)
+        try:
+            header = frames.decode_header(data)
+            start = offset + HEADER_BYTES
+            body = self._files.read(self.path, header.blocks_offset, start, wait=wait)
+            frames.check_table(header, body)
+        except PeerError as error:
+            raise self._damaged(offset, error) from error
+        return header, start, body
+
+    def columns(self, ordinal: int) -> Columns:
+        header, _start, body = self.body_start(ordinal)
+        return frames.parse_columns(header, body)
+
+    def _check_header(self) -> None:
+        data = self._files.read(self.path, segments.HEADER_BYTES, 0)
+        try:
+            header = segments.decode_header(data)
+        except PeerError as error:
+            raise self._damaged(0, error) from error
+        if header.group != self._group or header.number != self.number:
+            raise DamageError(f"{self.path} is a segment of another group or number")
+        self._checked_header = True
+
+    def _contents(self) -> segments.Contents | None:
+        size = self._files.size(self.path)
+        tail = size - segments.TRAILER_BYTES
+        if tail < segments.HEADER_BYTES:
+            return None
+        trailer = segments.decode_trailer(self._files.read(self.path, segments.TRAILER_BYTES, tail))
+        if trailer is None:
+            return None
+        data = self._files.read(self.path, trailer.contents_bytes, trailer.contents_offset)
+        try:
+            return segments.decode_contents(trailer, data)
+        except PeerError as error:
+            log.warning("%s; its frames are read instead", self._damaged(tail, error))
+            return None
+
+    def _adopt(self, contents: segments.Contents) -> None:
+        """Use the index of a file that has been sealed."""
+        self._runs = {
+            entry.disk.bytes: (FileRun(self.path, entry, self._files, self._rebuilt),)
+            for entry in contents.runs
+        }
+        self._table = contents
+        self._end = contents.frames_end
+        self.damage = ()
+        self.sealed = True
+
+    def _rebuilt(self, disk: bytes, error: DamageError) -> Run:
+        """The entries of a disk from the frames, where the index run is damaged."""
+        log.warning("%s; rebuilt from the segment's frames", error)
+        parts = []
+        for ordinal in range(self.frame_count()):
+            if self.header(ordinal).disk == disk:
+                parts.append(from_columns(self.columns(ordinal), ordinal))
+        return concatenate(parts).sorted()
+
+    def _frame_table(self, contents: segments.Contents) -> Sequence[int]:
+        size = contents.frame_count * 8
+        data = self._files.read(self.path, size, contents.frame_table_offset)
+        if xxhash.xxh3_64_intdigest(data) == contents.frame_table_digest:
+            table = array("Q")
+            table.frombytes(data)
+            return table
+        error = self._damaged(contents.frame_table_offset, "frame table does not match its digest")
+        log.warning("%s; rebuilt from the segment's frames", error)
+        table = array("Q")
+        offset = segments.HEADER_BYTES
+        while offset < contents.frames_end:
+            table.append(offset)
+            try:
+                header = frames.decode_header(self._files.read(self.path, HEADER_BYTES, offset))
+            except PeerError as second:
+                raise self._damaged(offset, second) from second
+            offset += header.frame_bytes
+        return table
+
+    def _scan(self, known: Known, limit: int | None) -> None:
+        """Take up the frames appended since the last scan."""
+        if self.damage and self.damage[-1].disk is None:
+            return  # what lies behind a header that is not true cannot be found
+        size = self._files.size(self.path)
+        size = size if limit is None else min(size, limit)
+        offsets = array("Q", self._offsets)
+        found: dict[bytes, list[Run]] = {}
+        damage = list(self.damage)
+        for header, body in self._frames(size, known, damage):
+            if body is not None and header.kind == FrameKind.MARK:
+                self._note_mark(header)
+            elif body is not None and header.record_count:
+                run = from_columns(frames.parse_columns(header, body), len(offsets))
+                if len(run):
+                    found.setdefault(header.disk, []).append(run)
+            offsets.append(self._end)
+            self._end += header.frame_bytes
+            self._frames_seen += 1
+            self.watermarks[header.source] = header.watermark
+        runs = dict(self._runs)
+        for disk, parts in found.items():
+            runs[disk] = _with_newest(runs.get(disk, ()), MemoryRun(concatenate(parts).sorted()))
+        self._offsets = offsets
+        self._runs = runs
+        self.damage = tuple(damage)
+
+    def _note_mark(self, header: FrameHeader) -> None:
+        body = self._files.read(self.path, header.body_bytes, self._end + HEADER_BYTES)
+        try:
+            mark = decode_mark(frames.decode_payload(header, body))
+        except PeerError as error:
+            log.error("%s", self._damaged(self._end, error))
+        else:
+            self.marks.append((header.source, header.number, mark))
+
+    def _frames(
+        self, size: int, known: Known, damage: list[Damage]
+    ) -> Iterator[tuple[FrameHeader, memoryview | None]]:
+        """Whole frames from ``_end`` on; a body is its columns and table, None when damaged."""
+        window = _Window(self.path, self._files, size)
+        while self._end + HEADER_BYTES <= size:
+            offset = self._end
+            is_known = offset < known.bytes or self._frames_seen < known.frames
+            try:
+                header = frames.decode_header(window.read(offset, HEADER_BYTES))
+                if offset + header.frame_bytes > size:
+                    raise PeerError("frame is cut short")
+            except PeerError as error:
+                if is_known:
+                    oldest = min(self.watermarks.values(), default=known.first_stamp)
+                    damage.append(Damage(None, oldest, self._damaged(offset, error)))
+                return
+            body = window.read(offset + HEADER_BYTES, header.blocks_offset)
+            try:
+                if is_known:
+                    frames.check_table(header, body)
+                else:
+                    frames.check_body(header, window.read(offset + HEADER_BYTES, header.body_bytes))
+            except PeerError as error:
+                if not is_known:
+                    return
+                damage.append(Damage(header.disk, header.first_stamp, self._damaged(offset, error)))
+                yield header, None
+            else:
+                yield header, body
+
+    def _damaged(self, offset: int, why: PeerError | str) -> DamageError:
+        return damaged(self.path, offset, why)
+
+
+class _Window:
+    """Reads of a file in order, few of them: small frames come many to a read."""
+
+    def __init__(self, path: Path, files: ReadFiles, size: int) -> None:
+        self._path = path
+        self._files = files
+        self._size = size
+        self._data = memoryview(b"")
+        self._start = 0
+
+    def read(self, offset: int, count: int) -> memoryview:
+        place = offset - self._start
+        if place < 0 or place + count > len(self._data):
+            wanted = min(max(count, SCAN_READ_BYTES), self._size - offset)
+            self._data = memoryview(self._files.read(self._path, wanted, offset))
+            self._start, place = offset, 0
+        return self._data[place : place + count]
+
+
+def _with_newest(runs: tuple[RunSource, ...], newest: MemoryRun) -> tuple[RunSource, ...]:
+    """Add a run; join small ones, so that a lookup meets a logarithmic number of them."""
+    kept = list(runs)
+    while kept and isinstance(last := kept[-1], MemoryRun) and len(last) <= 2 * len(newest):
+        newest = MemoryRun(concatenate([last.entries, newest.entries]).sorted())
+        kept.pop()
+    return (*kept, newest)
