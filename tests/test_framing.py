@@ -17,12 +17,13 @@ from trio.testing import MockClock, lockstep_stream_pair
 
 from blockrepl import limits
 from blockrepl.channel import framing
-from blockrepl.channel.framing import DATA, HEADER, MessageStream
+from blockrepl.channel.framing import HEADER, MessageStream
 from blockrepl.channel.secure_stream import SecureStream
 from blockrepl.errors import PeerError
+from blockrepl.formats.messages import MessageType
 from blockrepl.units import MIB
 
-CONTROL = 1
+CONTROL, DATA = int(MessageType.HELLO), int(MessageType.DATA)
 BOUNDS = {CONTROL: 100, DATA: limits.MESSAGE_BYTES_MAX}
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from typing import Self
 
 import numpy
 import trio
@@ -35,13 +36,11 @@ from blockrepl.errors import PeerError
 HEADER = struct.Struct("<IB")  # length of what follows, type
 TYPE_BYTES = 1
 
-DATA = 2  # the one type that carries frames
-
 
 class MessageStream:
     """Whole messages in both directions. One task may receive; any number may send.
 
-    `payload_bytes_max` maps each type that may arrive or be sent to the bound of its payload.
+    `payload_bytes_max` maps each type that may arrive to the bound of its payload.
     """
 
     def __init__(
@@ -66,8 +65,8 @@ class MessageStream:
         (code "silent"). If cancelled part-way, the channel can send no more.
         """
         payload_bytes = sum(memoryview(buffer).nbytes for buffer in buffers)
-        if payload_bytes > self._payload_bytes_max[message_type]:
-            raise ValueError(f"{payload_bytes} bytes are too many for message type {message_type}")
+        if payload_bytes > limits.MESSAGE_BYTES_MAX:
+            raise ValueError(f"{payload_bytes} bytes are too many for one message")
         header = HEADER.pack(TYPE_BYTES + payload_bytes, message_type)
         async with self._send_lock:
             with trio.move_on_after(self._message_seconds) as scope:
@@ -130,6 +129,12 @@ class MessageStream:
         if payload_bytes:
             await self.stream.receive_into(payload)
         return message_type, payload
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
 
     async def aclose(self) -> None:
         """Close the channel underneath; see `SecureStream.aclose`."""
