@@ -261,6 +261,15 @@ class Catalog:
             disk.hex(),
         )
 
+    def set_removed(self, disk: bytes, at_ns: int | None) -> None:
+        """Retire a disk, or take it back: then what happened meanwhile is a gap."""
+        with self.transaction():
+            if at_ns is None:
+                for row in self.disks(removed=True):
+                    if row.id == disk and row.removed_ns is not None:
+                        self.begin_gap(disk, row.removed_ns)
+            self._change("UPDATE disks SET removed_ns = ? WHERE id = ?", at_ns, disk.hex())
+
     # History
 
     def gaps(self) -> list[GapRow]:

@@ -1,0 +1,82 @@
+"""What a frame must be before it may be journaled. Anything else is its sender's fault: PeerError.
+
+1. Of this group, of the source whose session it came through, and as long as its message.
+2. Numbers that the catalog can hold (below 2^63); number 0 for base frames, and only for them.
+3. With records, or a mark that names a disk: of a disk that this source has attached.
+4. Columns, block table and every block match their digests.
+5. Every record inside its disk, of a known kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from blockrepl.errors import PeerError
+from blockrepl.formats.frame import (
+    KIND_MASK,
+    FrameHeader,
+    FrameKind,
+    RecordKind,
+    check_body,
+    decode_payload,
+    parse_columns,
+)
+from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, decode_mark
+from blockrepl.storage.catalog import DiskRow
+
+NUMBER_MAX = (1 << 63) - 1  # what SQLite's integers hold
+Mark = CheckpointMark | GapMark | ConsistentMark
+
+
+def check_header(
+    header: FrameHeader,
+    frame: memoryview,
+    *,
+    group: bytes,
+    source: bytes,
+    disks: Mapping[bytes, DiskRow],
+) -> None:
+    """Rules 1 to 3."""
+    if header.group != group or header.source != source:
+        raise PeerError("frame is of another group or source")
+    if header.frame_bytes != frame.nbytes:
+        raise PeerError("frame does not fill its message")
+    if (header.number == 0) != (header.kind == FrameKind.BASE):
+        raise PeerError("frame number does not suit its kind")
+    next_sequence = header.first_sequence + header.record_count
+    if max(header.number, header.watermark, header.last_stamp, next_sequence) > NUMBER_MAX:
+        raise PeerError("frame numbers are out of range")
+    if header.record_count:
+        _own_disk(disks, header.disk, source)
+
+
+def _own_disk(disks: Mapping[bytes, DiskRow], disk: bytes, source: bytes) -> DiskRow:
+    row = disks.get(disk)
+    if row is None or row.source != source:
+        raise PeerError("frame of a disk that its source has not attached")
+    return row
+
+
+def check_content(header: FrameHeader, body: memoryview, disk: DiskRow | None) -> None:
+    """Rules 4 and 5. ``disk`` is the frame's, where it has records."""
+    check_body(header, body)
+    if disk is None:
+        return
+    columns = parse_columns(header, body)
+    offsets = columns.offsets
+    # The first test keeps the sums of the second within 64 bits.
+    if (
+        int(offsets.max()) > disk.size_bytes
+        or int((offsets + columns.lengths).max()) > disk.size_bytes
+    ):
+        raise PeerError(f"frame has a record beyond the end of disk {disk.name}")
+    if int((columns.kinds & KIND_MASK).max()) > RecordKind.FLUSH:
+        raise PeerError("frame has a record of an unknown kind")
+
+
+def read_mark(header: FrameHeader, body: memoryview, disks: Mapping[bytes, DiskRow]) -> Mark:
+    """The mark of a checked mark frame (rule 3)."""
+    mark = decode_mark(decode_payload(header, body))
+    if not isinstance(mark, CheckpointMark):
+        _own_disk(disks, mark.disk.bytes, header.source)
+    return mark

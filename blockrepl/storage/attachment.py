@@ -1,0 +1,83 @@
+"""What disks a source has in a group: made known, kept, retired.
+
+=======================================  =====================================================
+the source names                         then
+=======================================  =====================================================
+a disk that is not known                 its base image is made, then its row (StateError when
+                                         the name is taken)
+a known one, same name and size          goes on
+a known one under another name or size,  StateError, nothing is changed
+or of another source
+a retired one                            taken back; the time between is a gap
+(a known one is not named)               retired: its history stays
+=======================================  =====================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from blockrepl.errors import StateError
+from blockrepl.formats.messages import AttachDisk
+from blockrepl.storage.base import create_image
+from blockrepl.storage.catalog import Catalog, DiskRow, SourceRow
+from blockrepl.storage.files import failure
+
+
+def image_path(directory: Path, disk_name: str) -> Path:
+    """The base image of a disk in a replica's directory."""
+    return directory / "base" / f"{disk_name}.img"
+
+
+def attach_disks(
+    directory: Path, catalog: Catalog, source: bytes, disks: Sequence[AttachDisk], now: int
+) -> None:
+    """Apply the table in one transaction. StateError, StorageError."""
+    with catalog.transaction():
+        if all(row.id != source for row in catalog.sources()):
+            catalog.put_source(SourceRow(source, 0, 0))
+        known = {row.id: row for row in catalog.disks(removed=True)}
+        for disk in disks:
+            row = known.get(disk.id.bytes)
+            if row is None:
+                _add(directory, catalog, source, disk)
+                continue
+            _check_same(catalog.group_name, row, source, disk)
+            if row.removed_ns is not None:
+                catalog.set_removed(row.id, None)
+        named = {disk.id.bytes for disk in disks}
+        for row in known.values():
+            if row.source == source and row.id not in named and row.removed_ns is None:
+                catalog.set_removed(row.id, now)
+
+
+def _add(directory: Path, catalog: Catalog, source: bytes, disk: AttachDisk) -> None:
+    if any(row.name == disk.name for row in catalog.disks(removed=True)):
+        raise StateError(
+            f"group {catalog.group_name} already has another disk named {disk.name}",
+            hint="add the disk under another name",
+            code="disk-name-taken",
+        )
+    image = image_path(directory, disk.name)
+    try:
+        create_image(image, disk.size_bytes)
+    except OSError as error:
+        raise failure(error, f"cannot make {image}") from error
+    catalog.add_disk(DiskRow(disk.id.bytes, disk.name, disk.size_bytes, source))
+
+
+def _check_same(group: str, row: DiskRow, source: bytes, disk: AttachDisk) -> None:
+    if (row.source, row.name) != (source, disk.name):
+        raise StateError(
+            f"the id of disk {disk.name} is that of another disk of group {group}",
+            hint="add the disk anew",
+            code="disk-identity",
+        )
+    if row.size_bytes != disk.size_bytes:
+        raise StateError(
+            f"disk {row.name} of group {group} has {row.size_bytes} bytes here, "
+            f"the source says {disk.size_bytes}",
+            hint="a protected disk cannot change its size; add it under another name",
+            code="disk-size",
+        )

@@ -1,0 +1,101 @@
+"""The base: per disk a sparse raw image, ``replicas/<group>/base/<disk>.img``.
+
+It holds the disk's content at its floor: written by the first sync (frames of kind base), later by
+the folding of old segments. Any tool can open it. Rules:
+
+- Made with the disk's whole size, durably, before the disk is in the catalog.
+- A zero or trim record makes a hole, but only where there is data: a first sync of an empty disk
+  allocates nothing and writes nothing.
+- ``write`` is not durable before ``sync``; both are idempotent, so a sync that broke off is simply
+  done again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+from pathlib import Path
+
+from blockrepl.errors import PeerError
+from blockrepl.formats.frame import (
+    KIND_MASK,
+    FrameHeader,
+    RecordKind,
+    decode_payload,
+    parse_columns,
+)
+from blockrepl.storage.files import Files, write_all
+from blockrepl.storage.home import make_directory, sync_directory
+
+KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def create_image(path: Path, size_bytes: int) -> None:
+    """Make the image of a disk where there is none; durable on return. OSError."""
+    make_directory(path.parent)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if os.fstat(descriptor).st_size < size_bytes:
+            os.ftruncate(descriptor, size_bytes)
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    sync_directory(path.parent)
+
+
+class BaseImage:
+    """An open base image."""
+
+    def __init__(self, path: Path, size_bytes: int, files: Files) -> None:
+        self.path = path
+        self.size_bytes = size_bytes
+        self._files = files
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._unsynced = False
+
+    def write(self, header: FrameHeader, body: memoryview) -> None:
+        """Put a checked base frame's content in place. PeerError, OSError."""
+        columns = parse_columns(header, body)
+        payload = memoryview(decode_payload(header, body))
+        position = 0
+        # A first sync's records are whole regions: a loop over them is short.
+        for offset, length, kind in zip(
+            columns.offsets.tolist(), columns.lengths.tolist(), columns.kinds.tolist(), strict=True
+        ):
+            if offset + length > self.size_bytes:
+                raise PeerError(f"base record beyond the end of {self.path.stem}")
+            self._unsynced = True
+            match kind & KIND_MASK:
+                case RecordKind.WRITE:
+                    piece = payload[position : position + length]
+                    write_all(self._files, self._descriptor, [piece], offset)
+                    position += length
+                case RecordKind.ZERO | RecordKind.TRIM:
+                    self._clear(offset, offset + length)
+
+    def _clear(self, offset: int, end: int) -> None:
+        """Punch holes over the data within a range, and only there."""
+        while offset < end:
+            try:
+                data = os.lseek(self._descriptor, offset, os.SEEK_DATA)
+            except OSError:  # ENXIO: no data up to the end of the file
+                return
+            if data >= end:
+                return
+            hole = min(end, os.lseek(self._descriptor, data, os.SEEK_HOLE))
+            if _libc.fallocate(self._descriptor, KEEP_SIZE_PUNCH_HOLE, data, hole - data):
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number), str(self.path))
+            offset = hole
+
+    def sync(self) -> None:
+        """Make what was written durable. OSError."""
+        if self._unsynced:
+            self._files.sync(self._descriptor)
+            self._unsynced = False
+
+    def close(self) -> None:
+        os.close(self._descriptor)

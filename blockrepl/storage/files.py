@@ -1,0 +1,59 @@
+"""The few system calls that the journal's durability hangs on, so that tests can make them fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+
+from blockrepl.errors import StorageError
+from blockrepl.formats.frame import Buffer
+
+VECTOR_BUFFERS_MAX = 1024  # IOV_MAX of Linux
+FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Files:
+    """The system's own."""
+
+    def write(self, descriptor: int, buffers: Sequence[Buffer], offset: int) -> int:
+        return os.pwritev(descriptor, buffers, offset)
+
+    def sync(self, descriptor: int) -> None:
+        os.fdatasync(descriptor)
+
+    def truncate(self, descriptor: int, size_bytes: int) -> None:
+        os.ftruncate(descriptor, size_bytes)
+
+
+def write_all(files: Files, descriptor: int, buffers: Sequence[Buffer], offset: int) -> int:
+    """Write buffers back to back, however short each write falls; the offset after them."""
+    for first in range(0, len(buffers), VECTOR_BUFFERS_MAX):
+        rest = [memoryview(b) for b in buffers[first : first + VECTOR_BUFFERS_MAX] if len(b)]
+        while rest:
+            written = files.write(descriptor, rest, offset)
+            offset += written
+            while rest and written >= len(rest[0]):
+                written -= len(rest.pop(0))
+            if written:
+                rest[0] = rest[0][written:]
+    return offset
+
+
+def is_full(error: OSError) -> bool:
+    return error.errno in FULL_ERRORS
+
+
+def failure(error: OSError, what: str) -> StorageError:
+    """An operating system's error as ours; code "full" when room would help."""
+    if is_full(error):
+        return StorageError(
+            f"{what}: no room left ({error.strerror})",
+            hint="free some room on the receiver's file system; replication goes on by itself",
+            code="full",
+        )
+    return StorageError(
+        f"{what}: {error.strerror}",
+        hint="check the receiver's disk, then restart the receiver: it recovers what is durable",
+        code="fail-stop",
+    )

@@ -1,0 +1,411 @@
+"""The replica of one group: catalog, journal and base images, kept true by one order of writes.
+
+Per commit, each step done before the next:
+
+1. base frames into the base images, journal frames into the open segment; fdatasync of each
+2. the catalog, when marks came or a segment was begun or sealed: marks, sources, disks as of 1
+3. the durable record (a hint, not synced)
+4. the caller acknowledges
+
+A crash after 1 leaves frames the catalog does not know: recovery replays them. So a source's
+``last_number`` in the catalog is also the number up to which its marks have been applied. When 2
+finds no room, the marks stay due and nothing is acknowledged until they are applied.
+
+A source's frames come gapless: an older number is a duplicate and dropped, a hole is its fault. A
+base frame for a disk whose first sync is done is a duplicate.
+
+==========  ==============================================================================
+error       meaning
+==========  ==============================================================================
+None        working
+full        the last commit found no room; nothing of it was acknowledged; the next one is
+            tried as usual
+fail-stop   nothing works until the process has been restarted and has recovered
+==========  ==============================================================================
+
+After a failed commit all that was staged is forgotten: its sources must attach again. One thread
+at a time may change a replica; ``status`` may be called by any, at any time, and does not wait.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+from uuid import UUID, uuid4
+
+from blockrepl.errors import DamageError, PeerError, StateError, StorageError
+from blockrepl.formats.frame import FrameHeader, FrameKind
+from blockrepl.formats.marks import CheckpointMark, GapMark
+from blockrepl.formats.messages import AttachDisk, Attached, AttachedDisk
+from blockrepl.storage import catalog as catalogs
+from blockrepl.storage import durable as durables
+from blockrepl.storage.admission import Mark, check_content, check_header, read_mark
+from blockrepl.storage.attachment import attach_disks, image_path
+from blockrepl.storage.base import BaseImage
+from blockrepl.storage.catalog import Catalog, CheckpointRow, DiskRow, GapRow, SourceRow
+from blockrepl.storage.durable import Durable, DurableFile, read_durable
+from blockrepl.storage.files import Files, failure
+from blockrepl.storage.home import make_directory
+from blockrepl.storage.journal import DIRECTORY_NAME, Journal
+
+logger = logging.getLogger(__name__)
+
+
+class Admission(enum.Enum):
+    STAGED = "staged"
+    DUPLICATE = "duplicate"
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What is durable: per source the last frame's number, and the group's watermark."""
+
+    numbers: dict[bytes, int]
+    watermark: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    name: str
+    error: StorageError | None
+    watermark: int
+    journal_bytes: int
+    disks: list[DiskRow]
+    gaps: list[GapRow]
+    base_bytes: dict[bytes, int]  # per disk, of the first sync, received by this process
+
+
+class Replica:
+    """An open replica. Make one with `open_replica`."""
+
+    def __init__(
+        self, directory: Path, catalog: Catalog, files: Files, clock: Callable[[], int]
+    ) -> None:
+        self.directory = directory
+        self.catalog = catalog
+        self.name = catalog.group_name
+        self.group_id = catalog.group_id
+        self.error: StorageError | None = None
+        self._files = files
+        self._clock = clock
+        self._sources = {row.id: row for row in catalog.sources()}
+        self._images: dict[bytes, BaseImage] = {}
+        self._base_bytes: dict[bytes, int] = {}
+        self._marks_due: list[Mark] = []  # of durable frames, not yet in the catalog
+        self._reload()
+        self._forget_staged()
+        durable = read_durable(directory / durables.FILE_NAME)
+        self._watermark = durable.watermark if durable else 0
+        self._journal = Journal(
+            directory / DIRECTORY_NAME,
+            self.group_id,
+            rows=catalog.segments(),
+            durable=durable,
+            replay=self._replay,
+            files=files,
+            clock=clock,
+        )
+        self._durable_file = DurableFile(directory / durables.FILE_NAME)
+        try:
+            self._take_staged()
+            self._write_catalog()
+            self._publish()
+        except BaseException:
+            self._journal.close()
+            self._durable_file.close()
+            raise
+        recovered = self._journal.recovered
+        if recovered.cut_bytes or recovered.damaged_frames:
+            logger.warning(
+                "group %s: recovered; %d bytes that were never acknowledged cut off, %d damaged "
+                "frames kept",
+                self.name,
+                recovered.cut_bytes,
+                recovered.damaged_frames,
+            )
+
+    def _replay(self, header: FrameHeader, body: memoryview | None) -> None:
+        """Stage a frame that recovery found, as `append` did before the crash."""
+        if header.source not in self._sources:
+            raise DamageError(f"the journal of {self.name} has frames of an unknown source")
+        if header.number <= self._sources[header.source].last_number:
+            return
+        if header.number != self._numbers[header.source] + 1:
+            raise DamageError(f"the journal of {self.name} lacks frames before {header.number}")
+        if header.kind == FrameKind.MARK and body is not None:
+            try:
+                self._marks.append(read_mark(header, body, self._disks))
+            except PeerError as error:
+                logger.warning("group %s: a mark was not applied: %s", self.name, error)
+        self._stage(header)
+
+    # Sources and their frames
+
+    def attach(self, source: bytes, disks: Sequence[AttachDisk]) -> Attached:
+        """Take in which disks a source has in the group (attachment.py); where it goes on.
+
+        Everything staged must have been committed. StateError, StorageError.
+        """
+        self._check_working()
+        attach_disks(self.directory, self.catalog, source, disks, self._clock())
+        self._sources.setdefault(source, SourceRow(source, 0, 0))
+        self._reload()
+        self._forget_staged()
+        row = self._sources[source]
+        return Attached(
+            group=self.name,
+            group_id=UUID(bytes=self.group_id),
+            next_number=row.last_number + 1,
+            watermark=row.watermark,
+            disks=[self._attached(self._disks[disk.id.bytes]) for disk in disks],
+        )
+
+    def _attached(self, disk: DiskRow) -> AttachedDisk:
+        state: Literal["empty", "ready", "gap"] = "ready"
+        if disk.ready_ns is None:
+            state = "empty"
+        elif any(gap.disk == disk.id and gap.to_ns is None for gap in self._gaps):
+            state = "gap"
+        return AttachedDisk(
+            id=UUID(bytes=disk.id),
+            epoch=disk.epoch,
+            state=state,
+            ring_id=disk.ring_id,
+            next_sequence=disk.next_sequence,
+        )
+
+    def append(self, source: bytes, header: FrameHeader, frame: memoryview) -> Admission:
+        """Check a frame (admission.py) and stage it for the next commit. PeerError.
+
+        ``frame`` is all of it, header included. It is kept until the commit, not copied.
+        """
+        if source not in self._sources:
+            raise PeerError("frame of a source that has not attached")
+        check_header(header, frame, group=self.group_id, source=source, disks=self._disks)
+        disk = self._disks[header.disk] if header.record_count else None
+        if header.kind != FrameKind.BASE:
+            due = self._numbers[source] + 1
+            if header.number < due:
+                return Admission.DUPLICATE
+            if header.number > due:
+                raise PeerError(f"frame {header.number} came where {due} was due")
+        elif disk is None or disk.ready_ns is not None:
+            return Admission.DUPLICATE
+        body = frame[frame.nbytes - header.body_bytes :]
+        check_content(header, body, disk)
+        if header.kind == FrameKind.BASE:
+            self._staged_base.append((header, body))
+            return Admission.STAGED
+        if header.kind == FrameKind.MARK:
+            self._marks.append(read_mark(header, body, self._disks))
+        self._staged.append((header, frame))
+        self._stage(header)
+        return Admission.STAGED
+
+    def _stage(self, header: FrameHeader) -> None:
+        """Note what the frame moves forward once it is durable."""
+        source = header.source
+        self._numbers[source] = header.number
+        self._watermarks[source] = max(header.watermark, self._watermarks[source])
+        if header.kind == FrameKind.RECORDS and header.record_count and header.ring_id:
+            next_sequence = header.first_sequence + header.record_count
+            self._positions[header.disk] = (header.ring_id, next_sequence)
+
+    def _forget_staged(self) -> None:
+        self._staged: list[tuple[FrameHeader, memoryview]] = []
+        self._staged_base: list[tuple[FrameHeader, memoryview]] = []
+        self._marks: list[Mark] = []
+        self._numbers = {row.id: row.last_number for row in self._sources.values()}
+        self._watermarks = {row.id: row.watermark for row in self._sources.values()}
+        self._positions: dict[bytes, tuple[int, int]] = {}
+
+    # Commit
+
+    def commit(self) -> Commit:
+        """Make everything staged durable. StorageError: nothing of it may be acknowledged."""
+        self._check_working()
+        try:
+            self._write_base()
+            self._journal.append(self._staged)
+            self._take_staged()
+            if self._journal.take_rows() or self._marks_due:
+                self._write_catalog()
+            self._publish()
+        except StorageError as error:
+            if error.code != "full":
+                error.code = "fail-stop"
+            self.error = error
+            raise
+        finally:
+            self._forget_staged()
+        self.error = None
+        return Commit(dict(self._numbers), self._watermark)
+
+    def _write_base(self) -> None:
+        for header, body in self._staged_base:
+            image = self._image(self._disks[header.disk])
+            try:
+                image.write(header, body)
+            except OSError as error:
+                raise failure(error, f"cannot write {image.path}") from error
+        for disk in {header.disk for header, _ in self._staged_base}:
+            image = self._images[disk]
+            try:
+                image.sync()
+            except OSError as error:
+                raise StorageError(f"cannot sync {image.path}: {error.strerror}") from error
+        for header, _ in self._staged_base:
+            received = self._base_bytes.get(header.disk, 0)
+            self._base_bytes[header.disk] = received + header.payload_bytes
+
+    def _take_staged(self) -> None:
+        """What was staged is durable now."""
+        self._sources = {
+            source: SourceRow(source, self._numbers[source], self._watermarks[source])
+            for source in self._sources
+        }
+        for disk, (ring_id, sequence) in self._positions.items():
+            if disk in self._disks:
+                self._disks[disk] = replace(
+                    self._disks[disk], ring_id=ring_id, next_sequence=sequence
+                )
+        self._marks_due += self._marks
+        self._marks = []
+
+    def _write_catalog(self) -> None:
+        rows = self._journal.take_rows()
+        with self.catalog.transaction():
+            for row in rows:
+                self.catalog.put_segment(row)
+            for source in self._sources.values():
+                self.catalog.put_source(source)
+            for disk in self._disks.values():
+                self.catalog.set_position(disk.id, disk.ring_id, disk.next_sequence)
+            for mark in self._marks_due:
+                self._apply(mark)
+        self._journal.rows_written()
+        if self._marks_due:
+            self._marks_due = []
+            self._reload()
+
+    def _apply(self, mark: Mark) -> None:
+        if isinstance(mark, CheckpointMark):
+            row = CheckpointRow(mark.name, mark.at_ns, mark.kind, mark.kept)
+            if not self.catalog.add_checkpoint(row):
+                logger.warning(
+                    "group %s: checkpoint %s exists; the older one stays", self.name, mark.name
+                )
+        elif isinstance(mark, GapMark):
+            if self.catalog.begin_gap(mark.disk.bytes, mark.from_ns):
+                logger.warning("group %s: history has a gap from %d on", self.name, mark.from_ns)
+        else:
+            self.catalog.set_consistent(mark.disk.bytes, mark.at_ns)
+
+    def _reload(self) -> None:
+        self._disks = {row.id: row for row in self.catalog.disks()}
+        self._gaps = self.catalog.gaps()
+
+    def _publish(self) -> None:
+        live = {disk.source for disk in self._disks.values()}
+        least = min((self._sources[source].watermark for source in live), default=0)
+        # A source that has only just joined has no watermark yet: it takes back none of ours.
+        self._watermark = max(self._watermark, least)
+        record = Durable(
+            self._journal.segment_number,
+            self._journal.segment_bytes,
+            self._watermark,
+            self._journal.total_bytes,
+            self._clock(),
+        )
+        try:
+            self._durable_file.write(record)
+        except OSError as error:
+            raise failure(error, f"cannot write the durable record of {self.name}") from error
+
+    def _check_working(self) -> None:
+        if self.error is not None and self.error.code == "fail-stop":
+            raise StorageError(str(self.error), hint=self.error.hint, code="fail-stop")
+
+    def _image(self, disk: DiskRow) -> BaseImage:
+        if disk.id not in self._images:
+            path = image_path(self.directory, disk.name)
+            try:
+                self._images[disk.id] = BaseImage(path, disk.size_bytes, self._files)
+            except OSError as error:
+                raise StorageError(f"cannot open {path}: {error.strerror}") from error
+        return self._images[disk.id]
+
+    # What others see
+
+    def status(self) -> ReplicaStatus:
+        disks = sorted(self._disks.values(), key=lambda disk: disk.name)
+        return ReplicaStatus(
+            self.name,
+            self.error,
+            self._watermark,
+            self._journal.total_bytes,
+            disks,
+            self._gaps,
+            dict(self._base_bytes),
+        )
+
+    def close(self) -> None:
+        """Commit nothing more; leave the catalog up to date. Safe after a failure."""
+        self._forget_staged()
+        rows = self._journal.close()
+        if self.error is None or self.error.code == "full":
+            try:
+                with self.catalog.transaction():
+                    self._write_catalog()
+                    for row in rows:
+                        self.catalog.put_segment(row)
+            except StorageError as error:
+                logger.error("group %s: %s", self.name, error)
+        for image in self._images.values():
+            image.close()
+        self._durable_file.close()
+        self.catalog.close()
+
+
+def create_replica(directory: Path, group: str, *, clock: Callable[[], int] = time.time_ns) -> None:
+    """Make an empty replica, durably. Harmless when there is one. DamageError, StorageError."""
+    make_directory(directory)
+    path = directory / catalogs.FILE_NAME
+    _check_catalog(directory)
+    try:
+        Catalog.open_readonly(path).close()
+    except StateError as error:
+        if error.code != "no-catalog":
+            raise
+        Catalog.create(path, group, uuid4().bytes, clock()).close()
+
+
+def open_replica(
+    directory: Path, *, files: Files | None = None, clock: Callable[[], int] = time.time_ns
+) -> Replica:
+    """Open a replica, recovered from whatever a crash left behind. One process at a time.
+
+    DamageError or StorageError when that cannot be done without losing acknowledged history.
+    """
+    _check_catalog(directory)
+    catalog = Catalog.open(directory / catalogs.FILE_NAME)
+    try:
+        return Replica(directory, catalog, files or Files(), clock)
+    except BaseException:
+        catalog.close()
+        raise
+
+
+def _check_catalog(directory: Path) -> None:
+    """A journal without its catalog has lost the names of its disks: never begin a new one."""
+    path = directory / catalogs.FILE_NAME
+    if not path.exists() and any((directory / DIRECTORY_NAME).glob("*.seg")):
+        raise DamageError(
+            f"the catalog {path} is missing, beside a journal that needs it",
+            hint="restore catalog.sqlite from a copy of the replica",
+        )

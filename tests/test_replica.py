@@ -1,0 +1,444 @@
+"""What a replica promises: nothing acknowledged is lost, nothing false is taken in."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from replica_workload import (
+    DISK,
+    DISK_BYTES,
+    RING,
+    SOURCE,
+    START,
+    Agent,
+    Frame,
+    attach,
+    columns,
+    joined,
+    put,
+    start,
+)
+
+from blockrepl import limits
+from blockrepl.errors import DamageError, PeerError, StateError, StorageError
+from blockrepl.formats import frame as frames
+from blockrepl.formats.frame import Buffer, FrameKind, RecordKind
+from blockrepl.formats.segment import file_name
+from blockrepl.storage.catalog import Catalog, CheckpointRow, GapRow
+from blockrepl.storage.durable import read_durable
+from blockrepl.storage.files import Files
+from blockrepl.storage.replica import Admission, Replica, create_replica, open_replica
+from blockrepl.units import MIB
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[tuple[Replica, Agent]]:
+    replica, agent = start(tmp_path / "web")
+    yield replica, agent
+    replica.close()
+
+
+class FaultyFiles(Files):
+    """The system's calls until told to fail; counts the syncs."""
+
+    def __init__(self) -> None:
+        self.sync_error = 0
+        self.write_error = 0
+        self.write_room_bytes = 1 << 60
+        self.syncs = 0
+
+    def write(self, descriptor: int, buffers: Sequence[Buffer], offset: int) -> int:
+        if self.write_error:
+            raise OSError(self.write_error, os.strerror(self.write_error))
+        if self.write_room_bytes < sum(len(buffer) for buffer in buffers):
+            if not self.write_room_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            buffers = [bytes(b"".join(buffers))[: self.write_room_bytes]]
+        written = super().write(descriptor, buffers, offset)
+        self.write_room_bytes -= written
+        return written
+
+    def sync(self, descriptor: int) -> None:
+        self.syncs += 1
+        if self.sync_error:
+            raise OSError(self.sync_error, os.strerror(self.sync_error))
+        super().sync(descriptor)
+
+
+def test_frames_are_journaled_as_they_came_with_one_sync(tmp_path: Path) -> None:
+    files = FaultyFiles()
+    replica, agent = start(tmp_path / "web", files)
+    batch = [agent.writes() for _ in range(5)]
+    before = files.syncs
+    assert put(replica, *batch) == 5
+    assert files.syncs == before + 1
+    content = (tmp_path / "web" / "segments" / file_name(1)).read_bytes()
+    assert content[64:] == b"".join(bytes(frame) for _, frame in batch)
+    durable = read_durable(tmp_path / "web" / "durable")
+    assert durable is not None
+    assert (durable.segment_number, durable.segment_bytes) == (1, len(content))
+    assert durable.watermark == agent.stamp
+    replica.close()
+
+
+def test_a_source_goes_on_where_it_was_after_a_restart(tmp_path: Path) -> None:
+    replica, agent = start(tmp_path / "web")
+    put(replica, agent.writes(3), agent.checkpoint("one"), agent.writes(2))
+    replica.close()
+    replica, again = start(tmp_path / "web")
+    assert (again.number, again.sequence) == (4, 5)
+    attached = attach(replica)
+    assert attached.disks[0].ring_id == RING
+    assert attached.watermark == agent.stamp
+    assert put(replica, again.writes()) == 4
+    replica.close()
+
+
+def test_duplicates_are_dropped_and_holes_refused(opened: tuple[Replica, Agent]) -> None:
+    replica, agent = opened
+    first, second, third = agent.writes(), agent.writes(), agent.writes()
+    put(replica, first)
+    size = replica.status().journal_bytes
+    assert replica.append(SOURCE, *first) is Admission.DUPLICATE
+    with pytest.raises(PeerError, match="frame 3 came where 2 was due"):
+        replica.append(SOURCE, *third)
+    replica.commit()
+    assert replica.status().journal_bytes == size
+    assert put(replica, second, third) == 3
+
+
+def _tampered(frame: Frame) -> Frame:
+    header, data = frame
+    changed = bytearray(data)
+    changed[-1] ^= 1
+    return header, memoryview(bytes(changed))
+
+
+def _sent(agent: Agent, **fields: object) -> Frame:
+    header, data = agent.writes()
+    changed = replace(header, **fields)  # type: ignore[arg-type]
+    return changed, memoryview(frames.encode_header(changed) + bytes(data[frames.HEADER_BYTES :]))
+
+
+FALSE_FRAMES: dict[str, Callable[[Agent], Frame]] = {
+    "a flipped payload byte": lambda a: _tampered(a.writes()),
+    "another group": lambda a: _sent(a, group=b"g" * 16),
+    "another source": lambda a: _sent(a, source=b"g" * 16),
+    "an unknown disk": lambda a: _sent(a, disk=b"g" * 16),
+    "number zero": lambda a: _sent(a, number=0),
+    "a huge watermark": lambda a: _sent(a, watermark=1 << 63),
+    "a huge sequence": lambda a: _sent(a, first_sequence=(1 << 63) - 1),
+    "bytes behind the frame": lambda a: (
+        (f := a.writes())[0],
+        memoryview(bytes(f[1]) + b"x"),
+    ),
+    "a record beyond the end": lambda a: a.records(
+        [(START + 1, DISK_BYTES - 512, 1024, 0)], bytes(1024)
+    ),
+    "an offset that wraps around": lambda a: a.records(
+        [(START + 1, (1 << 64) - 512, 1024, 0)], bytes(1024)
+    ),
+    "an unknown record kind": lambda a: a.records([(START + 1, 0, 512, 9)], b""),
+    "a base frame beyond the end": lambda a: a.base(DISK_BYTES, bytes(512)),
+    "a gap of an unknown disk": lambda a: Agent(a.group, disk=UUID(int=99), number=a.number).gap(),
+}
+
+
+@pytest.mark.parametrize("fault", FALSE_FRAMES)
+def test_a_false_frame_is_its_senders_fault_alone(
+    opened: tuple[Replica, Agent], fault: str
+) -> None:
+    replica, agent = opened
+    good = agent.writes()
+    assert replica.append(SOURCE, *good) is Admission.STAGED
+    with pytest.raises(PeerError):
+        replica.append(SOURCE, *FALSE_FRAMES[fault](agent))
+    assert replica.commit().numbers[SOURCE] == 1
+    assert replica.error is None
+
+
+def test_two_sources_share_a_group_and_its_watermark_is_the_lesser(
+    opened: tuple[Replica, Agent],
+) -> None:
+    replica, first = opened
+    put(replica, first.writes())
+    other_id = b"o" * 16
+    attached = attach(replica, source=other_id, disk=UUID(int=8), name="data")
+    other = Agent.after(attached, other_id)
+    assert replica.commit().watermark == first.stamp  # a newcomer takes nothing back
+    put(replica, first.writes(50))
+    assert replica.commit().watermark < first.stamp
+    other.stamp = first.stamp - 500
+    assert put(replica, other.writes(0)) == 1
+    assert replica.commit().watermark == first.stamp - 500
+    with pytest.raises(PeerError):
+        replica.append(other_id, *Agent(other.group, other_id, DISK, number=2).writes())
+
+
+def test_a_first_sync_fills_a_sparse_base_and_ends_with_the_floor(tmp_path: Path) -> None:
+    replica, agent = start(tmp_path / "web")
+    image = tmp_path / "web" / "base" / "root.img"
+    assert (image.stat().st_size, image.stat().st_blocks) == (DISK_BYTES, 0)
+    data = os.urandom(MIB)
+    put(replica, agent.base(3 * MIB, data))
+    put(replica, agent.base(5 * MIB, b"", RecordKind.ZERO))
+    assert image.stat().st_blocks * 512 <= MIB + 64 * 1024
+    agent.stamp += 1
+    put(replica, agent.consistent())
+    assert replica.append(SOURCE, *agent.base(3 * MIB, bytes(MIB))) is Admission.DUPLICATE
+    replica.commit()
+    content = image.read_bytes()
+    assert content == bytes(3 * MIB) + data + bytes(DISK_BYTES - 4 * MIB)
+    assert replica.status().disks[0].ready_ns == agent.stamp
+    assert attach(replica).disks[0].state == "ready"
+    put(replica, agent.gap())
+    assert attach(replica).disks[0].state == "gap"
+    assert attach(replica).disks[0].epoch == 2
+    replica.close()
+
+
+def test_a_repeated_first_sync_punches_what_became_zero(opened: tuple[Replica, Agent]) -> None:
+    replica, agent = opened
+    image = replica.directory / "base" / "root.img"
+    put(replica, agent.base(0, os.urandom(MIB)))
+    put(replica, agent.base(0, b"", RecordKind.ZERO))
+    assert image.stat().st_blocks == 0
+
+
+def test_marks_are_applied_once_although_they_are_replayed(tmp_path: Path) -> None:
+    replica, agent = start(tmp_path / "web")
+    put(replica, agent.consistent(), agent.checkpoint("a"), agent.checkpoint("b"))
+    older = agent.stamp
+    agent.stamp += 5
+    put(replica, agent.checkpoint("a", kept=True))
+    put(replica, agent.gap())
+    assert replica.catalog.remove_checkpoint("b")
+    _crash(replica)
+    replica, _ = start(tmp_path / "web")
+    assert replica.catalog.checkpoints() == [CheckpointRow("a", older, "crash", False)]
+    assert replica.catalog.gaps() == [GapRow(DISK.bytes, older + 5, None)]
+    assert replica.catalog.disks()[0].epoch == 2
+    replica.close()
+
+
+def _crash(replica: Replica) -> None:
+    """Leave as a killed process would: nothing is written any more."""
+    replica._journal.close()
+    replica.catalog.close()
+
+
+def test_marks_that_the_catalog_has_not_seen_are_replayed(tmp_path: Path) -> None:
+    replica, agent = start(tmp_path / "web")
+    shutil.copytree(tmp_path / "web", tmp_path / "old")
+    put(replica, agent.consistent(), agent.writes(), agent.checkpoint("a"))
+    _crash(replica)
+    # The crash came between the journal's sync and the catalog's commit.
+    shutil.copytree(tmp_path / "web" / "segments", tmp_path / "old" / "segments",
+                    dirs_exist_ok=True)  # fmt: skip
+    replica, again = start(tmp_path / "old")
+    assert again.number == 4
+    assert [row.name for row in replica.catalog.checkpoints()] == ["a"]
+    assert replica.status().disks[0].ready_ns == START
+    replica.close()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_failed_sync_acknowledges_nothing_and_stops_for_good(tmp_path: Path, code: int) -> None:
+    files = FaultyFiles()
+    replica, agent = start(tmp_path / "web", files)
+    put(replica, agent.writes())
+    replica.append(SOURCE, *agent.writes())
+    files.sync_error = code
+    with pytest.raises(StorageError) as failed:
+        replica.commit()
+    assert failed.value.code == "fail-stop"
+    files.sync_error = 0
+    for attempt in (replica.commit, lambda: attach(replica)):
+        with pytest.raises(StorageError):
+            attempt()
+    durable = read_durable(tmp_path / "web" / "durable")
+    size = (tmp_path / "web" / "segments" / file_name(1)).stat().st_size
+    assert durable is not None
+    assert durable.segment_bytes < size
+    replica.close()
+    replica, again = start(tmp_path / "web")
+    assert again.number in {2, 3}
+    assert put(replica, again.writes()) == again.number - 1
+    replica.close()
+
+
+@pytest.mark.parametrize("room_bytes", [0, 1, 100, 5000])
+def test_a_full_disk_acknowledges_nothing_and_goes_on_when_there_is_room(
+    tmp_path: Path, room_bytes: int
+) -> None:
+    files = FaultyFiles()
+    replica, agent = start(tmp_path / "web", files)
+    put(replica, agent.writes())
+    size = (tmp_path / "web" / "segments" / file_name(1)).stat().st_size
+    first, second = agent.writes(), agent.writes()
+    files.write_room_bytes = room_bytes
+    replica.append(SOURCE, *first)
+    replica.append(SOURCE, *second)
+    with pytest.raises(StorageError) as failed:
+        replica.commit()
+    assert failed.value.code == "full"
+    assert replica.status().error is failed.value
+    assert (tmp_path / "web" / "segments" / file_name(1)).stat().st_size == size
+    assert attach(replica).next_number == 2
+    files.write_room_bytes = 1 << 60
+    assert put(replica, first, second) == 3
+    assert replica.error is None
+    replica.close()
+    replica, again = start(tmp_path / "web")
+    assert again.number == 4
+    replica.close()
+
+
+def test_a_failed_write_is_fail_stop(tmp_path: Path) -> None:
+    files = FaultyFiles()
+    replica, agent = start(tmp_path / "web", files)
+    replica.append(SOURCE, *agent.writes())
+    files.write_error = errno.EIO
+    with pytest.raises(StorageError) as failed:
+        replica.commit()
+    assert failed.value.code == "fail-stop"
+    replica.close()
+
+
+def test_a_file_size_limit_of_the_system_counts_as_a_full_disk(tmp_path: Path) -> None:
+    replica, agent = start(tmp_path / "web")
+    put(replica, agent.writes())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    first = agent.writes(64)
+    replica.append(SOURCE, *first)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        with pytest.raises(StorageError) as failed:
+            replica.commit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert failed.value.code == "full"
+    assert put(replica, first) == 2
+    replica.close()
+
+
+def test_full_segments_are_sealed_beside_the_stream_and_recovered_when_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "SEGMENT_BYTES_TARGET", 100_000)
+    replica, agent = start(tmp_path / "web")
+    for _ in range(20):
+        put(replica, agent.writes(8))
+    rows = {row.number: row for row in replica.catalog.segments()}
+    assert len(rows) >= 5
+    replica.close()
+    catalog = Catalog.open_readonly(tmp_path / "web" / "catalog.sqlite")
+    rows = {row.number: row for row in catalog.segments()}
+    catalog.close()
+    assert [row.sealed for row in rows.values()] == [True] * (len(rows) - 1) + [False]
+    assert sum(row.frames for row in rows.values()) == 20
+    files = {p.name: p.stat().st_size for p in (tmp_path / "web" / "segments").iterdir()}
+    assert files == {file_name(number): row.bytes for number, row in rows.items()}
+    assert all(rows[n].last_stamp < rows[n + 1].first_stamp for n in range(1, len(rows)))
+    replica, again = start(tmp_path / "web")
+    assert again.number == 21
+    assert replica.status().journal_bytes == sum(files.values())
+    replica.close()
+
+
+KILLED_WRITER = """
+import sys
+from pathlib import Path
+from blockrepl import limits
+limits.SEGMENT_BYTES_TARGET = 300_000
+from replica_workload import put, start
+replica, agent = start(Path(sys.argv[1]))
+while True:
+    batch = [agent.writes(agent.random.randrange(1, 9)), agent.checkpoint(f"c{agent.number}")]
+    print(put(replica, *batch), agent.sequence, flush=True)
+"""
+
+
+@pytest.mark.parametrize("acknowledgements", [1, 17, 60])
+def test_a_killed_writer_loses_nothing_acknowledged(tmp_path: Path, acknowledgements: int) -> None:
+    writer = subprocess.Popen(
+        [sys.executable, "-c", KILLED_WRITER, str(tmp_path / "web")],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    with writer:
+        assert writer.stdout is not None
+        for _ in range(acknowledgements):
+            line = writer.stdout.readline()
+        writer.send_signal(signal.SIGKILL)
+        number, sequence = map(int, (writer.stdout.read().splitlines() or [line])[-1].split())
+    replica, again = start(tmp_path / "web")
+    assert again.number > number
+    assert again.sequence >= sequence
+    assert len(replica.catalog.checkpoints()) == (again.number - 1) // 2
+    put(replica, again.writes())
+    replica.close()
+
+
+def test_disks_that_do_not_fit_are_refused_and_change_nothing(
+    opened: tuple[Replica, Agent],
+) -> None:
+    replica, _ = opened
+    faults: list[Callable[[], object]] = [
+        lambda: attach(replica, disk=UUID(int=8)),
+        lambda: attach(replica, name="other"),
+        lambda: attach(replica, size_bytes=DISK_BYTES + 512),
+        lambda: attach(replica, source=b"x" * 16),
+    ]
+    for refused in faults:
+        with pytest.raises(StateError) as error:
+            refused()
+        assert error.value.code.startswith("disk-")
+    assert [row.name for row in replica.catalog.disks(removed=True)] == ["root"]
+
+
+def test_a_retired_disk_keeps_its_history_and_comes_back_with_a_gap(
+    opened: tuple[Replica, Agent],
+) -> None:
+    replica, agent = opened
+    put(replica, agent.consistent())
+    attach(replica, disk=UUID(int=8), name="data")
+    assert [row.name for row in replica.catalog.disks()] == ["data"]
+    with pytest.raises(PeerError):
+        replica.append(SOURCE, *agent.writes())
+    assert attach(replica).disks[0].state == "gap"
+
+
+def test_a_replica_without_its_catalog_is_refused_clearly(tmp_path: Path) -> None:
+    replica, agent = start(tmp_path / "web")
+    put(replica, agent.writes())
+    replica.close()
+    (tmp_path / "web" / "catalog.sqlite").unlink()
+    for attempt in (lambda: create_replica(tmp_path / "web", "web"),
+                    lambda: open_replica(tmp_path / "web")):  # fmt: skip
+        with pytest.raises(DamageError, match=r"catalog\.sqlite is missing") as error:
+            attempt()
+        assert error.value.hint
+
+
+def test_an_idle_frame_without_records_moves_the_watermark(opened: tuple[Replica, Agent]) -> None:
+    replica, agent = opened
+    agent.stamp += 77
+    frame = frames.encode_frame(
+        kind=FrameKind.RECORDS, group=agent.group, source=SOURCE, number=1, watermark=agent.stamp,
+        columns=columns([]),
+    )  # fmt: skip
+    put(replica, joined(frame))
+    assert replica.status().watermark == agent.stamp
