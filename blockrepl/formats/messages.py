@@ -55,7 +55,7 @@ class MessageType(IntEnum):
 
 
 CONTROL = limits.CONTROL_MESSAGE_BYTES_MAX
-RECEIVER_ACCEPTS = {  # type -> largest payload
+RECEIVER_ACCEPTS: dict[int, int] = {  # type -> largest payload
     MessageType.HELLO: CONTROL,
     MessageType.DATA: limits.MESSAGE_BYTES_MAX,
     MessageType.REQUEST: CONTROL,
@@ -64,7 +64,7 @@ RECEIVER_ACCEPTS = {  # type -> largest payload
     MessageType.ERROR: CONTROL,
     MessageType.ATTACH: CONTROL,
 }
-AGENT_ACCEPTS = {
+AGENT_ACCEPTS: dict[int, int] = {
     MessageType.WELCOME: CONTROL,
     MessageType.ACK: ACK.size,
     MessageType.RESPONSE: CONTROL,

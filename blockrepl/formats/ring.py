@@ -58,9 +58,7 @@ WRITER_AT = 184
 FLUSHED_AT = 192
 TAIL_AT = 256
 
-INFLIGHT = np.dtype(
-    [("start", "<u8"), ("end", "<u8"), ("generation", "<u8"), ("reserved", "<u8")]
-)
+INFLIGHT = np.dtype([("start", "<u8"), ("end", "<u8"), ("generation", "<u8"), ("reserved", "<u8")])
 SLOT = np.dtype(
     {
         "names": ["stamp", "offset", "position", "length", "kind"],

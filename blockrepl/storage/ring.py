@@ -188,7 +188,9 @@ class RingReader:
         fitting = max(1, int(np.searchsorted(ends, payload_limit, side="right")))
         slots = slots[:fitting]
         columns = Columns(slots["stamp"], slots["offset"], slots["length"], slots["kind"])
-        return Batch(first, first + fitting, columns, self._payload_view(start, int(ends[fitting - 1])))
+        return Batch(
+            first, first + fitting, columns, self._payload_view(start, int(ends[fitting - 1]))
+        )
 
     def _payload_view(self, position: int, size: int) -> Buffer:
         at = position % self.geometry.payload_bytes

@@ -196,9 +196,7 @@ class SourceDisks:
         if found is None:
             data = hot_map.encode(entry.id.bytes, entry.size_bytes, limits.REGION_BYTES, hot=True)
             write_atomically(path, data)
-            return np.ones(
-                hot_map.region_count(entry.size_bytes, limits.REGION_BYTES), np.uint8
-            )
+            return np.ones(hot_map.region_count(entry.size_bytes, limits.REGION_BYTES), np.uint8)
         return found
 
     def ensure_ring(self, entry: DiskEntry, clock: SourceClock) -> Path:

@@ -1,0 +1,82 @@
+"""blockrepl agent: join a receiver, and run the service that replicates."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from blockrepl import limits
+from blockrepl.cli.output import pass_home
+
+
+@click.group()
+def agent() -> None:
+    """The source side: join a receiver once, then keep the agent running.
+
+    \b
+    Examples:
+      blockrepl agent join br1.eyJhZGRyZXNzIjoi...
+      blockrepl agent run
+    """
+
+
+@agent.command()
+@click.argument("token")
+@click.option("--name", help="This source's name at the receiver. [default: the host's name]")
+@pass_home
+def join(home: Path, token: str, name: str | None) -> None:
+    """Get this source's certificate with a TOKEN from `blockrepl receiver invite`.
+
+    The key is made here and never travels. A token works once.
+
+    \b
+    Example:
+      blockrepl agent join "$(ssh replica blockrepl receiver invite)"
+    """
+    import trio
+
+    from blockrepl.channel import enrolment
+    from blockrepl.storage.home import Home, make_directory
+
+    wanted = name or _host_name()
+    enrolment.decode_token(token)
+    opened = Home.create(home)
+    make_directory(opened.source_directory)
+    identity = trio.run(enrolment.join, token, wanted, opened.source_directory / "identity")
+    click.echo(f"joined {identity.address} as {identity.name}")
+
+
+@agent.command()
+@pass_home
+def run(home: Path) -> None:
+    """Run the agent in the foreground, until SIGTERM or Ctrl-C.
+
+    It takes up disks that are added or removed while it runs, and survives restarts of the
+    receiver, of the disks' servers and of itself.
+    """
+    from blockrepl.services.agent import Agent, run_agent
+    from blockrepl.services.foreground import run_foreground
+    from blockrepl.storage.home import Home
+
+    opened = Home.open(home)
+
+    async def service(notify: Callable[[], None]) -> None:
+        def ready(running: Agent) -> None:
+            identity = running.identity
+            click.echo(
+                f"agent ready: source {identity.name}, receiver {identity.address} (home {home})"
+            )
+            notify()
+
+        await run_agent(opened, ready=ready)
+
+    run_foreground(service)
+
+
+def _host_name() -> str:
+    name = re.sub(r"[^a-z0-9._-]", "-", socket.gethostname().lower()).strip("-._")[:63]
+    return name if re.fullmatch(limits.NAME_PATTERN, name) else "source"

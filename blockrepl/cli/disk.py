@@ -1,0 +1,219 @@
+"""blockrepl disk: protect images, serve them to guests, and print how guests reach them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from blockrepl import limits
+from blockrepl.cli.output import emit, human_bytes, json_option, pass_home, table
+from blockrepl.units import GIB, KIB, MIB
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from blockrepl.storage.source import SourceDisks
+
+_UNITS = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1024 * GIB}
+
+
+class SizeType(click.ParamType[int]):
+    """Bytes, with an optional K, M, G or T (powers of 1024)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d{1,15})([kmgt]?)(?:i?b)?", str(value).strip().lower())
+        if not match:
+            self.fail(f"{value!r} is not a size; write 10G, 512M or a number of bytes", param, ctx)
+        return int(match[1]) * _UNITS[match[2]]
+
+
+@click.group()
+def disk() -> None:
+    """Protect disks: raw image files or block devices.
+
+    \b
+    Examples:
+      blockrepl disk add vm1 /var/lib/images/vm1.img --group web
+      blockrepl disk serve vm1
+      qemu-system-x86_64 ... $(blockrepl disk show vm1 --qemu)
+    """
+
+
+@disk.command()
+@click.argument("name")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option("--group", required=True, help="Consistency group: disks recovered to one instant.")
+@click.option("--size", type=SizeType(), help="Create IMAGE, sparse, with this size (10G).")
+@click.option(
+    "--ring",
+    type=SizeType(),
+    default=limits.RING_BYTES_DEFAULT,
+    show_default="64M",
+    help="Shared memory between server and agent.",
+)
+@json_option
+@pass_home
+def add(
+    home: Path, name: str, image: Path, group: str, size: int | None, ring: int, json_mode: bool
+) -> None:
+    """Put IMAGE under protection as disk NAME of a group.
+
+    \b
+    Examples:
+      blockrepl disk add vm1 /var/lib/images/vm1.img --group web
+      blockrepl disk add data /dev/vg0/data --group web
+      blockrepl disk add scratch scratch.img --group lab --size 10G
+    """
+    from blockrepl.errors import UsageError
+    from blockrepl.storage.home import Home, make_directory
+
+    if not limits.RING_BYTES_MIN <= ring <= limits.RING_BYTES_MAX:
+        raise UsageError(
+            f"a ring of {human_bytes(ring)} is outside "
+            f"{human_bytes(limits.RING_BYTES_MIN)} to {human_bytes(limits.RING_BYTES_MAX)}",
+            hint="leave --ring out for the default",
+        )
+    opened = Home.create(home)
+    make_directory(opened.source_directory)
+    disks = _disks(home)
+    entry = disks.add(name, image, group, create_bytes=size, ring_bytes=ring)
+    data = {
+        "name": entry.name,
+        "group": entry.group,
+        "image": str(entry.image),
+        "size_bytes": entry.size_bytes,
+        "uri": _uri(disks, name),
+    }
+    if json_mode:
+        emit(data, True, lambda _: "")
+    else:
+        click.echo(
+            f"disk {entry.name} ({human_bytes(entry.size_bytes)}) is in group {entry.group}; "
+            f"serve it with: blockrepl disk serve {entry.name}"
+        )
+
+
+@disk.command(name="list")
+@json_option
+@pass_home
+def list_disks(home: Path, json_mode: bool) -> None:
+    """List the protected disks."""
+    disks = _disks(home)
+    data = [
+        {
+            "name": entry.name,
+            "group": entry.group,
+            "image": str(entry.image),
+            "size_bytes": entry.size_bytes,
+            "uri": _uri(disks, entry.name),
+            "serving": disks.is_serving(entry),
+        }
+        for entry in disks.all()
+    ]
+    emit(data, json_mode, _table)
+
+
+def _table(data: list[dict[str, Any]]) -> Table:
+    rows = [
+        (
+            row["name"],
+            row["group"],
+            human_bytes(row["size_bytes"]),
+            "yes" if row["serving"] else "no",
+            row["image"],
+        )
+        for row in data
+    ]
+    return table(("disk", "group", "size", "serving", "image"), rows, right="size")
+
+
+@disk.command()
+@click.argument("name")
+@pass_home
+def remove(home: Path, name: str) -> None:
+    """Take a disk out of protection. Its image and its history at the receiver stay."""
+    disks = _disks(home)
+    entry = disks.load(name)
+    disks.remove(entry)
+    click.echo(f"disk {name} is no longer protected; its image {entry.image} is untouched")
+
+
+@disk.command()
+@click.argument("name")
+@pass_home
+def serve(home: Path, name: str) -> None:
+    """Serve a disk to its guest over NBD, in the foreground.
+
+    The server is a process of its own: guests keep running when the agent dies. It listens on a
+    Unix socket that only this user may open.
+
+    \b
+    Example:
+      blockrepl disk serve vm1 &
+      qemu-system-x86_64 -m 2048 $(blockrepl disk show vm1 --qemu)
+    """
+    from blockrepl.services.disk_server import exec_server
+
+    exec_server(_disks(home), name)
+
+
+@disk.command()
+@click.argument("name")
+@click.option("--qemu", "form", flag_value="qemu", help="QEMU's options, ready to paste.")
+@click.option("--libvirt", "form", flag_value="libvirt", help="libvirt's <disk> element.")
+@click.option("--uri", "form", flag_value="uri", help="The NBD URI.")
+@json_option
+@pass_home
+def show(home: Path, name: str, form: str | None, json_mode: bool) -> None:
+    """Show a disk, and how a guest reaches it.
+
+    \b
+    Examples:
+      qemu-system-x86_64 -m 2048 $(blockrepl disk show vm1 --qemu)
+      blockrepl disk show vm1 --libvirt
+      nbdinfo "$(blockrepl disk show vm1 --uri)"
+    """
+    from blockrepl.services import guest_options
+
+    disks = _disks(home)
+    entry = disks.load(name)
+    socket = disks.socket_path(entry)
+    if form == "qemu":
+        click.echo(guest_options.qemu(entry.name, socket))
+    elif form == "libvirt":
+        click.echo(guest_options.libvirt(entry.name, socket))
+    elif form == "uri":
+        click.echo(guest_options.uri(socket))
+    else:
+        data = {
+            "name": entry.name,
+            "group": entry.group,
+            "image": str(entry.image),
+            "size_bytes": entry.size_bytes,
+            "uri": guest_options.uri(socket),
+            "serving": disks.is_serving(entry),
+            "id": str(entry.id),
+            "ring_bytes": entry.ring_bytes,
+        }
+        rows = [(key.replace("_", " "), str(value)) for key, value in data.items()]
+        emit(data, json_mode, lambda _: table(("what", "value"), rows))
+
+
+def _disks(home: Path) -> SourceDisks:
+    from blockrepl.storage.home import Home
+    from blockrepl.storage.source import SourceDisks
+
+    return SourceDisks(Home.open(home))
+
+
+def _uri(disks: SourceDisks, name: str) -> str:
+    from blockrepl.services import guest_options
+
+    return guest_options.uri(disks.socket_path(disks.load(name)))

@@ -1,0 +1,204 @@
+"""The agent's control API: status of the source, and checkpoints taken from it.
+
+====================================  =================================================
+request                               does
+====================================  =================================================
+GET /status                           the status document of role ``source``
+GET /checkpoints/G                    the group's checkpoints, as the receiver lists them
+POST /checkpoints/G                   ``{"name", "keep"}``: takes one, answers when it is durable
+POST /checkpoints/G/NAME/remove       forgets one
+====================================  =================================================
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import trio
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from blockrepl import limits
+from blockrepl.errors import BlockreplError, StateError, UsageError
+from blockrepl.formats.marks import NameField
+from blockrepl.services.agent import Agent
+from blockrepl.services.agent_session import AgentSession, GroupSession
+from blockrepl.services.control import control_application
+from blockrepl.services.group_pump import WantedCheckpoint
+from blockrepl.storage.source import DiskEntry
+from blockrepl.units import NANOSECONDS_PER_SECOND, format_instant
+
+CHECKPOINT_SECONDS = 30.0
+
+
+class _WantedCheckpoint(BaseModel):
+    name: NameField
+    keep: bool = False
+
+
+def agent_application(agent: Agent) -> Starlette:
+    async def status(request: Request) -> JSONResponse:
+        return JSONResponse(await _status(agent))
+
+    async def checkpoints(request: Request) -> JSONResponse:
+        group = request.path_params["group"]
+        if request.method == "GET":
+            session = _session(agent, group)
+            return JSONResponse(await session.request("checkpoint-list", group))
+        wanted = _WantedCheckpoint.model_validate_json(await request.body())
+        return JSONResponse(await _take_checkpoint(agent, group, wanted))
+
+    async def remove(request: Request) -> JSONResponse:
+        group, name = request.path_params["group"], request.path_params["name"]
+        if not re.fullmatch(limits.NAME_PATTERN, name):
+            raise UsageError(f"{name!r} is not a checkpoint's name")
+        session = _session(agent, group)
+        return JSONResponse(await session.request("checkpoint-remove", group, name))
+
+    return control_application(
+        [
+            Route("/status", status),
+            Route("/checkpoints/{group}", checkpoints, methods=["GET", "POST"]),
+            Route("/checkpoints/{group}/{name}/remove", remove, methods=["POST"]),
+        ]
+    )
+
+
+def _session(agent: Agent, group: str) -> AgentSession:
+    if group not in {entry.group for entry in agent.disks.all()}:
+        raise StateError(
+            f"there is no group {group!r} at this source",
+            hint="`blockrepl disk list` shows the groups",
+            code="unknown-group",
+        )
+    if agent.session is None or group not in agent.session.groups:
+        raise StateError(
+            f"there is no session with the receiver: {agent.problem or 'connecting'}",
+            hint="see `blockrepl status`; try again when it is back",
+            code="disconnected",
+        )
+    return agent.session
+
+
+async def _take_checkpoint(agent: Agent, group: str, wanted: _WantedCheckpoint) -> dict[str, Any]:
+    session = _session(agent, group)
+    taken = await session.request("checkpoint-list", group)
+    if any(checkpoint["name"] == wanted.name for checkpoint in taken):
+        raise StateError(
+            f"checkpoint {wanted.name!r} exists already",
+            hint="choose another name, or remove that one first",
+            code="taken",
+        )
+    pump = session.groups[group].pump
+    if pump is None:
+        raise session.groups[group].error or StateError("the group does not replicate")
+    checkpoint = WantedCheckpoint(wanted.name, wanted.keep)
+    pump.checkpoints.append(checkpoint)
+    with trio.move_on_after(CHECKPOINT_SECONDS) as scope:
+        await checkpoint.durable.wait()
+    if scope.cancelled_caught:
+        raise StateError(
+            f"checkpoint {wanted.name!r} was not durable within {CHECKPOINT_SECONDS:.0f} s",
+            hint="see `blockrepl status` for the lag; `blockrepl checkpoint list` shows if it came",
+            code="slow",
+        )
+    return {
+        "name": wanted.name,
+        "at": format_instant(checkpoint.at_ns),
+        "at_ns": checkpoint.at_ns,
+        "kind": "crash",
+        "kept": wanted.keep,
+    }
+
+
+# --- status
+
+
+async def _status(agent: Agent) -> dict[str, Any]:
+    entries = agent.disks.all()
+    groups = []
+    for name in sorted({entry.group for entry in entries}):
+        mine = [entry for entry in entries if entry.group == name]
+        groups.append(await _group_status(agent, name, mine))
+    return {
+        "role": "source",
+        "name": agent.identity.name,
+        "receiver": agent.identity.address,
+        "connected": agent.session is not None,
+        "problem": str(agent.problem) if agent.problem else None,
+        "groups": groups,
+    }
+
+
+async def _group_status(agent: Agent, name: str, entries: list[DiskEntry]) -> dict[str, Any]:
+    session = agent.session
+    group = session.groups.get(name) if session else None
+    pump = group.pump if group else None
+    remote: dict[str, Any] = {}
+    error = agent.problem
+    if group is not None:
+        error = group.error
+    if session and pump:
+        try:
+            remote = await session.request("group-status", name)
+        except BlockreplError as failure:
+            error = failure
+    durable_ns = pump.sender.durable_watermark if pump else None
+    now = agent.clock.now()
+    return {
+        "name": name,
+        "state": _group_state(group),
+        "lag_seconds": (now - durable_ns) / NANOSECONDS_PER_SECOND if durable_ns else None,
+        "floor": remote.get("floor"),
+        "floor_ns": remote.get("floor_ns"),
+        "latest": remote.get("latest"),
+        "latest_ns": remote.get("latest_ns"),
+        "gaps": remote.get("gaps", []),
+        "journal_bytes": remote.get("journal_bytes"),
+        "problem": str(error) if error else None,
+        "sent_bytes": pump.sent_bytes if pump else 0,
+        "in_flight_bytes": pump.sender.in_flight_bytes if pump else 0,
+        "disks": [_disk_status(agent, entry, group) for entry in entries],
+    }
+
+
+def _group_state(group: GroupSession | None) -> str:
+    if group is None:
+        return "disconnected"
+    if group.error or group.errors or group.pump is None:
+        return "error"
+    states = {disk.state for disk in group.disks}
+    if "empty" in states:
+        return "initial-sync"
+    return "resync" if "gap" in states else "replicating"
+
+
+def _disk_status(agent: Agent, entry: DiskEntry, group: GroupSession | None) -> dict[str, Any]:
+    disk = next((d for d in group.disks if d.entry.name == entry.name), None) if group else None
+    ring = disk.ring if disk else None
+    problem = group.errors.get(entry.name) if group else None
+    state = "disconnected"
+    if problem:
+        state = "error"
+    elif disk:
+        state = {"empty": "initial-sync", "gap": "resync", "ready": "replicating"}[disk.state]
+    stale = int((ring.stale | ring.syncing).sum()) if ring else 0
+    hot = int(agent.disks.hot_regions(entry).sum())
+    return {
+        "name": entry.name,
+        "size_bytes": entry.size_bytes,
+        "state": state,
+        "serving": agent.disks.is_serving(entry),
+        "hot_bytes": min(hot * limits.REGION_BYTES, entry.size_bytes),
+        "to_sync_bytes": min(stale * limits.REGION_BYTES, entry.size_bytes),
+        "ring_used_bytes": ring.used_bytes(ring.head()) if ring else 0,
+        "ring_bytes": entry.ring_bytes,
+        "dropped_records": ring.dropped() if ring else 0,
+        "verified_ns": None,
+        "mismatches": 0,
+        "problem": str(problem) if problem else None,
+    }

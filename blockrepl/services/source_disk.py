@@ -1,0 +1,185 @@
+"""One disk as the agent sees it during a session: its ring, its image, and how far both have come.
+
+States of a disk at the receiver, as in messages.AttachedDisk:
+
+=====  ==========================  =====================================================
+state  meaning                     leaves it by
+=====  ==========================  =====================================================
+empty  first sync not done         consistent mark, when nothing is stale any more
+ready  replica equals the source   gap mark, when a record was not kept
+gap    history broken, resyncing   consistent mark
+=====  ==========================  =====================================================
+
+The consistent mark needs more than "nothing is stale": a region's content was read while writes
+were in flight, and those must have ended (`settled`), for only then everything that was read has a
+record or a stale mark of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from uuid import UUID
+
+from blockrepl.errors import StateError
+from blockrepl.formats.messages import AttachedDisk
+from blockrepl.session.sender import DiskState, RingState, resume
+from blockrepl.storage.clock import SourceClock
+from blockrepl.storage.ring import RingReader, read_geometry, ring_path
+from blockrepl.storage.source import DiskEntry, SourceDisks
+
+
+class SourceDisk:
+    def __init__(self, disks: SourceDisks, entry: DiskEntry, clock: SourceClock) -> None:
+        self._disks = disks
+        self._clock = clock
+        self.entry = entry
+        self.id = entry.id.bytes
+        self.ring: RingReader | None = None
+        self.image: int | None = None
+        self.state: DiskState = "empty"
+        self.epoch = 0
+        self.cursor = 0
+        self.gap_in_flight = 0
+        self._gap_before_ring = 0  # a gap that no ring reports: history broken since this stamp
+        self._known_ring = 0
+        self._unsettled: frozenset[tuple[int, int]] | None = None
+
+    # --- opening
+
+    def attach(self, known: AttachedDisk, replica: UUID, watermark: int) -> None:
+        """Take up what the receiver knows of the disk. StateError when the image is not there."""
+        same_replica = self.entry.replica == replica
+        self.state = known.state
+        self.epoch = known.epoch
+        self.gap_in_flight = 0
+        self._gap_before_ring = 0
+        self._unsettled = None
+        self._known_ring = known.ring_id
+        with self._disks.lock(self.entry):
+            if (
+                not same_replica
+                or known.state != "ready"
+                or self._disks.hot_regions(self.entry).any()
+            ):
+                self._disks.ensure_ring(self.entry, self._clock)
+        self._open_ring()
+        if self.ring is not None:
+            self.ring.restart_syncs()
+            self._resume(self.ring, known, watermark, same_replica=same_replica)
+        if not same_replica:
+            # Bound only now: stale marks come first, or a crash between would lose them.
+            self.entry = self._disks.bind_replica(self.entry, replica)
+
+    def _resume(
+        self, ring: RingReader, known: AttachedDisk, watermark: int, *, same_replica: bool
+    ) -> None:
+        state = RingState(ring.geometry.ring_id, ring.tail(), ring.head(), ring.needs_sync())
+        plan = resume(known, state, same_replica=same_replica)
+        if plan.mark_all_stale:
+            ring.mark_all_stale()
+        if plan.gap:
+            self._gap_before_ring = watermark + 1
+        self.cursor = plan.cursor
+        ring.release(plan.cursor)
+
+    def refresh(self, watermark: int) -> None:
+        """Notice a ring that was made, or made anew, since the last look."""
+        if self.ring is not None:
+            if self.ring.is_current():
+                return
+            self.close()
+        self._open_ring()
+        if self.ring is not None:
+            known = AttachedDisk(
+                id=self.entry.id,
+                epoch=self.epoch,
+                state=self.state,
+                ring_id=self._known_ring,
+                next_sequence=self.cursor,
+            )
+            self._resume(self.ring, known, watermark, same_replica=True)
+
+    def _open_ring(self) -> None:
+        path = ring_path(self.id)
+        if read_geometry(path) is None:
+            return
+        try:
+            self.image = os.open(self.entry.image, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StateError(
+                f"image {self.entry.image} of disk {self.entry.name!r} cannot be opened: "
+                f"{error.strerror}",
+                hint="bring it back, or remove the disk with `blockrepl disk remove`",
+                code="no-image",
+            ) from error
+        self.ring = RingReader(path, self.id)
+
+    def close(self) -> None:
+        if self.image is not None:
+            os.close(self.image)
+        self.image = None
+        self.ring = None
+
+    def retire(self) -> None:
+        """Give the ring back when no server runs and nothing is left in it. Blocks on the disk."""
+        ring = self.ring
+        if ring is None or self.state != "ready" or self.cursor != ring.head():
+            return
+        if self._disks.retire_ring(self.entry, ring, self._clock):
+            self.close()
+            self._known_ring = ring.geometry.ring_id
+
+    # --- gaps and their end
+
+    def gap_to_report(self) -> int:
+        """First stamp that is missing from history, if the receiver must hear of it; else 0."""
+        if self.gap_in_flight or self.ring is None:
+            return 0
+        found = min(filter(None, (self._gap_before_ring, self.ring.gap_from())), default=0)
+        if found and self.state != "ready":
+            self.ring.clear_gap(self.ring.gap_from())  # the receiver knows of one already
+            self._gap_before_ring = 0
+            return 0
+        return found
+
+    def gap_reported(self, from_ns: int) -> None:
+        self.gap_in_flight = from_ns
+        self.state = "gap"
+        self.epoch += 1
+        self._unsettled = None
+
+    def gap_durable(self, from_ns: int) -> None:
+        self.gap_in_flight = 0
+        self._gap_before_ring = 0
+        if self.ring is not None:
+            self.ring.clear_gap(self.ring.gap_from())
+
+    def may_use_base(self) -> bool:
+        """Whether content may go straight into the base image.
+
+        Only while the journal can hold nothing that is newer than what it would hide: first sync,
+        no record of the disk ever lost, none from an earlier ring.
+        """
+        return (
+            self.ring is not None
+            and self.state == "empty"
+            and self.ring.stale_marks() == 0
+            and self._known_ring in (0, self.ring.geometry.ring_id)
+        )
+
+    def settled(self) -> bool:
+        """Whether the replica equals the source, once all that the ring holds now is sent."""
+        ring = self.ring
+        if self.state == "ready" or self.gap_in_flight:
+            return False
+        if ring is None or ring.needs_sync() or ring.is_syncing() or ring.gap_from():
+            self._unsettled = None
+            return False
+        if self._unsettled is None:
+            self._unsettled = ring.writes_in_flight()
+        self._unsettled &= ring.writes_in_flight()
+        return not self._unsettled
+
+    def became_consistent(self) -> None:
+        self.state = "ready"
+        self._unsettled = None
