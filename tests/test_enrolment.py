@@ -276,6 +276,8 @@ async def test_an_unreachable_receiver_is_said_so(tmp_path: Path) -> None:
     error = await refused(token, "web1", tmp_path / "identity")
     assert error.code == "unreachable"
     assert str(error).endswith(": Connection refused")
+    assert (await refused(token, "Web", tmp_path / "identity")).code == "name"
+    assert (await refused(token[:-5], "web1", tmp_path / "identity")).code == "token"
 
 
 def test_a_home_that_has_not_joined_is_said_so(tmp_path: Path) -> None:
