@@ -51,6 +51,7 @@ _TIME = re.compile(
 )
 _NAME = re.compile(NAME_PATTERN)
 _EPOCH_START = datetime(1970, 1, 1, tzinfo=timezone.utc)
+NOTHING_YET = "nothing can be reached yet, the first sync is not done"
 _GRAMMAR_HINT = (
     "a point is latest, a time (2026-11-22T10:31:07Z), -5m, tag:NAME or flush; ~N goes N records"
     " back"
@@ -265,7 +266,7 @@ def _base_instant(point: Point, now_ns: int, history: History) -> tuple[int, int
         return at_ns, at_ns
     newest, _ = nearest(history, history.latest_ns)
     if newest is None:
-        raise _refused(point, "nothing can be reached yet", None, None)
+        raise _refused(point, NOTHING_YET, None, None)
     return now_ns, newest if isinstance(base, Latest) else _last_flush(point, newest, history)
 
 
@@ -289,7 +290,7 @@ def _require_reachable(point: Point, at_ns: int, history: History) -> None:
         return
     asked = format_instant(at_ns) if 0 <= at_ns < 1 << 63 else "that instant"
     if history.floor_ns is None:
-        why = "nothing can be reached yet: the first sync is not done"
+        why = NOTHING_YET
     elif at_ns < history.floor_ns:
         why = f"{asked} is before the floor"
     elif after is None and at_ns > history.latest_ns:

@@ -226,9 +226,9 @@ def _headers_back(
 
 
 def _flushes(columns: Columns, at_ns: int) -> U64:
-    which = (columns.kinds & np.uint8(KIND_MASK)) == RecordKind.FLUSH
-    which &= columns.stamps <= np.uint64(at_ns)
-    return columns.stamps[which]
+    kinds = columns.kinds & np.uint8(KIND_MASK)
+    stamps: U64 = columns.stamps[kinds == RecordKind.FLUSH]
+    return stamps[stamps <= np.uint64(at_ns)]
 
 
 def _apply(state: State, mark: CheckpointMark | GapMark | ConsistentMark) -> None:

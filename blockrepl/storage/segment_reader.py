@@ -255,7 +255,9 @@ class SegmentReader:
                     raise PeerError("frame is cut short")
             except PeerError as error:
                 if is_known:
-                    oldest = min(self.watermarks.values(), default=known.first_stamp)
+                    oldest = min(
+                        (w + 1 for w in self.watermarks.values()), default=known.first_stamp
+                    )
                     damage.append(Damage(None, oldest, self._damaged(offset, error)))
                 return
             body = window.read(offset + HEADER_BYTES, header.blocks_offset)

@@ -1,0 +1,335 @@
+"""Views against a model of byte arrays, while the receiver writes, and over damage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from journal_model import GROUP, START, Journal, Record, small_segments
+
+from blockrepl.errors import DamageError, PointError, StateError, StorageError
+from blockrepl.formats.frame import RecordKind
+from blockrepl.model import points
+from blockrepl.storage.durable import FILE_NAME as DURABLE_NAME
+from blockrepl.storage.history import ReplicaHistory
+from blockrepl.units import KIB, MIB
+from blockrepl.views import view as views
+from blockrepl.views.view import View
+
+SIZES = {"root": 96 * KIB, "data": 160 * KIB + 512}
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Journal]:
+    small_segments(monkeypatch)
+    made = Journal(tmp_path / "home", SIZES)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def replica(journal: Journal) -> Iterator[ReplicaHistory]:
+    with ReplicaHistory.open(journal.home, GROUP) as opened:
+        yield opened
+
+
+def view_at(replica: ReplicaHistory, at_ns: int) -> View:
+    return View(replica, at_ns, replica.state())
+
+
+def content(view: View) -> dict[str, bytes]:
+    return {name: bytes(view.read(name, 0, disk.size_bytes)) for name, disk in view.disks.items()}
+
+
+def resolve(replica: ReplicaHistory, text: str) -> int:
+    return replica.resolve(points.parse(text), START + 10**12).at_ns
+
+
+def segments_of(journal: Journal) -> list[Path]:
+    return sorted((journal.directory / "segments").iterdir())
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 0x10]))
+
+
+def find(path: Path, needle: bytes) -> int:
+    place = path.read_bytes().find(needle)
+    assert place > 0
+    return place
+
+
+def test_every_point_shows_exactly_the_records_up_to_it(
+    journal: Journal, replica: ReplicaHistory
+) -> None:
+    journal.run(120)
+    journal.gap_and_resync("root")
+    journal.run(120)
+    assert len(segments_of(journal)) > 4
+    checked = 0
+    for stamp, model in journal.model.states():
+        for at in (stamp, stamp + 1 if stamp < journal.stamp else stamp):
+            if at != stamp and any(r.stamp == at for r in journal.model.records):
+                continue
+            view = view_at(replica, at)
+            assert content(view) == model, f"at {at - START}"
+        checked += 1
+    assert checked > 200
+
+
+def test_any_piece_of_a_view_is_the_piece_of_the_whole(
+    journal: Journal, replica: ReplicaHistory
+) -> None:
+    journal.run(80)
+    view = view_at(replica, journal.stamp)
+    whole = content(view)
+    for _ in range(300):
+        name = journal.random.choice(list(SIZES))
+        offset = journal.random.randrange(SIZES[name] + 10)
+        length = journal.random.randrange(1, 30_000)
+        assert view.read(name, offset, length) == whole[name][offset : offset + length]
+
+
+def test_extents_cover_the_disk_and_what_they_call_zero_is_zero(
+    journal: Journal, replica: ReplicaHistory
+) -> None:
+    journal.run(60)
+    view = view_at(replica, journal.stamp)
+    for name, disk in view.disks.items():
+        whole = content(view)[name]
+        at = 0
+        for extent in view.extents(name, 0, disk.size_bytes):
+            assert extent.offset == at
+            at += extent.length
+            if not extent.is_data:
+                assert not any(whole[extent.offset : at])
+        assert at == disk.size_bytes
+        assert any(not extent.is_data for extent in view.extents(name, 0, disk.size_bytes))
+
+
+def test_small_windows_and_early_dropping_of_what_is_covered_change_nothing(
+    journal: Journal, replica: ReplicaHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blockrepl.storage.index.CHUNK_ENTRIES", 5)
+    monkeypatch.setattr(views, "WINDOW_ENTRIES_TARGET", 3)
+    monkeypatch.setattr(views, "WINDOW_BYTES_MAX", 64 * KIB)
+    monkeypatch.setattr(views, "WINDOW_BYTES_MIN", 4 * KIB)
+    journal.run(100)
+    journal.gap_and_resync("data")
+    journal.run(100)
+    for stamp, model in list(journal.model.states())[::5]:
+        del model
+        assert content(view_at(replica, stamp)) == journal.model.at(stamp)
+
+
+def test_records_longer_than_a_megabyte_are_found_from_any_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_segments(monkeypatch, 3 * MIB)
+    journal = Journal(tmp_path / "home", {"big": 24 * MIB})
+    journal.write("big", MIB, b"x" * 4 * MIB)
+    journal.put([Record(journal.tick(), "big", 512, 20 * MIB, RecordKind.TRIM)])
+    journal.write("big", 9 * MIB + 7, journal.random.randbytes(3 * MIB))
+    journal.put([Record(journal.tick(), "big", 10 * MIB, 5 * MIB, RecordKind.ZERO)])
+    monkeypatch.setattr(views, "WINDOW_BYTES_MAX", MIB)
+    with ReplicaHistory.open(journal.home, GROUP) as replica:
+        for record in journal.model.records:
+            assert content(view_at(replica, record.stamp)) == journal.model.at(record.stamp)
+    journal.close()
+
+
+def test_a_view_never_changes_while_more_is_appended_and_sealed(
+    journal: Journal, replica: ReplicaHistory
+) -> None:
+    journal.run(30)
+    at = journal.stamp
+    view, late = view_at(replica, at), view_at(replica, at)
+    before = content(view)
+    sealed = len(segments_of(journal))
+    journal.run(150)
+    newer = view_at(replica, journal.stamp)
+    assert len(segments_of(journal)) > sealed + 1
+    assert content(newer) == journal.model.at(journal.stamp)
+    assert content(view) == before == content(late) == journal.model.at(at)
+    journal.close()
+    journal.open()
+    assert content(view_at(replica, at)) == before
+
+
+def test_segments_being_sealed_in_the_background_are_read_as_open_ones(
+    journal: Journal, replica: ReplicaHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "blockrepl.storage.journal.Journal._seal_later", lambda self, segment: segment.close()
+    )
+    journal.run(250)
+    assert len(segments_of(journal)) > 3
+    view = view_at(replica, journal.stamp)
+    assert content(view) == journal.model.at(journal.stamp)
+    assert not any(segment.sealed for segment in replica.index.segments())
+
+
+@pytest.mark.parametrize("how", ["missing", "garbled", "contradicting"])
+def test_without_a_true_durable_record_the_segments_say_what_there_is(
+    journal: Journal, replica: ReplicaHistory, how: str
+) -> None:
+    journal.run(60)
+    begin, end = journal.gap_and_resync("root")
+    tagged = journal.checkpoint("late")
+    journal.run(10)
+    durable = journal.directory / DURABLE_NAME
+    if how == "missing":
+        durable.unlink()
+    elif how == "garbled":
+        flip(durable, 20)
+    else:
+        with segments_of(journal)[-1].open("r+b") as file:
+            file.truncate(file.seek(0, os.SEEK_END) - 100)
+    state = replica.state()
+    history = replica.history(state)
+    if how != "contradicting":
+        assert state.latest_ns == journal.stamp
+    assert tagged <= state.latest_ns <= journal.stamp
+    assert [(gap.from_ns, gap.to_ns) for gap in history.gaps] == [(begin, end)]
+    assert history.checkpoints == {"late": tagged}
+    assert content(View(replica, state.latest_ns, state)) == journal.model.at(state.latest_ns)
+
+
+def test_marks_that_the_catalog_does_not_know_yet_are_applied_from_the_segments(
+    journal: Journal, replica: ReplicaHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blockrepl.storage.replica.Replica._write_catalog", lambda *_: None)
+    tagged = journal.checkpoint("uncatalogued")
+    begin, end = journal.gap_and_resync("data")
+    (journal.directory / DURABLE_NAME).unlink()
+    history = replica.history()
+    assert history.checkpoints == {"uncatalogued": tagged}
+    assert [(gap.from_ns, gap.to_ns) for gap in history.gaps] == [(begin, end)]
+
+
+def test_a_disk_is_in_the_views_from_its_first_sync_on(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "home", SIZES, sync=False)
+    with ReplicaHistory.open(journal.home, GROUP) as replica:
+        with pytest.raises(PointError, match="first sync"):
+            resolve(replica, "latest")
+        journal.first_sync("root")
+        first = journal.stamp
+        journal.write("root", 0, b"a" * 512)
+        journal.first_sync("data")
+        assert set(view_at(replica, first).disks) == {"root"}
+        assert set(view_at(replica, journal.stamp).disks) == {"root", "data"}
+        assert resolve(replica, "latest") == journal.stamp
+    journal.close()
+
+
+def test_flush_and_records_back_are_read_from_the_journal(
+    journal: Journal, replica: ReplicaHistory
+) -> None:
+    journal.run(150)
+    stamps = sorted(record.stamp for record in journal.model.records)
+    flushes = [r.stamp for r in journal.model.records if r.kind == RecordKind.FLUSH]
+    assert resolve(replica, "flush") == max(flushes)
+    assert resolve(replica, "latest~1") == stamps[-2]
+    assert resolve(replica, "latest~100") == stamps[-101]
+    assert resolve(replica, "flush~7") == stamps[stamps.index(max(flushes)) - 7]
+    with pytest.raises(PointError):
+        resolve(replica, "latest~150")
+    history = replica.history()
+    for at in stamps[::10]:
+        assert history.last_flush(at) == max((f for f in flushes if f <= at), default=None)
+
+
+def test_a_damaged_block_is_an_error_that_names_segment_and_offset(
+    journal: Journal, replica: ReplicaHistory, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = journal.write("root", 0, b"good" * 1024)
+    bad = journal.write("root", 4096, journal.random.randbytes(4096))
+    journal.run(100)
+    journal.put([Record(journal.tick(), "root", 0, SIZES["root"], RecordKind.TRIM)])
+    path = segments_of(journal)[0]
+    place = find(path, bad.data)
+    flip(path, place + 100)
+    view = view_at(replica, bad.stamp)
+    assert view.read("root", 0, 4096) == good.data
+    for _ in range(2):
+        with pytest.raises(DamageError) as caught:
+            view.read("root", 4096, 4096)
+    assert path.name in str(caught.value)
+    assert str(place) in str(caught.value)
+    assert [r.levelname for r in caplog.records].count("ERROR") == 1
+    assert content(view_at(replica, journal.stamp)) == journal.model.at(journal.stamp)
+
+
+@pytest.mark.parametrize("part", ["columns", "header"])
+def test_damage_that_hides_records_refuses_every_point_from_there_on(
+    journal: Journal, replica: ReplicaHistory, part: str
+) -> None:
+    good = journal.write("root", 0, b"good" * 1024)
+    bad = journal.write("root", 0, journal.random.randbytes(4096))
+    path = segments_of(journal)[-1]
+    header = path.read_bytes().rfind(b"BRF1", 0, find(path, bad.data))
+    flip(path, header + (150 if part == "columns" else 70))
+    with pytest.raises(DamageError, match=str(header)):
+        content(view_at(replica, bad.stamp))
+    assert content(view_at(replica, good.stamp)) == journal.model.at(good.stamp)
+
+
+def test_a_damaged_index_is_rebuilt_from_the_frames(
+    journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal.run(300)
+    journal.close()
+    sealed = segments_of(journal)[:-1]
+    with ReplicaHistory.open(journal.home, GROUP) as replica:
+        replica.refresh(replica.state())
+        contents = [segment._table for segment in replica.index.segments() if segment.sealed]
+    assert len(sealed) == len(contents) > 2
+    first, second, third = contents[:3]
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    flip(sealed[0], first.runs[0].offset + 3)
+    flip(sealed[1], second.frame_table_offset + 3)
+    flip(sealed[2], sealed[2].stat().st_size - 20)
+    with ReplicaHistory.open(journal.home, GROUP) as replica:
+        for stamp in [record.stamp for record in journal.model.records][::10]:
+            assert content(view_at(replica, stamp)) == journal.model.at(stamp)
+    assert len([r for r in caplog.records if "rebuilt" in r.message]) == 2
+    journal.open()
+
+
+def test_a_missing_segment_is_told_and_older_points_stay(
+    journal: Journal, replica: ReplicaHistory
+) -> None:
+    journal.run(300)
+    row = replica.catalog.segments()[2]
+    segments_of(journal)[2].rename(journal.home / "elsewhere")
+    with pytest.raises(DamageError, match="missing"):
+        content(view_at(replica, journal.stamp))
+    before = max(r.stamp for r in journal.model.records if r.stamp < row.first_stamp)
+    assert content(view_at(replica, before)) == journal.model.at(before)
+    (journal.home / "elsewhere").rename(journal.directory / "segments" / "000000000003.seg")
+
+
+def test_a_missing_base_is_an_error_not_zeros(journal: Journal, replica: ReplicaHistory) -> None:
+    view = view_at(replica, journal.stamp)
+    (journal.directory / "base" / "root.img").rename(journal.home / "elsewhere")
+    with pytest.raises(StorageError, match=r"root\.img"):
+        view.read("root", 0, 512)
+    (journal.home / "elsewhere").rename(journal.directory / "base" / "root.img")
+
+
+def test_unknown_groups_and_disks_are_told_with_those_that_exist(journal: Journal) -> None:
+    with pytest.raises(StateError, match="nope") as caught:
+        ReplicaHistory.open(journal.home, "nope")
+    assert GROUP in caught.value.hint
+    with ReplicaHistory.open(journal.home, GROUP) as replica:
+        with pytest.raises(StateError) as caught:
+            view_at(replica, journal.stamp).read("nope", 0, 1)
+        assert "root" in caught.value.hint
