@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,6 +198,9 @@ def ours(scratch: Scratch, image: Path) -> Iterator[Ours]:
             stack.stop_agent()
         for service in reversed(started):
             scratch.stop(service)
+        with suppress(MeasurementError):  # it was never added
+            # Its ring is in shared memory, outside the scratch directory.
+            scratch.run(command(source_home, "disk", "remove", DISK))
 
 
 def _answers(uri: str) -> bool:
