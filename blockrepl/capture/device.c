@@ -242,6 +242,9 @@ static void mark_gap(struct device *d, uint64_t start, uint64_t end)
         ring_store_byte(&d->stale[r], 1);
         ring_store(&ring->stale_marks, ring->stale_marks + 1);
     }
+    /* the agent may send the region's content before it is on the local disk: it cools only after
+     * a flush that began after this write, as if the record had been kept */
+    touch(d, start, end, ring->head + 1);
     ring_store(&ring->dropped, ring->dropped + 1);
     ring_swap(&ring->gap_from, 0, ring->last_stamp);
     ring_store(&ring->busy, ring->busy + 1);

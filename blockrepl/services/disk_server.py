@@ -1,14 +1,20 @@
 """Starting a disk's NBD server: this process locks the image, then becomes nbdkit.
 
 The lock belongs to the open file that nbdkit inherits: it lasts exactly as long as the server.
+The socket is made here and handed over as systemd would (LISTEN_FDS): nbdkit sets a umask of its
+own, so one that it made would be open to everybody; and a client may connect as soon as the line
+"ready" is read.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
+import socket
 import subprocess
+from pathlib import Path
 
 from blockrepl import limits
 from blockrepl.errors import StateError
@@ -18,6 +24,7 @@ from blockrepl.storage.image import image_size, lock_image
 from blockrepl.storage.source import SourceDisks
 
 THREADS = 16
+_LISTEN_FD = 3  # where a program that is handed its sockets looks for the first
 
 
 def nbdkit_version(program: str) -> str:
@@ -52,23 +59,50 @@ def exec_server(disks: SourceDisks, name: str) -> None:
                 code="image-size",
             )
         ring = disks.ensure_ring(entry, clock)
-    socket = disks.socket_path(entry)
-    socket.unlink(missing_ok=True)  # of a killed server: nobody else holds the image
-    os.umask(0o177)
-    environment = {**os.environ, "PYTHONPATH": str(import_root()), "BLOCKREPL_NBDKIT": version}
+    path = disks.socket_path(entry)
+    served = fcntl.fcntl(image, fcntl.F_DUPFD, _LISTEN_FD + 1)
+    os.close(image)
+    _listen(path)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(import_root()),
+        "BLOCKREPL_NBDKIT": version,
+        "LISTEN_PID": str(os.getpid()),
+        "LISTEN_FDS": "1",
+    }
     environment.pop("PYTHONHOME", None)
     command = [
         program,
         "--foreground",
-        f"--unix={socket}",
         f"--threads={THREADS}",
         "python",
         str(plugin_script("capture")),
-        f"image_fd={image}",
+        f"image_fd={served}",
         f"map={disks.hot_map_path(entry)}",
         f"ring={ring}",
         f"size={entry.size_bytes}",
         f"region={limits.REGION_BYTES}",
     ]
-    print(f"disk {name} ready on {socket}", flush=True)
+    print(f"disk {name} ready on {path}", flush=True)
     os.execve(program, command, environment)
+
+
+def _listen(path: Path) -> None:
+    """Listen on a Unix socket that only this user may open, as the descriptor nbdkit takes."""
+    path.unlink(missing_ok=True)  # of a killed server: nobody else holds the image
+    os.umask(0o177)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(path))
+        listener.listen()
+    except OSError as error:
+        raise StateError(
+            f"cannot listen on {path}: {error.strerror}",
+            hint="check that the home's run directory is there and writable",
+            code="socket",
+        ) from error
+    descriptor = listener.detach()
+    os.dup2(descriptor, _LISTEN_FD)
+    os.set_inheritable(_LISTEN_FD, True)  # dup2 leaves it as it was where both are the same
+    if descriptor != _LISTEN_FD:
+        os.close(descriptor)
