@@ -1,17 +1,29 @@
 """Interleaved rounds: ours, peer, ours, peer ... so that a machine's drift hits all alike.
 
-Before each turn the page cache is written out (``sync``) and every contestant is quiet: whoever
+Before each turn the page cache is written out and dropped, and every contestant is quiet: whoever
 still has work in the background (a mirror job, our agent) is waited for outside the measured time,
-so that nobody's leftovers slow the next one down.
+so that nobody's leftovers slow the next one down. Dropped, because what an image was last read or
+written with decides how large its cached folios are, and a 4 KiB write into a large one costs
+several times one into a small one (half of a server's time in ext4_block_write_begin): that would
+measure the image's past, not the server.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+
+
+def clear_page_cache() -> None:
+    """Write everything out; then, where this is root, forget it."""
+    os.sync()
+    with contextlib.suppress(PermissionError):
+        Path("/proc/sys/vm/drop_caches").write_text("1")
 
 
 def nothing() -> None:
@@ -32,7 +44,7 @@ def interleave(
     rounds: int,
     *,
     progress: Callable[[str], None],
-    sync: Callable[[], None] = os.sync,
+    sync: Callable[[], None] = clear_page_cache,
 ) -> Mapping[str, list[float]]:
     """Measure each contestant once a round, in the given order; figures by name, in round order."""
     figures: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
