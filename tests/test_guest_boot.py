@@ -111,7 +111,11 @@ def test_a_guest_whose_caller_was_killed_powers_itself_off(tmp_path: Path) -> No
         "signal.pause()\n"
     )
     with subprocess.Popen(
-        (sys.executable, "-c", program, str(image)), cwd=ROOT, stdout=subprocess.PIPE, text=True
+        (sys.executable, "-c", program, str(image)),
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
     ) as caller:
         assert caller.stdout is not None
         try:

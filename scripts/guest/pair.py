@@ -75,11 +75,11 @@ class Pair:
     def start_receiver(self) -> None:
         listen = f"127.0.0.1:{self.port}"
         service = self._start("receiver", self.receiver_home, "receiver", "run", "--listen", listen)
-        service.wait_ready(lambda: service.log.stat().st_size > 0)
+        service.wait_ready(lambda: b"ready" in service.log.read_bytes())
 
     def start_agent(self) -> None:
         service = self._start("agent", self.source_home, "agent", "run")
-        service.wait_ready((self.source_home / "run" / "agent.sock").exists)
+        service.wait_ready(lambda: b"ready" in service.log.read_bytes())
 
     def start_disk(self, name: str) -> None:
         """Start the disk's NBD server and wait until it serves."""
