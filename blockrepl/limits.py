@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blockrepl.units import KIB, MIB
+from blockrepl.units import GIB, KIB, MIB
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,62}"  # every name; safe as a part of a path
 
@@ -25,6 +25,7 @@ MARK_BYTES_MAX = 64 * KIB
 MESSAGE_BYTES_MAX = 11 * MIB  # one frame and its envelope
 CONTROL_MESSAGE_BYTES_MAX = 1 * MIB  # JSON messages
 DISKS_PER_SOURCE_MAX = 1024
+GROUPS_PER_SESSION_MAX = 256
 
 WINDOW_FRAMES = 256  # frames sent and not yet acknowledged, per group
 WINDOW_BYTES = 32 * MIB
@@ -32,7 +33,9 @@ WINDOW_BYTES = 32 * MIB
 HANDSHAKE_SECONDS = 10.0  # TLS and hello; a silent peer is dropped after it
 MESSAGE_SECONDS = 30.0  # from the first byte of a message to its last
 IDLE_SECONDS = 30.0  # no byte at all from a peer that should ping every IDLE_SECONDS / 3
+SESSION_BYTES_MAX = 256 * GIB  # AES-GCM wants a new key before 2^24.5 full records (390 GB)
 SESSIONS_MAX = 256  # connections past their handshake
+RECEIVE_BYTES_MAX = 96 * MIB  # frames of all sessions that wait for a commit
 HANDSHAKES_MAX = 64  # connections not yet past it
 CLIENT_HELLO_BYTES_MAX = 16 * KIB  # first flight of a client; real ones stay under 2 KiB
 HANDSHAKE_BYTES_MAX = 64 * KIB  # all that either side sends before the channel is up
