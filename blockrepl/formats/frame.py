@@ -213,6 +213,10 @@ def _check_limits(header: FrameHeader) -> None:
         header.record_count or not 0 < header.payload_bytes <= limits.MARK_BYTES_MAX
     ):
         raise PeerError("mark frame is malformed")
+    if not header.record_count and (
+        header.last_stamp or (header.payload_bytes and header.kind != FrameKind.MARK)
+    ):
+        raise PeerError("frame without records has stamps or payload")
     if header.first_stamp > header.last_stamp:
         raise PeerError("frame stamps run backwards")
 

@@ -102,19 +102,24 @@ class Attach(Message):
     disks: Annotated[list[AttachDisk], Field(max_length=limits.DISKS_PER_SOURCE_MAX)]
 
 
+# What comes back in headers of frames: within their fields, with room for the next one.
+EpochField = Annotated[int, Field(ge=0, lt=1 << 31)]
+PositionField = Annotated[int, Field(ge=0, lt=(1 << 63) - 1)]
+
+
 class AttachedDisk(Message):
     id: UUID
-    epoch: int  # current epoch of the disk
+    epoch: EpochField  # current epoch of the disk
     state: Literal["empty", "ready", "gap"]  # empty: the first sync is not done
-    ring_id: int  # of the last durable frame with records of the disk; 0: none
-    next_sequence: int  # in that ring: the first record that is not durable here
+    ring_id: Annotated[int, Field(ge=0, lt=1 << 64)]  # of its last durable frame; 0: none
+    next_sequence: PositionField  # in that ring: the first record that is not durable here
 
 
 class Attached(Message):
     group: NameField
     group_id: UUID
-    next_number: int
-    watermark: StampField  # last durable one of this source
+    next_number: Annotated[StampField, Field(ge=1)]
+    watermark: PositionField  # last durable one of this source
     disks: list[AttachedDisk]
 
 

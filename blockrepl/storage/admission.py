@@ -1,7 +1,7 @@
 """What a frame must be before it may be journaled. Anything else is its sender's fault: PeerError.
 
 1. Of this group, of the source whose session it came through, and as long as its message.
-2. Numbers that the catalog can hold (below 2^63); number 0 for base frames, and only for them.
+2. Numbers that the catalog can hold (below 2^63 - 1); number 0 for base frames, and only for them.
 3. With records, or a mark that names a disk: of a disk that this source has attached.
 4. Columns, block table and every block match their digests.
 5. Every record inside its disk, of a known kind.
@@ -24,7 +24,7 @@ from blockrepl.formats.frame import (
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, decode_mark
 from blockrepl.storage.catalog import DiskRow
 
-NUMBER_MAX = (1 << 63) - 1  # what SQLite's integers hold
+NUMBER_MAX = (1 << 63) - 2  # what SQLite's integers hold, with room for the next one
 Mark = CheckpointMark | GapMark | ConsistentMark
 
 
