@@ -223,9 +223,10 @@ static uint64_t next_stamp(struct device *d)
     return now > d->ring->last_stamp ? now : d->ring->last_stamp + 1;
 }
 
-static void touch(struct device *d, uint64_t start, uint64_t end, uint64_t sequence)
+/* `stamp`: of the change, whose clock is read already. */
+static void touch(struct device *d, uint64_t start, uint64_t end, uint64_t sequence, uint64_t stamp)
 {
-    uint32_t now = (uint32_t)(monotonic() / 1000000000u);
+    uint32_t now = (uint32_t)((stamp - (uint64_t)d->ring->clock_offset) / 1000000000u);
     for (uint64_t r = start / d->region_bytes; r <= (end - 1) / d->region_bytes; r++) {
         d->last_record[r] = sequence;
         d->last_second[r] = now;
@@ -239,14 +240,17 @@ static void mark_gap(struct device *d, uint64_t start, uint64_t end)
     ring_store(&ring->busy, ring->busy + 1);
     ring->last_stamp = next_stamp(d);
     for (uint64_t r = start / d->region_bytes; r <= (end - 1) / d->region_bytes; r++) {
+        if (__atomic_load_n(&d->stale[r], __ATOMIC_SEQ_CST))
+            continue;
         ring_store_byte(&d->stale[r], 1);
         ring_store(&ring->stale_marks, ring->stale_marks + 1);
     }
     /* the agent may send the region's content before it is on the local disk: it cools only after
      * a flush that began after this write, as if the record had been kept */
-    touch(d, start, end, ring->head + 1);
-    ring_store(&ring->dropped, ring->dropped + 1);
-    ring_swap(&ring->gap_from, 0, ring->last_stamp);
+    touch(d, start, end, ring->head + 1, ring->last_stamp);
+    ring->dropped++;
+    if (!ring_load(&ring->gap_from))
+        ring_swap(&ring->gap_from, 0, ring->last_stamp);
     ring_store(&ring->busy, ring->busy + 1);
 }
 
@@ -281,7 +285,7 @@ static void append(struct device *d, int kind, uint64_t offset, uint32_t length,
     d->payload_head += need;
     ring->written_bytes += need;
     if (length)
-        touch(d, offset, offset + length, head + 1);
+        touch(d, offset, offset + length, head + 1, slot->stamp);
     ring_store(&ring->head, head + 1);
     ring_store(&ring->busy, ring->busy + 1);
     pthread_mutex_unlock(&d->append_lock);
