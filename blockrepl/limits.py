@@ -30,6 +30,8 @@ GROUPS_PER_SESSION_MAX = 256
 WINDOW_FRAMES = 256  # frames sent and not yet acknowledged, per group
 WINDOW_BYTES = 32 * MIB
 
+RECEIVER_PORT = 7420  # where a receiver listens unless told otherwise
+
 HANDSHAKE_SECONDS = 10.0  # TLS and hello; a silent peer is dropped after it
 MESSAGE_SECONDS = 30.0  # from the first byte of a message to its last
 IDLE_SECONDS = 30.0  # no byte at all from a peer that should ping every IDLE_SECONDS / 3

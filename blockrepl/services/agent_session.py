@@ -162,6 +162,8 @@ class AgentSession:
         while True:
             await trio.sleep(limits.IDLE_SECONDS / 3)
             await self._stream.send(MessageType.PING)
+            if self._stream.stream.sent_bytes > limits.SESSION_BYTES_MAX:
+                raise PeerError("the session's keys are used up", code="renew")
 
     # --- groups
 
