@@ -84,7 +84,7 @@ class Pair:
     def start_disk(self, name: str) -> None:
         """Start the disk's NBD server and wait until it serves."""
         service = self._start(f"disk-{name}", self.source_home, "disk", "serve", name)
-        service.wait_ready(lambda: self.disk(name)["serving"] is True)
+        service.wait_ready(lambda: b"ready" in service.log.read_bytes())
 
     def stop(self, name: str) -> None:
         """End a service: receiver, agent or disk-NAME."""
