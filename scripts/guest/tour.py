@@ -146,6 +146,8 @@ class Tour:
             nonlocal shown
             [disk] = status["disks"]
             left, whole = disk["hot_bytes"], disk["size_bytes"]
+            if left is None:  # the source has not said yet
+                return
             tenth = 10 * (whole - left) // max(1, whole)
             if tenth > shown and status["state"] != "replicating":
                 shown = tenth
