@@ -229,6 +229,8 @@ class GroupPump:
         for region in regions:
             ring.begin_sync(region)
         piece = await trio.to_thread.run_sync(read_piece, image, regions, size_bytes, watermark)
+        for region in regions[len(piece.regions) :]:
+            ring.cancel_sync(region)
         base = base and disk.may_use_base()
         await self._room(len(piece.payload))
         frame = encode_frame(
@@ -244,7 +246,7 @@ class GroupPump:
             columns=piece.columns,
             payload=piece.payload,
         )
-        await self._send_frame(frame, Release(disk.id, regions=tuple(regions)))
+        await self._send_frame(frame, Release(disk.id, regions=tuple(piece.regions)))
         return True
 
     # --- sending

@@ -16,12 +16,14 @@ from blockrepl import limits
 from blockrepl.formats.frame import Columns, RecordKind
 
 DATA_REGIONS_MAX = 4  # 4 MiB: new writes wait for one piece at the most
+DATA_BYTES_MAX = DATA_REGIONS_MAX * limits.REGION_BYTES
+assert DATA_BYTES_MAX + limits.REGION_BYTES <= limits.FRAME_PAYLOAD_BYTES_MAX
 HOLE_REGIONS_MAX = 2048  # 2 GiB: a record's length is 32 bits
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    regions: range
+    regions: range  # those that were read: not all when a hole was filled meanwhile
     columns: Columns
     payload: bytes
 
@@ -45,13 +47,21 @@ def choose_regions(image: int, stale: np.ndarray, size_bytes: int) -> range:
 
 
 def read_piece(image: int, regions: range, size_bytes: int, stamp: int) -> Piece:
-    """Read the regions. Every record gets the one stamp: all of it is newer than that instant."""
-    start = regions.start * limits.REGION_BYTES
+    """Read the regions. Every record gets the one stamp: all of it is newer than that instant.
+
+    The guest may have filled what was chosen as a hole: then only the first regions are read, as
+    many as fit a frame.
+    """
     end = min(regions.stop * limits.REGION_BYTES, size_bytes)
     extents: list[tuple[int, int, RecordKind]] = []
     parts: list[bytes] = []
-    at = start
+    at = regions.start * limits.REGION_BYTES
+    payload_bytes = 0
     while at < end:
+        if payload_bytes >= DATA_BYTES_MAX:
+            end = min(end, _region_up(at))
+            if at == end:
+                break
         data_at = _next_data(image, at, end)
         if data_at > at:
             _extend(extents, at, data_at, RecordKind.ZERO)
@@ -64,6 +74,7 @@ def read_piece(image: int, regions: range, size_bytes: int, stamp: int) -> Piece
         else:
             _extend(extents, at, until, RecordKind.WRITE)
             parts.append(data)
+            payload_bytes += len(data)
         at = until
     columns = Columns(
         np.full(len(extents), stamp, np.uint64),
@@ -71,7 +82,12 @@ def read_piece(image: int, regions: range, size_bytes: int, stamp: int) -> Piece
         np.array([extent[1] - extent[0] for extent in extents], np.uint32),
         np.array([extent[2] for extent in extents], np.uint8),
     )
-    return Piece(regions, columns, b"".join(parts))
+    read = range(regions.start, -(-end // limits.REGION_BYTES))
+    return Piece(read, columns, b"".join(parts))
+
+
+def _region_up(offset: int) -> int:
+    return -(-offset // limits.REGION_BYTES) * limits.REGION_BYTES
 
 
 def _extend(

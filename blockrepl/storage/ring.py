@@ -215,6 +215,11 @@ class RingReader:
         """The region's content is durable at the receiver."""
         self._words.store_byte(self.geometry.syncing_at + region, 0)
 
+    def cancel_sync(self, region: int) -> None:
+        """The region's content was not sent after all."""
+        self._words.store_byte(self.geometry.stale_at + region, 1)
+        self._words.store_byte(self.geometry.syncing_at + region, 0)
+
     def mark_all_stale(self) -> None:
         self.stale[:] = 1
 
