@@ -1,0 +1,411 @@
+"""The FUSE door: views as files, at one instant or at any you name.
+
+Mounted at one point, the root is that view. Mounted without:
+
+=====================  ==================  ===================================================
+path                   is                  caching
+=====================  ==================  ===================================================
+latest                 symlink             none: asked anew each time
+checkpoints/NAME       symlink             none
+at/POINT               symlink             none, unless POINT is the instant's canonical name
+at/INSTANT             directory           for ever: it is a view, and a view never changes
+at/INSTANT/DISK.img    file                for ever, pages included (keep_cache)
+=====================  ==================  ===================================================
+
+INSTANT is ISO 8601 in UTC with nanoseconds. So ``readlink latest`` tells which instant it is now,
+and a program that has followed the link stays at that instant. ``at/`` lists the instants in use.
+
+A point that cannot be reached does not exist (ENOENT); the log says why. Damage is EIO, told in
+the log once, with segment and offset.
+
+Reads that the page cache can answer are answered at once; others in threads, so that one slow
+device holds up nobody.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar, cast
+
+import pyfuse3
+import trio
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    FUSEError,
+    InodeT,
+    ReaddirToken,
+    RequestContext,
+    StatvfsData,
+)
+
+from blockrepl.errors import BlockreplError, DamageError
+from blockrepl.model import points
+from blockrepl.storage.history import ReplicaHistory, State
+from blockrepl.units import KIB, format_instant
+from blockrepl.views.view import View, window_cache
+
+log = logging.getLogger(__name__)
+
+FOREVER_SECONDS = 10 * 365 * 86400.0
+BLOCK_BYTES = 4 * KIB
+READERS = 8  # threads that wait for devices
+IMAGE_SUFFIX = ".img"
+NAME_BYTES_MAX = 255
+
+Result = TypeVar("Result")
+
+ROOT, CHECKPOINTS, AT = InodeT(pyfuse3.ROOT_INODE), InodeT(2), InodeT(3)
+FIRST_DYNAMIC = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """One of the fixed directories of the tree."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """A symlink to the instant that a point means whenever it is asked. ``up`` leads to ``at``."""
+
+    point: str
+    up: str
+
+
+@dataclass(frozen=True, slots=True)
+class _ViewFolder:
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    at_ns: int
+    disk: str
+
+
+_Node = _Folder | _Link | _ViewFolder | _Image
+
+
+@dataclass(slots=True)
+class _Nodes:
+    """Inodes the kernel knows, with its count of lookups of each."""
+
+    by_inode: dict[InodeT, _Node] = field(default_factory=dict)
+    by_node: dict[_Node, InodeT] = field(default_factory=dict)
+    lookups: dict[InodeT, int] = field(default_factory=dict)
+    next_inode: int = FIRST_DYNAMIC
+
+    def inode(self, node: _Node) -> InodeT:
+        inode = self.by_node.get(node)
+        if inode is None:
+            inode = InodeT(self.next_inode)
+            self.next_inode += 1
+            self.by_node[node] = inode
+            self.by_inode[inode] = node
+            self.lookups[inode] = 0
+        return inode
+
+    def looked_up(self, inode: InodeT) -> None:
+        if inode in self.lookups:
+            self.lookups[inode] += 1
+
+    def forget(self, inode: InodeT, count: int) -> None:
+        if inode in self.lookups:
+            self.lookups[inode] -= count
+            if self.lookups[inode] <= 0:
+                del self.lookups[inode]
+                del self.by_node[self.by_inode.pop(inode)]
+
+
+class ViewFileSystem(pyfuse3.Operations):
+    """What the kernel asks, answered from a replica. ``at_ns``: mount that instant alone."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+
+    def __init__(self, replica: ReplicaHistory, at_ns: int | None, state: State) -> None:
+        super().__init__()
+        self._replica = replica
+        self._windows = window_cache()
+        self._views: dict[int, View] = {}
+        self._nodes = _Nodes()
+        self._open: dict[FileHandleT, tuple[View, str]] = {}
+        self._next_handle = 1
+        self._readers = trio.CapacityLimiter(READERS)
+        self._told: set[str] = set()
+        self._started_ns = time.time_ns()
+        self._root: _Node = _Folder() if at_ns is None else _ViewFolder(at_ns)
+        if at_ns is not None:
+            self._views[at_ns] = View(replica, at_ns, state, self._windows)
+
+    # Names
+
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        text = os.fsdecode(name)
+        parent = self._node(parent_inode)
+        if isinstance(parent, _ViewFolder):
+            attributes = self._image_entry(parent, text)
+        elif parent_inode == ROOT:
+            attributes = await self._top_entry(text)
+        elif parent_inode == CHECKPOINTS:
+            attributes = await self._link_entry(_Link(f"tag:{text}", "../at/"))
+        else:
+            attributes = await self._instant_entry(text)
+        self._nodes.looked_up(attributes.st_ino)
+        return attributes
+
+    async def _top_entry(self, name: str) -> EntryAttributes:
+        if name == "checkpoints":
+            return self._folder_attributes(CHECKPOINTS, self._started_ns)
+        if name == "at":
+            return self._folder_attributes(AT, self._started_ns)
+        if name == "latest":
+            return await self._link_entry(_Link("latest", "at/"))
+        raise FUSEError(errno.ENOENT)
+
+    async def _link_entry(self, link: _Link) -> EntryAttributes:
+        target = await self._target(link)
+        return self._link_attributes(link, target)
+
+    async def _instant_entry(self, text: str) -> EntryAttributes:
+        at_ns = await self._resolve(text)
+        if format_instant(at_ns) != text:
+            return self._link_attributes(_Link(text, ""), format_instant(at_ns))
+        await self._view(at_ns)
+        return self._folder_attributes(self._nodes.inode(_ViewFolder(at_ns)), at_ns)
+
+    def _image_entry(self, folder: _ViewFolder, name: str) -> EntryAttributes:
+        disk = name.removesuffix(IMAGE_SUFFIX)
+        if disk == name or disk not in self._views[folder.at_ns].disks:
+            raise FUSEError(errno.ENOENT)
+        return self._image_attributes(_Image(folder.at_ns, disk))
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for inode, count in inode_list:
+            self._nodes.forget(inode, count)
+        used = {
+            node.at_ns for node in self._nodes.by_node if isinstance(node, _ViewFolder | _Image)
+        }
+        if isinstance(self._root, _ViewFolder):
+            used.add(self._root.at_ns)
+        self._views = {at_ns: view for at_ns, view in self._views.items() if at_ns in used}
+
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        node = self._node(inode)
+        if not isinstance(node, _Link):
+            raise FUSEError(errno.EINVAL)
+        return FileNameT(os.fsencode(await self._target(node)))
+
+    async def _target(self, link: _Link) -> str:
+        return link.up + format_instant(await self._resolve(link.point))
+
+    async def _resolve(self, text: str) -> int:
+        """The instant a name means; ENOENT where there is none."""
+        try:
+            point = points.parse(text)
+            resolved = await trio.to_thread.run_sync(
+                self._replica.resolve, point, time.time_ns(), limiter=self._readers
+            )
+        except DamageError as error:
+            raise self._failed(error) from error
+        except BlockreplError as error:
+            log.info("%s; %s", error, error.hint)
+            raise FUSEError(errno.ENOENT) from error
+        return resolved.at_ns
+
+    async def _view(self, at_ns: int) -> View:
+        view = self._views.get(at_ns)
+        if view is None:
+
+            def make() -> View:
+                return View(self._replica, at_ns, self._replica.state(), self._windows)
+
+            view = await self._in_thread(make)
+            view = self._views.setdefault(at_ns, view)
+        return view
+
+    # Attributes
+
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        node = self._node(inode)
+        match node:
+            case _Folder():
+                return self._folder_attributes(inode, self._started_ns)
+            case _ViewFolder():
+                return self._folder_attributes(inode, node.at_ns)
+            case _Image():
+                return self._image_attributes(node)
+            case _Link():
+                return self._link_attributes(node, await self._target(node))
+
+    def _node(self, inode: InodeT) -> _Node:
+        if inode == ROOT:
+            return self._root
+        if inode in (CHECKPOINTS, AT):
+            return _Folder()
+        try:
+            return self._nodes.by_inode[inode]
+        except KeyError:
+            raise FUSEError(errno.ESTALE) from None
+
+    def _folder_attributes(self, inode: InodeT, at_ns: int) -> EntryAttributes:
+        return _attributes(inode, stat.S_IFDIR | 0o500, at_ns, FOREVER_SECONDS, links=2)
+
+    def _link_attributes(self, link: _Link, target: str) -> EntryAttributes:
+        inode = self._nodes.inode(link)
+        at_ns = time.time_ns()
+        return _attributes(inode, stat.S_IFLNK | 0o777, at_ns, 0.0, size_bytes=len(target))
+
+    def _image_attributes(self, image: _Image) -> EntryAttributes:
+        view = self._views[image.at_ns]
+        size_bytes = view.disk(image.disk).size_bytes
+        try:
+            allocated = view.allocated_bytes(image.disk)
+        except BlockreplError:
+            allocated = size_bytes  # whoever reads it will be told
+        return _attributes(
+            self._nodes.inode(image),
+            stat.S_IFREG | 0o400,
+            image.at_ns,
+            FOREVER_SECONDS,
+            size_bytes=size_bytes,
+            allocated_bytes=allocated,
+        )
+
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        state = await self._in_thread(self._replica.state)
+        blocks = sum(disk.size_bytes for disk in state.disks) // BLOCK_BYTES
+        data = StatvfsData()
+        data.f_bsize = data.f_frsize = BLOCK_BYTES
+        data.f_blocks = blocks
+        data.f_files = len(state.disks)
+        data.f_namemax = NAME_BYTES_MAX
+        return data
+
+    # Directories
+
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        return FileHandleT(inode)
+
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        inode = InodeT(fh)
+        entries = await self._entries(inode)
+        for place, (name, make) in enumerate(entries[start_id:], start_id + 1):
+            try:
+                attributes = await make()
+            except FUSEError as error:
+                if error.errno == errno.ENOENT:  # gone, or a checkpoint that cannot be reached
+                    continue
+                raise
+            if not pyfuse3.readdir_reply(token, FileNameT(os.fsencode(name)), attributes, place):
+                self._nodes.forget(attributes.st_ino, 0)
+                return
+            self._nodes.looked_up(attributes.st_ino)
+
+    async def _entries(
+        self, inode: InodeT
+    ) -> list[tuple[str, Callable[[], Awaitable[EntryAttributes]]]]:
+        """Names of a directory and how to get at their attributes."""
+        node = self._node(inode)
+        if isinstance(node, _ViewFolder):
+            names = [f"{disk}{IMAGE_SUFFIX}" for disk in self._views[node.at_ns].disks]
+            return [(name, _later(self._image_entry, node, name)) for name in names]
+        if inode == ROOT:
+            return [
+                (name, partial(self._top_entry, name)) for name in ("at", "checkpoints", "latest")
+            ]
+        if inode == CHECKPOINTS:
+            state = await self._in_thread(self._replica.state)
+            links = {name: _Link(f"tag:{name}", "../at/") for name in sorted(state.checkpoints)}
+            return [(name, partial(self._link_entry, link)) for name, link in links.items()]
+        names = [format_instant(at_ns) for at_ns in sorted(self._views)]
+        return [(name, partial(self._instant_entry, name)) for name in names]
+
+    # Files
+
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        node = self._node(inode)
+        if not isinstance(node, _Image):
+            raise FUSEError(errno.EISDIR)
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise FUSEError(errno.EROFS)
+        handle = FileHandleT(self._next_handle)
+        self._next_handle += 1
+        self._open[handle] = (self._views[node.at_ns], node.disk)
+        return FileInfo(fh=handle, keep_cache=True)
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        view, disk = self._open[fh]
+        try:
+            data = view.read(disk, off, size, wait=False)
+        except BlockingIOError:
+            data = await self._in_thread(partial(view.read, disk, off, size))
+        except BlockreplError as error:
+            raise self._failed(error) from error
+        # The reply takes any buffer; a copy of a megabyte would cost a tenth of the throughput.
+        return cast(bytes, data)
+
+    async def release(self, fh: FileHandleT) -> None:
+        del self._open[fh]
+
+    async def flush(self, fh: FileHandleT) -> None:
+        pass
+
+    async def _in_thread(self, function: Callable[[], Result]) -> Result:
+        try:
+            return await trio.to_thread.run_sync(function, limiter=self._readers)
+        except BlockreplError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: BlockreplError) -> FUSEError:
+        """EIO, told once. Where damage is found it is told already."""
+        text = str(error)
+        if not isinstance(error, DamageError) and text not in self._told:
+            self._told.add(text)
+            log.error("%s", text)
+        return FUSEError(errno.EIO)
+
+
+def _later(
+    function: Callable[..., EntryAttributes], *args: object
+) -> Callable[[], Awaitable[EntryAttributes]]:
+    async def call() -> EntryAttributes:
+        return function(*args)
+
+    return call
+
+
+def _attributes(
+    inode: InodeT,
+    mode: int,
+    at_ns: int,
+    timeout_seconds: float,
+    *,
+    links: int = 1,
+    size_bytes: int = 0,
+    allocated_bytes: int = 0,
+) -> EntryAttributes:
+    entry = EntryAttributes()
+    entry.st_ino = inode
+    entry.generation = 0
+    entry.entry_timeout = entry.attr_timeout = timeout_seconds
+    entry.st_mode = pyfuse3.ModeT(mode)
+    entry.st_nlink = links
+    entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
+    entry.st_size = size_bytes
+    entry.st_blksize = BLOCK_BYTES
+    entry.st_blocks = -(-allocated_bytes // 512)
+    entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = at_ns
+    return entry

@@ -1,0 +1,70 @@
+"""Waiting for the kernel's next FUSE request without an event loop's turn per request.
+
+pyfuse3 registers its descriptor with epoll, and runs a turn of Trio's loop, for every request:
+18 000 reads of 4 KiB a second, page cache hot, where the qemu-storage-daemon's export does 40 000.
+Asking poll(2) first, and for SPIN_SECONDS more, does 60 000 (at depth 1: 12 000 becomes 20 000 or
+more, for a request that follows its reply closely finds us awake).
+
+Rules:
+
+1. Every TURN-th request takes the long way, so that threads' results and signals are never late
+   by more than a millisecond.
+2. A request is only taken when poll says so at that moment: another task may have taken the one
+   that woke this task, and a read of the descriptor blocks.
+
+The function replaced is private to pyfuse3. Where a version has none of that name, nothing is
+replaced, and only speed is lost.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Awaitable, Callable
+
+import pyfuse3
+
+SPIN_SECONDS = 30e-6
+TURN = 64
+DEVICE = "/dev/fuse"
+_FUNCTION = "_wait_fuse_readable"
+
+
+def fuse_descriptors() -> set[int]:
+    """This process's open connections to FUSE."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == DEVICE:
+                found.add(int(name))
+        except OSError:  # the descriptor of the listing itself
+            continue
+    return found
+
+
+def install(descriptor: int) -> None:
+    """Wait for requests on ``descriptor``, the one connection that pyfuse3 has."""
+    original: Callable[[], Awaitable[bool]] | None = getattr(pyfuse3, _FUNCTION, None)
+    if original is None:
+        return
+    ask = select.poll()
+    ask.register(descriptor, select.POLLIN)
+    requests = 0
+
+    async def wait() -> bool:
+        nonlocal requests
+        requests += 1
+        if requests % TURN:
+            give_up = time.perf_counter() + SPIN_SECONDS
+            while not ask.poll(0):
+                if time.perf_counter() > give_up:
+                    break
+            else:
+                return True
+        while await original():
+            if ask.poll(0):
+                return True
+        return False
+
+    setattr(pyfuse3, _FUNCTION, wait)

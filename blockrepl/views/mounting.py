@@ -1,0 +1,288 @@
+"""Mounting and unmounting: the process that serves a mount, its start and its end.
+
+``serve`` runs the mount in this process until it is unmounted or told to end. ``start`` runs
+``serve`` in a process of its own and returns when the mount can be used:
+
+    start                         the serving process
+    ------------------------------------------------------------
+    re-executes the program  ->   opens replica, resolves the point, mounts
+    reads the pipe           <-   {"at_ns": ...} or {"error", "hint", "code"}, then closes it
+    returns or raises             serves until unmounted
+
+The mount's source in /proc/self/mountinfo is ``blockrepl:GROUP:PROCESS``, so ``umount`` knows what
+is ours and whom to wait for; no list of mounts is kept anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import logging
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from blockrepl.errors import BlockreplError, PointError, StateError
+from blockrepl.model import points
+from blockrepl.model.points import Resolved
+from blockrepl.storage.history import ReplicaHistory
+from blockrepl.views.fuse import READERS, ViewFileSystem
+from blockrepl.views.fuse_wait import fuse_descriptors, install
+
+log = logging.getLogger(__name__)
+
+READ_AHEAD_KIB = 4096  # 128 KiB, the default, reads at 0.4x of this (measured)
+READY_SECONDS = 60.0  # the serving process opens the index of the open segment meanwhile
+TASKS = 2 * READERS  # of pyfuse3; with a fixed number it starts and ends none per request
+END_SECONDS = 30.0  # an unmounted mount's process closes its files
+SUBTYPE = "fuse.blockrepl"
+_SOURCE = re.compile(r"blockrepl:([a-z0-9._-]+):(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    directory: str
+    group: str
+    process: int
+
+
+def mounts() -> list[Mount]:
+    """This machine's mounts of ours, oldest first."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        kind, source = after.split(" ")[:2]
+        match = _SOURCE.fullmatch(source)
+        if kind == SUBTYPE and match:
+            directory = re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), before.split(" ")[4])
+            found.append(Mount(directory, match[1], int(match[2])))
+    return found
+
+
+def check_mount_point(directory: Path) -> Path:
+    """The directory's absolute path, if a mount can go there. StateError."""
+    try:
+        path = directory.resolve(strict=True)
+        names = os.listdir(path)
+    except FileNotFoundError:
+        raise StateError(
+            f"the mount point {directory} does not exist", hint=f"make it: mkdir {directory}"
+        ) from None
+    except NotADirectoryError:
+        raise StateError(
+            f"the mount point {directory} is not a directory", hint="choose an empty directory"
+        ) from None
+    except OSError as error:
+        hint = "choose another directory"
+        if error.errno == errno.ENOTCONN:
+            hint = f"a mount whose process has died is there: blockrepl umount {directory}"
+        raise StateError(
+            f"the mount point {directory} cannot be used: {error.strerror}", hint=hint
+        ) from error
+    if any(mount.directory == str(path) for mount in mounts()):
+        raise StateError(
+            f"{directory} is mounted already", hint=f"first: blockrepl umount {directory}"
+        )
+    if names:
+        raise StateError(
+            f"the mount point {directory} is not empty", hint="choose an empty directory"
+        )
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise StateError(
+            "this user cannot mount: /dev/fuse is missing or not accessible",
+            hint="run as root after: apt-get install fuse3 && modprobe fuse",
+        )
+    return path
+
+
+def start(home: Path, group: str, directory: Path, at: str | None) -> Resolved | None:
+    """Mount in the background; the point it resolved to, None for the whole tree.
+
+    Errors of the serving process are raised here. Without an answer it is ended.
+    """
+    path = check_mount_point(directory)
+    log_path = home / "log" / f"mount-{group}.log"
+    log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    reader, writer = os.pipe()
+    arguments = [sys.executable, "-m", "blockrepl.cli.main", "--home", str(home), "mount"]
+    arguments += [group, str(path), "--foreground", f"--ready-descriptor={writer}"]
+    arguments += [] if at is None else [f"--at={at}"]
+    with open(reader, "rb") as answers, log_path.open("ab") as log_file:
+        try:
+            process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                pass_fds=[writer],
+                start_new_session=True,
+                cwd="/",
+            )
+        finally:
+            os.close(writer)
+        try:
+            ready, _, _ = select.select([answers], [], [], READY_SECONDS)
+            answer = answers.read() if ready else b""
+            fields = json.loads(answer) if answer else {}
+        except BaseException:
+            process.terminate()
+            raise
+    if not fields:
+        process.kill()
+        status = process.wait()
+        raise StateError(
+            f"the mount's process gave no answer (status {status})", hint=f"see {log_path}"
+        )
+    if "error" in fields:
+        process.wait()
+        raise _error_of(fields)
+    # Not a child to wait for: it lives on when this program ends.
+    process.returncode = 0
+    return Resolved(**fields["resolved"]) if fields["resolved"] else None
+
+
+def _error_of(fields: dict[str, object]) -> BlockreplError:
+    text, hint, code = (str(fields[key]) for key in ("error", "hint", "code"))
+    if "nearest_before_ns" in fields:
+        before, after = fields["nearest_before_ns"], fields["nearest_after_ns"]
+        return PointError(
+            text,
+            hint=hint,
+            code=code,
+            nearest_before_ns=before if isinstance(before, int) else None,
+            nearest_after_ns=after if isinstance(after, int) else None,
+        )
+    error = BlockreplError(text, hint=hint, code=code)
+    error.exit_status = fields["exit_status"] if isinstance(fields["exit_status"], int) else 1
+    return error
+
+
+def serve(
+    home: Path,
+    group: str,
+    directory: Path,
+    at: str | None,
+    ready: Callable[[Resolved | None], None],
+) -> None:
+    """Mount and serve until unmounted, or until SIGTERM or SIGINT. ``ready`` is called once."""
+    path = check_mount_point(directory)
+    with ReplicaHistory.open(home, group) as replica:
+        state = replica.state()
+        resolved = None
+        if at is not None:
+            resolved = replica.resolve(points.parse(at), time.time_ns(), state)
+        files = ViewFileSystem(replica, resolved.at_ns if resolved else None, state)
+        options = set(pyfuse3.default_options)
+        options |= {"ro", "subtype=blockrepl", f"fsname=blockrepl:{group}:{os.getpid()}"}
+        if os.geteuid() == 0:
+            options.add("allow_other")
+        before = fuse_descriptors()
+        try:
+            pyfuse3.init(files, str(path), options)
+        except RuntimeError as error:
+            raise StateError(
+                f"cannot mount on {directory}: the kernel or fusermount3 refused",
+                hint="see: blockrepl doctor",
+            ) from error
+        for descriptor in fuse_descriptors() - before:
+            install(descriptor)
+        try:
+            trio.run(_serve, path, partial(ready, resolved))
+        finally:
+            pyfuse3.close(unmount=True)
+
+
+async def _serve(path: Path, ready: Callable[[], None]) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def end_on_signal() -> None:
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                async for _ in signals:
+                    pyfuse3.terminate()
+
+        async def tell_when_ready() -> None:
+            await trio.to_thread.run_sync(_read_ahead, path)
+            ready()
+
+        nursery.start_soon(end_on_signal)
+        nursery.start_soon(tell_when_ready)
+        await pyfuse3.main(TASKS, TASKS)
+        nursery.cancel_scope.cancel()
+
+
+def _read_ahead(path: Path) -> None:
+    """Let the kernel read further ahead of sequential readers. It answers: the mount is ready."""
+    device = os.stat(path).st_dev
+    file = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    with contextlib.suppress(OSError):  # only root may
+        file.write_text(f"{READ_AHEAD_KIB}\n")
+
+
+def umount(directory: Path) -> Mount:
+    """Unmount what ``start`` or ``serve`` mounted; wait for its process to end. StateError."""
+    path = _absolute(directory)
+    mine = [mount for mount in mounts() if mount.directory == path]
+    if not mine:
+        others = ", ".join(mount.directory for mount in mounts()) or "none"
+        raise StateError(f"{directory} is no mount of blockrepl", hint=f"mounted now: {others}")
+    mount = mine[-1]
+    try:
+        process: int | None = os.pidfd_open(mount.process)
+    except OSError:  # it has died; the mount is left
+        process = None
+    try:
+        _unmount(path, directory)
+        if process is not None and not select.select([process], [], [], END_SECONDS)[0]:
+            raise StateError(
+                f"{directory} is unmounted, but its process {mount.process} has not ended",
+                hint=f"look at it, or: kill {mount.process}",
+            )
+    finally:
+        if process is not None:
+            os.close(process)
+    return mount
+
+
+def _absolute(directory: Path) -> str:
+    """Without asking the mount itself: its process may be dead."""
+    absolute = Path(os.path.abspath(directory))
+    with contextlib.suppress(OSError):
+        return str(absolute.parent.resolve() / absolute.name)
+    return str(absolute)
+
+
+def _unmount(path: str, directory: Path) -> None:
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.umount2(os.fsencode(path), 0) == 0:
+            return
+        number = ctypes.get_errno()
+        busy, why = number == errno.EBUSY, os.strerror(number)
+    else:
+        done = subprocess.run(
+            ["fusermount3", "-u", "--", path], capture_output=True, text=True, check=False
+        )
+        if done.returncode == 0:
+            return
+        why = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "fusermount3 failed"
+        busy = "busy" in why
+    if busy:
+        raise StateError(
+            f"{directory} is in use",
+            hint=f"close what uses it (fuser -vm {directory}; losetup -a), then try again",
+            code="busy",
+        )
+    raise StateError(f"cannot unmount {directory}: {why}")
