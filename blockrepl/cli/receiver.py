@@ -1,0 +1,206 @@
+"""blockrepl receiver: make one, run it, invite sources, see and revoke them."""
+
+from __future__ import annotations
+
+import re
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from blockrepl.cli.output import emit, json_option, pass_home, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+class Duration(click.ParamType[float]):
+    """``90s``, ``15m``, ``1h``, ``7d``: seconds."""
+
+    name = "duration"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d{1,9})([smhdw])", str(value))
+        if match is None or not int(match[1]):
+            self.fail(f"{value!r} is no duration; write 90s, 15m, 1h or 7d", param, ctx)
+        return float(int(match[1]) * _UNITS[match[2]])
+
+
+@click.group()
+def receiver() -> None:
+    """The replica side: make it once, keep it running, invite sources.
+
+    \b
+    Examples:
+      blockrepl receiver init
+      blockrepl receiver run
+      blockrepl receiver invite --address vault.example.org:7420
+    """
+
+
+@receiver.command()
+@click.option("--name", help="The receiver's name. [default: the host's name]")
+@pass_home
+def init(home: Path, name: str | None) -> None:
+    """Make a receiver: its authority and an empty store.
+
+    \b
+    Example:
+      blockrepl receiver init --name vault
+    """
+    from blockrepl.services.receiver_home import initialise
+    from blockrepl.storage.home import Home
+
+    configuration = initialise(Home.create(home), name)
+    click.echo(f"receiver {configuration.name} made in {home}")
+
+
+@receiver.command()
+@click.option(
+    "--listen",
+    metavar="HOST:PORT",
+    help="Where sources connect. [default: as last time, at first 0.0.0.0:7420]",
+)
+@pass_home
+def run(home: Path, listen: str | None) -> None:
+    """Run the receiver in the foreground, until SIGTERM or Ctrl-C.
+
+    Prints one line when sources may connect. Whatever the last stop left behind is recovered first.
+
+    \b
+    Example:
+      blockrepl receiver run --listen 0.0.0.0:7420
+    """
+    from blockrepl.services.foreground import Notify, run_foreground
+    from blockrepl.services.receiver import run_receiver
+    from blockrepl.services.receiver_home import (
+        read_configuration,
+        remember_listen,
+        split_listen,
+    )
+    from blockrepl.storage.home import Home
+
+    opened = Home.open(home)
+    host, port = split_listen(listen or read_configuration(opened).listen)
+
+    async def service(notify: Notify) -> None:
+        def ready(address: str) -> None:
+            if listen is not None:
+                remember_listen(opened, address)
+            click.echo(f"receiver ready on {address} (home {home})")
+            notify()
+
+        await run_receiver(opened, host, port, ready=ready)
+
+    run_foreground(service)
+
+
+@receiver.command()
+@click.option(
+    "--expires", type=Duration(), default="1h", show_default=True, help="How long it is good for."
+)
+@click.option(
+    "--group",
+    "groups",
+    multiple=True,
+    metavar="G",
+    help="Also let it into a group that another source owns (repeatable).",
+)
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help="Where the source reaches this receiver. [default: this host's name, the port of `run`]",
+)
+@pass_home
+def invite(home: Path, expires: float, groups: tuple[str, ...], address: str | None) -> None:
+    """Print a token that lets one source join, once.
+
+    \b
+    Examples:
+      blockrepl receiver invite
+      blockrepl receiver invite --expires 10m --address 10.0.0.2:7420
+    """
+    from blockrepl.services import receiver_home
+    from blockrepl.storage.home import Home
+
+    token = receiver_home.invite(
+        Home.open(home), expires_seconds=expires, groups=list(groups), address=address
+    )
+    click.echo(token)
+
+
+@receiver.command()
+@json_option
+@pass_home
+def sources(home: Path, json_mode: bool) -> None:
+    """List the sources that have joined.
+
+    \b
+    Example:
+      blockrepl receiver sources
+    """
+    from blockrepl.services.receiver_home import open_trust, read_configuration
+    from blockrepl.storage.home import Home
+    from blockrepl.units import format_instant
+
+    opened = Home.open(home)
+    read_configuration(opened)
+    with closing(open_trust(opened)) as trust:
+        rows = [
+            {
+                "name": source.name,
+                "id": source.id,
+                "groups": list(source.groups),
+                "joined": format_instant(source.joined_ns),
+                "joined_ns": source.joined_ns,
+                "revoked": source.revoked_ns is not None,
+                "revoked_ns": source.revoked_ns,
+            }
+            for source in trust.list_sources()
+        ]
+    emit(rows, json_mode, _sources_table)
+
+
+def _sources_table(rows: list[dict[str, Any]]) -> Table | str:
+    if not rows:
+        return "no source has joined; `blockrepl receiver invite` makes a token for one"
+    return table(
+        ["source", "groups", "joined", "state"],
+        [
+            [
+                row["name"],
+                ", ".join(row["groups"]) or "-",
+                row["joined"],
+                "revoked" if row["revoked"] else "trusted",
+            ]
+            for row in rows
+        ],
+    )
+
+
+@receiver.command()
+@click.argument("name")
+@pass_home
+def revoke(home: Path, name: str) -> None:
+    """Trust the source NAME no more. A session it has ends at once; its replicas stay.
+
+    \b
+    Example:
+      blockrepl receiver revoke web1
+    """
+    from blockrepl.services.receiver_home import open_trust, read_configuration
+    from blockrepl.storage.home import Home
+
+    opened = Home.open(home)
+    read_configuration(opened)
+    with closing(open_trust(opened)) as trust:
+        trust.revoke(name, time.time_ns())
+    click.echo(f"source {name} is revoked")

@@ -1,0 +1,201 @@
+"""blockrepl status: state, lag, history and gaps of every group, on either side."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from blockrepl.cli.output import (
+    console,
+    emit,
+    human_age,
+    human_bytes,
+    human_seconds,
+    json_option,
+    pass_home,
+)
+
+WATCH_SECONDS = 1.0
+COLOURS = {"replicating": "green", "error": "bold red", "disconnected": "red"}
+Role = Literal["receiver", "source"]
+
+
+@click.command()
+@click.argument("group", required=False)
+@click.option("--watch", is_flag=True, help="Refresh every second, until Ctrl-C.")
+@click.option(
+    "--role",
+    type=click.Choice(["receiver", "source"]),
+    help="Which side, where this home is both. [default: both; with --json the receiver]",
+)
+@json_option
+@pass_home
+def status(home: Path, group: str | None, watch: bool, role: Role | None, json_mode: bool) -> None:
+    """Show the state of every GROUP: lag, history window, gaps, disks.
+
+    Lag is how far the replica's durable history is behind now: the data one would lose.
+
+    \b
+    Examples:
+      blockrepl status
+      blockrepl status web --watch
+      blockrepl status --json
+    """
+    if not watch:
+        documents = _documents(home, group, role, json_mode)
+        if json_mode:
+            emit(documents[0], True, str)
+        else:
+            for document in documents:
+                emit(document, False, _render)
+        return
+    while True:
+        documents = _documents(home, group, role, json_mode)
+        if json_mode:
+            emit(documents[0], True, str)
+        else:
+            _show(documents)
+        time.sleep(WATCH_SECONDS)
+
+
+def _show(documents: list[dict[str, Any]]) -> None:
+    screen = console()
+    if screen.is_terminal:
+        screen.clear()
+    for document in documents:
+        screen.print(_render(document))
+
+
+def _documents(
+    home: Path, group: str | None, role: Role | None, json_mode: bool
+) -> list[dict[str, Any]]:
+    """The status documents to show: one, or both of a home that is both."""
+    from blockrepl.errors import StateError
+    from blockrepl.storage.home import Home
+
+    opened = Home.open(home)
+    roles: list[Role] = []
+    if (opened.receiver_directory / "receiver.json").exists():
+        roles.append("receiver")
+    if opened.source_directory.exists():
+        roles.append("source")
+    if role is not None:
+        if role not in roles:
+            raise StateError(f"the home {home} is no {role}'s", code="no-role")
+        roles = [role]
+    if not roles:
+        raise StateError(
+            f"the home {home} is neither a receiver's nor a source's yet",
+            hint="run `blockrepl receiver init` or `blockrepl agent join TOKEN`",
+            code="no-role",
+        )
+    documents = [_document(opened, one) for one in (roles[:1] if json_mode else roles)]
+    if group is not None:
+        known = {one["name"] for document in documents for one in document["groups"]}
+        if group not in known:
+            raise StateError(
+                f"there is no group {group!r} here",
+                hint=f"groups here: {', '.join(sorted(known)) or 'none'}",
+                code="no-group",
+            )
+        for document in documents:
+            document["groups"] = [one for one in document["groups"] if one["name"] == group]
+    return documents
+
+
+def _document(home: Any, role: Role) -> dict[str, Any]:
+    from blockrepl.errors import StateError
+    from blockrepl.services.control_client import ControlClient
+
+    document: dict[str, Any]
+    if role == "source":
+        document = ControlClient(home.agent_socket, "agent").get("/status")
+        return document
+    try:
+        document = ControlClient(home.receiver_socket, "receiver").get("/status")
+    except StateError as error:
+        if error.code != "not-running":
+            raise
+        from blockrepl.services.receiver_status import status_at_rest
+
+        document = status_at_rest(home, time.time_ns()).model_dump()
+    return document
+
+
+def _render(document: dict[str, Any]) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[Any] = [_headline(document)]
+    for group in document["groups"]:
+        parts += [Text(), *_group(group)]
+    if not document["groups"]:
+        parts.append(Text("no groups yet"))
+    return Group(*parts)
+
+
+def _headline(document: dict[str, Any]) -> Any:
+    from rich.text import Text
+
+    line = Text.assemble((f"{document['role']} {document.get('name', '')}", "bold"))
+    if document.get("running") is False:
+        line.append(" (not running: as it was left)", "red")
+    if document.get("receiver"):
+        connected = "connected to" if document.get("connected") else "not connected to"
+        line.append(f", {connected} {document['receiver']}")
+    if document.get("problem"):
+        line.append(f": {document['problem']}", "red")
+    return line
+
+
+def _group(group: dict[str, Any]) -> list[Any]:
+    from rich.text import Text
+
+    state = group["state"]
+    head = Text.assemble(("group ", ""), (group["name"], "bold"), "  ")
+    head.append(state, COLOURS.get(state, "yellow"))
+    lag = group["lag_seconds"]
+    head.append(f"  lag {human_seconds(lag) if lag is not None else 'unknown'}")
+    if (rate := group.get("received_bytes_per_second")) is not None:
+        head.append(f"  {human_bytes(int(rate))}/s")
+    lines = [head]
+    if group.get("problem"):
+        lines.append(Text(f"  {group['problem']}", "red"))
+    if group["floor_ns"] is not None and group["latest_ns"] is not None:
+        window = human_seconds((group["latest_ns"] - group["floor_ns"]) / 1e9)
+        lines.append(Text(f"  history {group['floor']} to {group['latest']} ({window})"))
+    else:
+        lines.append(Text("  history none yet: the first sync is not done"))
+    if group["journal_bytes"] is not None:
+        lines.append(Text(f"  journal {human_bytes(group['journal_bytes'])}"))
+    for gap in group["gaps"]:
+        end = human_age(gap["to_ns"]) if gap["to_ns"] is not None else "open"
+        lines.append(Text(f"  gap from {human_age(gap['from_ns'])} to {end}", "yellow"))
+    return [*lines, _disks(group["disks"])]
+
+
+def _disks(disks: list[dict[str, Any]]) -> Any:
+    from blockrepl.cli.output import table
+
+    rows = []
+    for disk in disks:
+        done = ""
+        if disk["state"] == "initial-sync" and disk.get("synced_bytes"):
+            done = f"{human_bytes(disk['synced_bytes'])} received"
+        elif disk.get("to_sync_bytes"):
+            done = f"{human_bytes(disk['to_sync_bytes'])} to go"
+        hot = disk.get("hot_bytes")
+        rows.append(
+            [
+                f"  {disk['name']}",
+                human_bytes(disk["size_bytes"]),
+                disk["state"],
+                human_bytes(hot) if hot is not None else "-",
+                done,
+                disk.get("problem") or "",
+            ]
+        )
+    return table(["  disk", "size", "state", "hot", "sync", ""], rows, right="size hot")

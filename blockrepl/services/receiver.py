@@ -1,0 +1,256 @@
+"""The receiver: one port, many sources, one committer per group.
+
+Limits at the door: HANDSHAKES_MAX connections that have not shown who they are, SESSIONS_MAX that
+have; more are closed at once. A source has one session: a new one replaces the older. A source that
+is revoked, by whatever process, is dropped within half a second.
+
+Nothing that one peer does ends another's session: every connection's failure stays in its task.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import ssl
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+import trio
+
+from blockrepl import limits
+from blockrepl.channel.certificates import Authority, read_identity
+from blockrepl.channel.enrolment import serve_enrolment
+from blockrepl.channel.framing import MessageStream
+from blockrepl.channel.handshake import ENROL_SERVER_NAME, accept, server_contexts
+from blockrepl.channel.secure_stream import SecureStream
+from blockrepl.errors import BlockreplError, PeerError, StateError, StorageError, TrustError
+from blockrepl.formats.messages import RECEIVER_ACCEPTS, Request
+from blockrepl.services.control import serve_control
+from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
+from blockrepl.services.receiver_api import (
+    Checkpoint,
+    GroupStatus,
+    NewCheckpoint,
+    Status,
+    receiver_application,
+)
+from blockrepl.services.receiver_groups import ReceiverGroups
+from blockrepl.services.receiver_home import load_authority, open_trust, read_configuration
+from blockrepl.services.receiver_sessions import SourceSession
+from blockrepl.services.receiver_status import GroupFacts, describe_group, facts_of
+from blockrepl.storage.home import Home, exclusive_lock, make_directory
+from blockrepl.storage.trust import TrustStore
+
+logger = logging.getLogger(__name__)
+
+TRUST_SECONDS = 0.25  # how often changes of trust by other processes are looked for
+BACKLOG_CONNECTIONS = 128
+
+
+class Receiver:
+    """A running receiver."""
+
+    def __init__(
+        self, home: Home, name: str, authority: Authority, trust: TrustStore, groups: ReceiverGroups
+    ) -> None:
+        self.name = name
+        self.groups = groups
+        self._home = home
+        self._authority = authority
+        self._trust = trust
+        self._contexts: dict[str, ssl.SSLContext] = server_contexts(
+            authority.ca_pem, authority.server_certificate_path, authority.server_key_path
+        )
+        self._budget = groups.budget
+        self._handshakes = 0
+        self._sessions: dict[bytes, SourceSession] = {}
+        self._source_names: dict[bytes, str] = {}
+
+    # Connections
+
+    async def serve(self, transport: trio.SocketStream) -> None:
+        """One connection, from its first byte to its last. Raises nothing that a peer caused."""
+        if self._handshakes >= limits.HANDSHAKES_MAX:
+            await trio.aclose_forcefully(transport)
+            return
+        try:
+            stream = await self._let_in(transport)
+            if stream is not None:
+                async with MessageStream(stream, RECEIVER_ACCEPTS) as messages:
+                    await self._serve_source(stream, messages)
+        except BlockreplError as error:
+            logger.info("connection dropped: %s", error)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            logger.info("connection lost: %s", error)
+        except Exception:
+            logger.exception("connection dropped: a defect of ours")
+        finally:
+            await trio.aclose_forcefully(transport)
+
+    async def _let_in(self, transport: trio.SocketStream) -> SecureStream | None:
+        """The stream of a source that showed its certificate; None when it came to enrol."""
+        self._handshakes += 1
+        try:
+            stream = await accept(transport, self._contexts)
+            if stream.server_name != ENROL_SERVER_NAME:
+                return stream
+            await serve_enrolment(stream, self._authority, self._trust.redeem, time.time_ns)
+            return None
+        finally:
+            self._handshakes -= 1
+
+    async def _serve_source(self, stream: SecureStream, messages: MessageStream) -> None:
+        identity = read_identity(stream.peer_certificate_der() or b"")
+        session = SourceSession(
+            messages,
+            identity,
+            UUID(identity.source_id).bytes,
+            receiver=self.name,
+            groups=self.groups,
+            budget=self._budget,
+        )
+        if len(self._sessions) >= limits.SESSIONS_MAX and session.source not in self._sessions:
+            session.end(PeerError("the receiver has as many sessions as it can", code="busy"))
+        older = self._sessions.get(session.source)
+        self._sessions[session.source] = session
+        if older is not None:
+            older.end(PeerError("another session of this source has begun", code="replaced"))
+        try:
+            # Registered first: a revocation from here on finds the session.
+            await self._check_trust(session)
+            logger.info("source %s: session begun", identity.name)
+            await session.run()
+        finally:
+            if self._sessions.get(session.source) is session:
+                del self._sessions[session.source]
+
+    async def _check_trust(self, session: SourceSession) -> None:
+        if await trio.to_thread.run_sync(self._trust.is_revoked, session.identity.serial):
+            session.end(
+                TrustError(
+                    "this source is no longer trusted by the receiver",
+                    hint="join again with a new token, in a new home",
+                    code="revoked",
+                )
+            )
+
+    async def watch_trust(self) -> None:
+        """Notice what other processes change; until cancelled."""
+        seen = -1
+        while True:
+            try:
+                version = await trio.to_thread.run_sync(self._trust.data_version)
+                if version != seen:
+                    await self._follow_trust()
+                    seen = version
+            except StorageError as error:
+                logger.error("revocations cannot be seen: %s", error)
+            await trio.sleep(TRUST_SECONDS)
+
+    async def _follow_trust(self) -> None:
+        sources = await trio.to_thread.run_sync(self._trust.list_sources)
+        self._source_names = {UUID(one.id).bytes: one.name for one in sources}
+        for session in list(self._sessions.values()):
+            await self._check_trust(session)
+
+    # Control
+
+    async def status(self) -> Status:
+        groups = [
+            self.describe(facts_of(committer.replica), committer.throughput.per_second())
+            for committer in self.groups.committers.values()
+        ]
+        for name, error in self.groups.failures.items():
+            groups.append(self.describe(GroupFacts(name, error=error), 0.0))
+        groups.sort(key=lambda group: group.name)
+        return Status(name=self.name, running=True, groups=groups)
+
+    def describe(self, facts: GroupFacts, bytes_per_second: float) -> GroupStatus:
+        connected = {
+            source for source, session in self._sessions.items() if session.has_group(facts.name)
+        }
+        return describe_group(
+            facts,
+            connected=connected,
+            source_names=self._source_names,
+            now=time.time_ns(),
+            bytes_per_second=bytes_per_second,
+        )
+
+    async def checkpoints(self, group: str) -> list[Checkpoint]:
+        return await self.groups.checkpoints(self.groups.find(group))
+
+    async def create_checkpoint(self, group: str, wanted: NewCheckpoint) -> Checkpoint:
+        return await self.groups.create_checkpoint(self.groups.find(group), wanted)
+
+    async def remove_checkpoint(self, group: str, name: str) -> Checkpoint:
+        return await self.groups.remove_checkpoint(self.groups.find(group), name, kept_too=True)
+
+    async def answer(self, committer: GroupCommitter, request: Request) -> Any:
+        """Answer a source's request about a group of its own."""
+        match request.verb:
+            case "group-status":
+                facts = facts_of(committer.replica)
+                return self.describe(facts, committer.throughput.per_second()).model_dump()
+            case "checkpoint-list":
+                return [one.model_dump() for one in await self.groups.checkpoints(committer)]
+            case "checkpoint-remove":
+                name = request.name or ""
+                removed = await self.groups.remove_checkpoint(committer, name, kept_too=False)
+                return removed.model_dump()
+
+
+async def run_receiver(home: Home, host: str, port: int, *, ready: Callable[[str], None]) -> None:
+    """Serve until cancelled; then everything is committed and closed.
+
+    ``ready`` gets the address (HOST:PORT) once sources may connect. StateError when the home has no
+    receiver or is in use, or the address is taken.
+    """
+    configuration = read_configuration(home)
+    authority = load_authority(home)
+    make_directory(home.replicas)
+    with exclusive_lock(home.run_directory / "receiver.lock", f"the receiver's home {home.path}"):
+        listeners = await _listen(host, port)
+        trust = await trio.to_thread.run_sync(open_trust, home)
+        groups: ReceiverGroups | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                groups = ReceiverGroups(
+                    home, trust, nursery, MemoryBudget(limits.RECEIVE_BYTES_MAX)
+                )
+                receiver = Receiver(home, configuration.name, authority, trust, groups)
+                groups.answer_with = receiver.answer
+                await groups.open_all()
+                application = receiver_application(receiver)
+                await nursery.start(serve_control, application, home.receiver_socket)
+                nursery.start_soon(receiver.watch_trust)
+                nursery.start_soon(partial(trio.serve_listeners, receiver.serve, listeners))
+                ready(_address(listeners[0]))
+        finally:
+            with trio.CancelScope(shield=True):
+                for listener in listeners:
+                    await listener.aclose()
+                if groups is not None:
+                    await groups.close_all()
+                trust.close()
+
+
+async def _listen(host: str, port: int) -> list[trio.SocketListener]:
+    try:
+        return await trio.open_tcp_listeners(port, host=host or None, backlog=BACKLOG_CONNECTIONS)
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        raise StateError(
+            f"cannot listen on {host}:{port}: "
+            f"{'the port is in use' if taken else error.strerror or error}",
+            hint="stop what uses it, or choose another address with --listen HOST:PORT",
+            code="port-in-use" if taken else "listen",
+        ) from error
+
+
+def _address(listener: trio.SocketListener) -> str:
+    host, port = listener.socket.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,143 @@
+"""The receiver's status as data, and its control API.
+
+=====================================  ==================================================
+request                                does
+=====================================  ==================================================
+GET /status                            Status
+GET /checkpoints/GROUP                 the group's checkpoints, by instant
+POST /checkpoints/GROUP                NewCheckpoint: names an instant that can be reached
+POST /checkpoints/GROUP/NAME/remove    forgets one, kept or not
+=====================================  ==================================================
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from blockrepl.formats.marks import NameField, StampField
+from blockrepl.services.control import control_application
+from blockrepl.storage.catalog import CheckpointRow
+from blockrepl.units import format_instant
+
+GroupState = Literal["initial-sync", "replicating", "resync", "disconnected", "error"]
+
+
+class GapStatus(BaseModel):
+    disk: str
+    from_ns: int
+    to_ns: int | None
+
+
+class DiskStatus(BaseModel):
+    """``hot_bytes`` is known at the source only. ``synced_bytes``: first sync, since the start."""
+
+    name: str
+    size_bytes: int
+    state: GroupState
+    hot_bytes: int | None = None
+    verified_ns: int | None = None
+    mismatches: int = 0
+    synced_bytes: int = 0
+    source: str = ""
+
+
+class SourceStatus(BaseModel):
+    name: str
+    connected: bool
+
+
+class GroupStatus(BaseModel):
+    name: str
+    state: GroupState
+    lag_seconds: float | None
+    floor: str | None
+    floor_ns: int | None
+    latest: str | None
+    latest_ns: int | None
+    gaps: list[GapStatus]
+    journal_bytes: int
+    disks: list[DiskStatus]
+    problem: str | None = None
+    received_bytes_per_second: float = 0.0
+    sources: list[SourceStatus] = []
+
+
+class Status(BaseModel):
+    role: Literal["receiver"] = "receiver"
+    name: str
+    running: bool
+    groups: list[GroupStatus]
+
+
+class Checkpoint(BaseModel):
+    name: str
+    at: str
+    at_ns: int
+    kind: str
+    kept: bool
+
+    @classmethod
+    def of(cls, row: CheckpointRow) -> Checkpoint:
+        return cls(
+            name=row.name,
+            at=format_instant(row.at_ns),
+            at_ns=row.at_ns,
+            kind=row.kind,
+            kept=row.kept,
+        )
+
+
+class NewCheckpoint(BaseModel):
+    """``at_ns``: default the newest instant."""
+
+    name: NameField
+    at_ns: StampField | None = None
+    keep: bool = False
+
+
+class ReceiverControl(Protocol):
+    """What the control API asks of the receiver. Methods raise BlockreplError."""
+
+    async def status(self) -> Status: ...
+
+    async def checkpoints(self, group: str) -> list[Checkpoint]: ...
+
+    async def create_checkpoint(self, group: str, wanted: NewCheckpoint) -> Checkpoint: ...
+
+    async def remove_checkpoint(self, group: str, name: str) -> Checkpoint: ...
+
+
+def receiver_application(receiver: ReceiverControl) -> Starlette:
+    async def status(request: Request) -> JSONResponse:
+        return _answer(await receiver.status())
+
+    async def checkpoints(request: Request) -> JSONResponse:
+        group = request.path_params["group"]
+        if request.method == "GET":
+            found = await receiver.checkpoints(group)
+            return JSONResponse([checkpoint.model_dump() for checkpoint in found])
+        wanted = NewCheckpoint.model_validate_json(await request.body())
+        return _answer(await receiver.create_checkpoint(group, wanted))
+
+    async def remove(request: Request) -> JSONResponse:
+        parameters = request.path_params
+        return _answer(await receiver.remove_checkpoint(parameters["group"], parameters["name"]))
+
+    return control_application(
+        [
+            Route("/status", status),
+            Route("/checkpoints/{group}", checkpoints, methods=["GET", "POST"]),
+            Route("/checkpoints/{group}/{name}/remove", remove, methods=["POST"]),
+        ]
+    )
+
+
+def _answer(model: BaseModel) -> JSONResponse:
+    content: dict[str, Any] = model.model_dump()
+    return JSONResponse(content)

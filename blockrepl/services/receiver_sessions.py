@@ -1,0 +1,204 @@
+"""One session of the receiver: reads messages into the state machine, carries out its effects.
+
+Two tasks: the reader takes messages and waits where it must (for memory, for an answer), which
+holds back its own peer and nobody else; the writer sends what commits have made true. Of the
+acknowledgements of a group only the newest waits to be sent, so a peer that does not read costs
+nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, Protocol
+
+import trio
+
+from blockrepl.channel.certificates import PeerIdentity
+from blockrepl.channel.framing import MessageStream
+from blockrepl.errors import BlockreplError, PeerError, StorageError
+from blockrepl.formats import messages
+from blockrepl.formats.messages import MessageType, Refusal, Request, Response
+from blockrepl.services.group_committer import Arrival, GroupCommitter, MemoryBudget
+from blockrepl.session.receiver import (
+    Answer,
+    Append,
+    AttachGroup,
+    Closed,
+    ReceiverSession,
+    Send,
+)
+
+logger = logging.getLogger(__name__)
+
+GOODBYE_SECONDS = 2.0  # to tell a peer why it is dropped
+
+
+class Groups(Protocol):
+    """Where a session finds the replicas it may write to."""
+
+    async def attach(self, identity: PeerIdentity, group: str) -> GroupCommitter: ...
+
+    async def answer(self, committer: GroupCommitter, request: Request) -> Any: ...
+
+
+def refusal_of(error: BlockreplError, group: str | None = None) -> Refusal:
+    """An error as it is told to a peer."""
+    return Refusal(
+        code=error.code[:64], error=str(error)[:1000], hint=error.hint[:1000], group=group
+    )
+
+
+class SourceSession:
+    """A session with a source whose certificate has been accepted."""
+
+    def __init__(
+        self,
+        stream: MessageStream,
+        identity: PeerIdentity,
+        source: bytes,
+        *,
+        receiver: str,
+        groups: Groups,
+        budget: MemoryBudget,
+    ) -> None:
+        self.identity = identity
+        self.source = source
+        self.ended = trio.Event()
+        self._stream = stream
+        self._machine = ReceiverSession(receiver)
+        self._groups = groups
+        self._budget = budget
+        self._committers: dict[str, GroupCommitter] = {}
+        self._reason: BlockreplError | None = None
+        self._scope = trio.CancelScope()
+        self._acks: dict[str, Send] = {}
+        self._others: list[Send] = []
+        self._to_send = trio.Event()
+
+    async def run(self) -> None:
+        """Until the peer leaves or is dropped; never raises what a peer caused."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._guarded, self._write)
+                    await self._guarded(self._read)
+                    nursery.cancel_scope.cancel()
+        finally:
+            self.ended.set()
+        if self._reason is not None:
+            if self._reason.code != "disconnected":
+                logger.warning("source %s dropped: %s", self.identity.name, self._reason)
+            await self._say_goodbye(self._reason)
+
+    async def _guarded(self, task: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await task()
+        except BlockreplError as error:
+            self.end(error)
+        except trio.BrokenResourceError:
+            self.end(PeerError("the connection was lost", code="disconnected"))
+        except Exception:
+            logger.exception("source %s dropped: a defect of ours", self.identity.name)
+            self.end(StorageError("the receiver failed inside; see its log", code="internal"))
+
+    def end(self, error: BlockreplError) -> None:
+        """Drop the peer, and tell it why."""
+        if self._reason is None:
+            self._reason = error
+        self._scope.cancel()
+
+    async def _say_goodbye(self, error: BlockreplError) -> None:
+        with (
+            trio.move_on_after(GOODBYE_SECONDS, shield=True),
+            suppress(BlockreplError, trio.BrokenResourceError, trio.ClosedResourceError),
+        ):
+            await self._stream.send(MessageType.ERROR, messages.encode(refusal_of(error)))
+
+    # Reading
+
+    async def _read(self) -> None:
+        while (message := await self._stream.receive()) is not None:
+            effect = self._machine.received(*message)
+            match effect:
+                case Append():
+                    await self._append(effect)
+                case Send():
+                    await self._stream.send(effect.type, effect.payload)
+                case AttachGroup():
+                    await self._attach(effect)
+                case Answer(request):
+                    send = self._machine.answered(await self._answer(request))
+                    await self._stream.send(send.type, send.payload)
+                case Closed(refusal):
+                    logger.info("source %s: %s", self.identity.name, refusal.error)
+                    return
+
+    async def _append(self, effect: Append) -> None:
+        await self._budget.take(effect.frame.nbytes)
+        # No checkpoint from here on: a frame that was paid for is always queued.
+        arrival = Arrival(self, effect.generation, effect.header, effect.frame)
+        self._committers[effect.group].submit(arrival)
+
+    async def _attach(self, effect: AttachGroup) -> None:
+        group, generation = effect.attach.group, effect.generation
+        send: Send | None
+        try:
+            committer = await self._groups.attach(self.identity, group)
+            attached = await committer.perform(
+                lambda: committer.replica.attach(self.source, effect.attach.disks)
+            )
+        except BlockreplError as error:
+            logger.warning("source %s, group %s: refused: %s", self.identity.name, group, error)
+            send = self._machine.refused(group, generation, refusal_of(error, group))
+        else:
+            self._committers[group] = committer
+            send = self._machine.accepted(generation, attached)
+        if send is not None:
+            await self._stream.send(send.type, send.payload)
+
+    async def _answer(self, request: Request) -> Response:
+        try:
+            if not self._machine.may_ask(request.group):
+                raise PeerError(f"group {request.group} is not attached", code="not-attached")
+            committer = self._committers[request.group]
+            return Response(id=request.id, data=await self._groups.answer(committer, request))
+        except BlockreplError as error:
+            return Response(id=request.id, refusal=refusal_of(error, request.group))
+
+    # Outcomes of commits
+
+    def is_current(self, group: str, generation: int) -> bool:
+        return self._machine.is_current(group, generation)
+
+    def committed(
+        self, group: str, generation: int, *, frames: int, size_bytes: int, number: int
+    ) -> None:
+        send = self._machine.committed(
+            group, generation, frames=frames, size_bytes=size_bytes, number=number
+        )
+        if send is not None:
+            self._acks[group] = send
+            self._to_send.set()
+
+    def refused(self, group: str, generation: int, error: BlockreplError) -> None:
+        send = self._machine.refused(group, generation, refusal_of(error, group))
+        if send is not None:
+            # An acknowledgement of before must not follow the refusal.
+            if (ack := self._acks.pop(group, None)) is not None:
+                self._others.append(ack)
+            self._others.append(send)
+            self._to_send.set()
+
+    def has_group(self, group: str) -> bool:
+        return group in self._committers
+
+    async def _write(self) -> None:
+        while True:
+            await self._to_send.wait()
+            self._to_send = trio.Event()
+            sends = [*self._others, *self._acks.values()]
+            self._others, self._acks = [], {}
+            for send in sends:
+                await self._stream.send(send.type, send.payload)

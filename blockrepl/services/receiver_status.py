@@ -1,0 +1,159 @@
+"""What the receiver says of its groups, from a live replica or from the files of one at rest.
+
+======================================  =============
+of a group, the first that holds        state
+======================================  =============
+its replica cannot be used              error
+a source with disks in it is not here   disconnected
+a disk's first sync is not done         initial-sync
+a disk's gap is open                    resync
+otherwise                               replicating
+======================================  =============
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blockrepl.errors import BlockreplError
+from blockrepl.services.receiver_api import (
+    DiskStatus,
+    GapStatus,
+    GroupState,
+    GroupStatus,
+    SourceStatus,
+    Status,
+)
+from blockrepl.services.receiver_home import read_configuration
+from blockrepl.storage.catalog import DiskRow, GapRow
+from blockrepl.storage.history import ReplicaHistory
+from blockrepl.storage.home import Home
+from blockrepl.storage.replica import Replica
+from blockrepl.units import NANOSECONDS_PER_SECOND, format_instant
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFacts:
+    name: str
+    watermark: int = 0
+    journal_bytes: int = 0
+    disks: Sequence[DiskRow] = ()
+    gaps: Sequence[GapRow] = ()
+    base_bytes: Mapping[bytes, int] = field(default_factory=dict)
+    error: BlockreplError | None = None
+
+
+def facts_of(replica: Replica) -> GroupFacts:
+    status = replica.status()
+    return GroupFacts(
+        status.name,
+        status.watermark,
+        status.journal_bytes,
+        status.disks,
+        status.gaps,
+        status.base_bytes,
+        status.error,
+    )
+
+
+def describe_group(
+    facts: GroupFacts,
+    *,
+    connected: Collection[bytes],
+    source_names: Mapping[bytes, str],
+    now: int,
+    bytes_per_second: float = 0.0,
+) -> GroupStatus:
+    """``connected`` are the sources with a session that has attached the group."""
+    floor = min((disk.ready_ns for disk in facts.disks if disk.ready_ns is not None), default=None)
+    latest = facts.watermark if floor is not None and facts.watermark >= floor else None
+    sources = sorted({disk.source for disk in facts.disks})
+    names = {disk.id: disk.name for disk in facts.disks}
+    return GroupStatus(
+        name=facts.name,
+        state=_group_state(facts, connected),
+        lag_seconds=max(0.0, (now - facts.watermark) / NANOSECONDS_PER_SECOND)
+        if facts.watermark
+        else None,
+        floor=_instant(floor),
+        floor_ns=floor,
+        latest=_instant(latest),
+        latest_ns=latest,
+        gaps=[
+            GapStatus(disk=names.get(gap.disk, ""), from_ns=gap.from_ns, to_ns=gap.to_ns)
+            for gap in facts.gaps
+        ],
+        journal_bytes=facts.journal_bytes,
+        disks=[
+            DiskStatus(
+                name=disk.name,
+                size_bytes=disk.size_bytes,
+                state=_disk_state(facts, disk, connected),
+                synced_bytes=facts.base_bytes.get(disk.id, 0),
+                source=_source_name(disk.source, source_names),
+            )
+            for disk in facts.disks
+        ],
+        problem=f"{facts.error}. {facts.error.hint}".rstrip(". ") if facts.error else None,
+        received_bytes_per_second=bytes_per_second,
+        sources=[
+            SourceStatus(name=_source_name(source, source_names), connected=source in connected)
+            for source in sources
+        ],
+    )
+
+
+def _group_state(facts: GroupFacts, connected: Collection[bytes]) -> GroupState:
+    if facts.error is not None:
+        return "error"
+    states = {_disk_state(facts, disk, connected) for disk in facts.disks} or {"disconnected"}
+    order: tuple[GroupState, ...] = ("disconnected", "initial-sync", "resync", "replicating")
+    return next(state for state in order if state in states)
+
+
+def _disk_state(facts: GroupFacts, disk: DiskRow, connected: Collection[bytes]) -> GroupState:
+    if facts.error is not None:
+        return "error"
+    if disk.source not in connected:
+        return "disconnected"
+    if disk.ready_ns is None:
+        return "initial-sync"
+    if any(gap.disk == disk.id and gap.to_ns is None for gap in facts.gaps):
+        return "resync"
+    return "replicating"
+
+
+def _source_name(source: bytes, names: Mapping[bytes, str]) -> str:
+    return names.get(source, source.hex())
+
+
+def _instant(stamp: int | None) -> str | None:
+    return None if stamp is None else format_instant(stamp)
+
+
+def status_at_rest(home: Home, now: int) -> Status:
+    """The status of a receiver that is not running, from its files. Blocks."""
+    groups = [
+        describe_group(
+            _facts_at_rest(home.replica_directory(name)), connected=(), source_names={}, now=now
+        )
+        for name in home.groups()
+    ]
+    return Status(name=read_configuration(home).name, running=False, groups=groups)
+
+
+def _facts_at_rest(directory: Path) -> GroupFacts:
+    try:
+        with ReplicaHistory(directory) as history:
+            state = history.state()
+            return GroupFacts(
+                history.group,
+                state.latest_ns,
+                sum(path.stat().st_size for path in (directory / "segments").glob("*.seg")),
+                [disk for disk in state.disks if disk.removed_ns is None],
+                state.gaps,
+            )
+    except BlockreplError as error:
+        return GroupFacts(directory.name, error=error)
