@@ -116,6 +116,7 @@ class Receiver:
             session.end(PeerError("the receiver has as many sessions as it can", code="busy"))
         older = self._sessions.get(session.source)
         self._sessions[session.source] = session
+        self._source_names[session.source] = identity.name
         if older is not None:
             older.end(PeerError("another session of this source has begun", code="replaced"))
         try:

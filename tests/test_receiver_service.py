@@ -1,0 +1,573 @@
+"""The running receiver: sources over real connections, and peers that mean harm."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+import trio
+from replica_workload import DISK, DISK_BYTES, Agent, Frame
+
+from blockrepl import limits
+from blockrepl.channel import enrolment
+from blockrepl.channel.enrolment import Identity
+from blockrepl.channel.framing import MessageStream
+from blockrepl.channel.handshake import RECEIVER_SERVER_NAME, connect
+from blockrepl.errors import BlockreplError, StateError
+from blockrepl.formats import messages
+from blockrepl.formats.messages import (
+    Attach,
+    AttachDisk,
+    Attached,
+    Hello,
+    MessageType,
+    Refusal,
+    Request,
+    Response,
+)
+from blockrepl.formats.segment import HEADER_BYTES, file_name
+from blockrepl.services import receiver_home
+from blockrepl.services.control_client import ControlClient
+from blockrepl.services.receiver import run_receiver
+from blockrepl.storage.files import Files
+from blockrepl.storage.home import Home
+from blockrepl.storage.trust import TrustStore
+
+WAIT_SECONDS = 20.0
+
+
+class Peer:
+    """An agent's connection, message by message."""
+
+    def __init__(self, stream: MessageStream, source: bytes) -> None:
+        self.stream = stream
+        self.source = source
+
+    async def expect(self, kind: MessageType) -> memoryview:
+        with trio.fail_after(WAIT_SECONDS):
+            message = await self.stream.receive()
+        assert message is not None, "the receiver closed the connection"
+        assert message[0] == kind, (MessageType(message[0]).name, bytes(message[1]))
+        return message[1]
+
+    async def greet(self) -> None:
+        await self.stream.send(MessageType.HELLO, messages.encode(Hello(version=1)))
+        await self.expect(MessageType.WELCOME)
+
+    async def attach(self, group: str = "web", disk: UUID = DISK, name: str = "root") -> Agent:
+        await self.ask_to_attach(group, disk, name)
+        attached = messages.decode(Attached, await self.expect(MessageType.ATTACHED))
+        return Agent.after(attached, self.source)
+
+    async def ask_to_attach(
+        self, group: str = "web", disk: UUID = DISK, name: str = "root"
+    ) -> None:
+        attach = Attach(group=group, disks=[AttachDisk(id=disk, name=name, size_bytes=DISK_BYTES)])
+        await self.stream.send(MessageType.ATTACH, messages.encode(attach))
+
+    async def send(self, *frames: Frame) -> None:
+        for _, frame in frames:
+            await self.stream.send(MessageType.DATA, frame)
+
+    async def acknowledged(self, count: int) -> int:
+        """Wait until so many messages are durable; the last durable number."""
+        while True:
+            _, done, number = messages.decode_ack(await self.expect(MessageType.ACK))
+            assert done <= count
+            if done == count:
+                return number
+
+    async def ask(self, verb: str, name: str | None = None) -> Response:
+        request = Request.model_validate({"id": 5, "verb": verb, "group": "web", "name": name})
+        await self.stream.send(MessageType.REQUEST, messages.encode(request))
+        return messages.decode(Response, await self.expect(MessageType.RESPONSE))
+
+    async def refusal(self) -> Refusal:
+        return messages.decode(Refusal, await self.expect(MessageType.ERROR))
+
+
+class Vault:
+    """A running receiver and the sources that have joined it."""
+
+    def __init__(self, home: Home, address: str, directory: Path) -> None:
+        self.home = home
+        self.address = address
+        self._directory = directory
+        self._identities: dict[str, Identity] = {}
+
+    async def join(self, name: str) -> Identity:
+        if name not in self._identities:
+            token = receiver_home.invite(
+                self.home, expires_seconds=60, groups=[], address=self.address
+            )
+            self._identities[name] = await enrolment.join(token, name, self._directory / name)
+        return self._identities[name]
+
+    @asynccontextmanager
+    async def peer(self, name: str = "web1", *, greet: bool = True) -> AsyncIterator[Peer]:
+        identity = await self.join(name)
+        transport = await enrolment.open_transport(self.address)
+        stream = await connect(transport, identity.context(), RECEIVER_SERVER_NAME)
+        async with MessageStream(stream, messages.AGENT_ACCEPTS) as channel:
+            peer = Peer(channel, UUID(identity.source_id).bytes)
+            if greet:
+                await peer.greet()
+            yield peer
+
+    async def control(self, method: str, path: str, content: object = None) -> Any:
+        client = ControlClient(self.home.receiver_socket, "receiver")
+        if method == "GET":
+            return await trio.to_thread.run_sync(client.get, path)
+        return await trio.to_thread.run_sync(client.post, path, content)
+
+    async def group(self, name: str = "web") -> dict[str, Any]:
+        status = await self.control("GET", "/status")
+        (group,) = (one for one in status["groups"] if one["name"] == name)
+        assert isinstance(group, dict)
+        return group
+
+
+@asynccontextmanager
+async def running(directory: Path) -> AsyncIterator[Vault]:
+    home = Home.create(directory / "home")
+    if not home.receiver_directory.exists():
+        receiver_home.initialise(home, "vault")
+    async with trio.open_nursery() as nursery:
+        address = await nursery.start(_serve, home)
+        yield Vault(home, address, directory)
+        nursery.cancel_scope.cancel()
+
+
+async def _serve(home: Home, *, task_status: trio.TaskStatus[str]) -> None:
+    await run_receiver(home, "127.0.0.1", 0, ready=task_status.started)
+
+
+@pytest.fixture
+async def vault(tmp_path: Path) -> AsyncIterator[Vault]:
+    async with running(tmp_path) as vault:
+        yield vault
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    with trio.fail_after(WAIT_SECONDS):
+        while not condition():
+            await trio.sleep(0.01)
+
+
+async def test_what_is_acknowledged_is_in_the_journal_as_it_was_sent(
+    vault: Vault, tmp_path: Path
+) -> None:
+    async with vault.peer() as peer:
+        agent = await peer.attach()
+        frames = [agent.writes(16) for _ in range(40)]
+        await peer.send(*frames)
+        assert await peer.acknowledged(40) == 40
+        segment = vault.home.replica_directory("web") / "segments" / file_name(1)
+        assert segment.read_bytes()[HEADER_BYTES:] == b"".join(bytes(data) for _, data in frames)
+        await peer.stream.send(MessageType.PING)
+        await peer.expect(MessageType.PONG)
+
+
+async def test_a_source_goes_on_after_the_receiver_was_restarted(tmp_path: Path) -> None:
+    async with running(tmp_path) as vault, vault.peer() as peer:
+        agent = await peer.attach()
+        await peer.send(agent.writes(), agent.writes())
+        await peer.acknowledged(2)
+        identities = vault._identities
+    async with running(tmp_path) as vault:
+        vault._identities = identities
+        async with vault.peer() as peer:
+            again = await peer.attach()
+            assert (again.number, again.sequence) == (3, agent.sequence)
+            await peer.send(again.writes())
+            assert await peer.acknowledged(1) == 3
+
+
+async def test_reading_goes_on_while_a_commit_is_being_synced(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, waiting = threading.Event(), threading.Event()
+    synced = []
+
+    def sync(files: Files, descriptor: int) -> None:
+        waiting.set()
+        assert gate.wait(WAIT_SECONDS)
+        synced.append(descriptor)
+        os.fdatasync(descriptor)
+
+    async with vault.peer() as peer:
+        agent = await peer.attach()
+        monkeypatch.setattr(Files, "sync", sync)
+        try:
+            await peer.send(agent.writes())
+            await until(waiting.is_set)
+            frames = [agent.writes(256) for _ in range(25)]  # more than sockets hold
+            with trio.fail_after(WAIT_SECONDS):
+                await peer.send(*frames)
+            await peer.stream.send(MessageType.PING)
+            await peer.expect(MessageType.PONG)  # all of them have been read, none acknowledged
+        finally:
+            gate.set()
+        await peer.acknowledged(26)
+        assert len(synced) == 2  # the rest shared one
+
+
+async def test_many_sources_at_once_and_a_bad_one_ends_alone(vault: Vault) -> None:
+    async def good(number: int) -> None:
+        async with vault.peer(f"good{number}") as peer:
+            agent = await peer.attach(f"g{number}")
+            for turn in range(20):
+                await peer.send(agent.writes(), agent.writes())
+                await peer.acknowledged(2 * turn + 2)
+
+    async def bad() -> None:
+        async with vault.peer("bad") as peer:
+            agent = await peer.attach("evil")
+            _, data = agent.writes()
+            damaged = bytearray(data)
+            damaged[-1] ^= 1
+            await peer.stream.send(MessageType.DATA, damaged)
+            refusal = await peer.refusal()
+            assert (refusal.code, refusal.group) == ("protocol", None)
+            assert await peer.stream.receive() is None
+
+    for name in ("good0", "good1", "good2", "bad"):
+        await vault.join(name)
+    async with trio.open_nursery() as nursery:
+        for number in range(3):
+            nursery.start_soon(good, number)
+        nursery.start_soon(bad)
+
+
+GARBAGE = {
+    "nothing": b"",
+    "plain text": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "noise": os.urandom(4096),
+    "half a hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+}
+
+
+async def test_strangers_are_dropped_without_harm(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "HANDSHAKE_SECONDS", 0.3)
+
+    async def stranger(data: bytes) -> None:
+        transport = await enrolment.open_transport(vault.address)
+        async with transport:
+            try:
+                await transport.send_all(data)
+                with trio.fail_after(WAIT_SECONDS):
+                    while await transport.receive_some():
+                        pass
+            except trio.BrokenResourceError:
+                pass  # reset: dropped as well
+
+    async with vault.peer() as peer:
+        agent = await peer.attach()
+        async with trio.open_nursery() as nursery:
+            for data in GARBAGE.values():
+                nursery.start_soon(stranger, data)
+        await peer.send(agent.writes())
+        await peer.acknowledged(1)
+
+
+async def test_connections_that_never_say_who_they_are_cannot_lock_others_out(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "HANDSHAKES_MAX", 3)
+    monkeypatch.setattr(limits, "HANDSHAKE_SECONDS", 1.0)
+    await vault.join("web1")
+    silent = [await enrolment.open_transport(vault.address) for _ in range(6)]
+    with trio.fail_after(WAIT_SECONDS):
+        for transport in silent[3:]:  # over the limit: closed at once
+            with suppress(trio.BrokenResourceError):  # a reset will do as well
+                assert await transport.receive_some() == b""
+    for transport in silent:
+        await transport.aclose()
+    async with vault.peer() as peer:
+        await peer.attach()
+
+
+async def test_a_revoked_source_is_dropped_at_once_and_not_let_in_again(vault: Vault) -> None:
+    async with vault.peer("web1") as peer, vault.peer("web2") as other:
+        await peer.attach()
+        elsewhere = TrustStore(vault.home.receiver_directory / "trust.sqlite")
+        elsewhere.revoke("web1", 5)
+        elsewhere.close()
+        with trio.fail_after(0.5 + 0.5):  # half of it for a machine that is busy
+            refusal = await peer.refusal()
+        assert refusal.code == "revoked"
+        agent = await other.attach("other")
+        await other.send(agent.writes())
+        await other.acknowledged(1)
+    async with vault.peer("web1", greet=False) as peer:
+        assert (await peer.refusal()).code == "revoked"
+
+
+async def test_a_second_session_of_a_source_replaces_the_first(vault: Vault) -> None:
+    async with vault.peer() as first:
+        agent = await first.attach()
+        await first.send(agent.writes())
+        async with vault.peer() as second:
+            assert (await _last_refusal(first)).code == "replaced"
+            again = await second.attach()
+            await second.send(again.writes())
+            await second.acknowledged(1)
+
+
+async def _last_refusal(peer: Peer) -> Refusal:
+    """The refusal that ends a session, after acknowledgements still under way."""
+    while True:
+        message = await peer.stream.receive()
+        assert message is not None
+        if message[0] == MessageType.ERROR:
+            return messages.decode(Refusal, message[1])
+
+
+async def test_a_group_of_another_source_is_refused_and_the_session_goes_on(vault: Vault) -> None:
+    async with vault.peer("web1") as owner, vault.peer("web2") as other:
+        await owner.attach("web")
+        await other.ask_to_attach("web", UUID(int=9), "data")
+        refusal = await other.refusal()
+        assert (refusal.code, refusal.group) == ("not-owner", "web")
+        assert (await other.ask("group-status")).refusal is not None
+        agent = await other.attach("mine")
+        await other.send(agent.writes())
+        await other.acknowledged(1)
+
+
+async def test_a_full_disk_refuses_the_group_until_there_is_room(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async with vault.peer() as peer:
+        agent = await peer.attach()
+        kept, lost = agent.writes(), agent.writes()
+        await peer.send(kept)
+        await peer.acknowledged(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Files, "write", no_room)
+            await peer.send(lost)
+            refusal = await peer.refusal()
+            assert (refusal.code, refusal.group) == ("full", "web")
+            assert (await vault.group())["state"] == "error"
+            assert "no room left" in (await vault.group())["problem"]
+            await peer.send(agent.writes())  # under way when the refusal came
+        again = await peer.attach()
+        assert again.number == 2
+        await peer.send(lost)
+        assert await peer.acknowledged(1) == 2
+        assert (await vault.group())["state"] != "error"
+
+
+async def test_a_failed_sync_stops_the_group_and_no_other(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async with vault.peer() as peer:
+        web, mail = await peer.attach("web"), await peer.attach("mail", UUID(int=9), "data")
+        with monkeypatch.context() as patch:
+            patch.setattr(Files, "sync", fail)
+            await peer.send(web.writes())
+            assert (await peer.refusal()).code == "fail-stop"
+        await peer.ask_to_attach("web")
+        assert (await peer.refusal()).code == "fail-stop"
+        await peer.send(mail.writes())
+        await peer.acknowledged(1)
+
+
+async def test_checkpoints_are_listed_made_and_removed_on_both_sides(vault: Vault) -> None:
+    async with vault.peer() as peer:
+        agent = await peer.attach()
+        marks = [agent.consistent(), agent.checkpoint("a"), agent.checkpoint("b", kept=True)]
+        await peer.send(*marks)
+        await peer.acknowledged(3)
+        made = await vault.control("POST", "/checkpoints/web", {"name": "c", "keep": True})
+        assert made["at_ns"] == agent.stamp
+        listed = (await peer.ask("checkpoint-list")).data
+        assert listed == await vault.control("GET", "/checkpoints/web")
+        assert [(one["name"], one["kept"]) for one in listed] == [
+            ("a", False),
+            ("b", True),
+            ("c", True),
+        ]
+        assert (await peer.ask("checkpoint-remove", "a")).data["name"] == "a"
+        for name, code in (("b", "kept"), ("a", "no-checkpoint")):
+            refused = (await peer.ask("checkpoint-remove", name)).refusal
+            assert refused is not None
+            assert refused.code == code
+        await vault.control("POST", "/checkpoints/web/b/remove")
+        for path, content, code in (
+            ("/checkpoints/web", {"name": "c"}, "taken"),
+            ("/checkpoints/web", {"name": "d", "at_ns": agent.stamp - 10}, "point"),
+            ("/checkpoints/web", {"name": "../d"}, "usage"),
+            ("/checkpoints/none", {"name": "d"}, "no-group"),
+        ):
+            with pytest.raises(BlockreplError) as error:
+                await vault.control("POST", path, content)
+            assert error.value.code == code
+
+
+async def test_status_says_what_is_there(vault: Vault) -> None:
+    async with vault.peer() as peer:
+        agent = await peer.attach()
+        assert (await vault.group())["state"] == "initial-sync"
+        await peer.send(agent.base(0, os.urandom(4096)), agent.consistent(), agent.writes())
+        await peer.acknowledged(3)
+        group = await vault.group()
+        asked = (await peer.ask("group-status")).data
+        assert {**asked, "lag_seconds": 0} == {
+            **group,
+            "lag_seconds": 0,
+            "received_bytes_per_second": asked["received_bytes_per_second"],
+        }
+    assert group["state"] == "replicating"
+    assert group["latest_ns"] == agent.stamp
+    assert group["floor_ns"] is not None
+    assert group["floor"].endswith("Z")
+    assert group["received_bytes_per_second"] > 0
+    assert group["journal_bytes"] > 4 * 4096
+    assert group["sources"] == [{"name": "web1", "connected": True}]
+    (disk,) = group["disks"]
+    assert (disk["name"], disk["size_bytes"], disk["state"]) == ("root", DISK_BYTES, "replicating")
+    assert disk["synced_bytes"] == 4096
+    with trio.fail_after(WAIT_SECONDS):
+        while (await vault.group())["state"] != "disconnected":
+            await trio.sleep(0.01)
+
+
+async def test_a_replica_that_cannot_be_opened_does_not_stop_the_others(tmp_path: Path) -> None:
+    async with running(tmp_path) as vault, vault.peer() as peer:
+        for name, disk in (("web", DISK), ("mail", UUID(int=9))):
+            agent = await peer.attach(name, disk)
+            await peer.send(agent.writes())
+            await peer.acknowledged(1)
+        identities = vault._identities
+    (tmp_path / "home" / "replicas" / "web" / "catalog.sqlite").unlink()
+    async with running(tmp_path) as vault:
+        vault._identities = identities
+        assert (await vault.group("web"))["state"] == "error"
+        assert "catalog" in (await vault.group("web"))["problem"]
+        async with vault.peer() as peer:
+            await peer.ask_to_attach("web")
+            assert (await peer.refusal()).code == "damage"
+            await peer.attach("mail", UUID(int=9))
+
+
+async def test_a_home_and_a_port_serve_one_receiver(vault: Vault, tmp_path: Path) -> None:
+    with pytest.raises(StateError) as in_use:
+        await run_receiver(vault.home, "127.0.0.1", 0, ready=print)
+    assert in_use.value.code == "in-use"
+    other = Home.create(tmp_path / "other")
+    with pytest.raises(StateError, match="no receiver"):
+        await run_receiver(other, "127.0.0.1", 0, ready=print)
+    receiver_home.initialise(other, None)
+    with pytest.raises(StateError, match="the port is in use") as taken:
+        await run_receiver(other, "127.0.0.1", int(vault.address.split(":")[1]), ready=print)
+    assert taken.value.hint
+    with pytest.raises(StateError) as twice:
+        receiver_home.initialise(other, None)
+    assert twice.value.code == "initialised"
+
+
+async def test_a_source_that_sends_garbage_inside_its_session_is_dropped(vault: Vault) -> None:
+    async with vault.peer() as peer:
+        await peer.stream.send(MessageType.DATA, b"not a frame")
+        assert (await peer.refusal()).code == "protocol"
+    async with vault.peer() as peer:
+        await peer.stream.stream.send_all(b"\xff\xff\xff\xff\x02")  # 4 GiB are announced
+        assert (await peer.refusal()).code == "protocol"
+        assert await peer.stream.receive() is None
+
+
+# The command
+
+
+def start_command(home: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "blockrepl.cli.main", "--home", str(home), "receiver", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=WAIT_SECONDS)
+    return process.returncode, out, err
+
+
+def test_the_command_tells_when_it_is_ready_and_ends_cleanly(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    assert finish(start_command(home, "init", "--name", "vault"))[0] == 0
+    notifications = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    os.environ["NOTIFY_SOCKET"] = str(tmp_path / "notify")
+    notifications.bind(os.environ["NOTIFY_SOCKET"])
+    try:
+        process = start_command(home, "run", "--listen", "127.0.0.1:0")
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("receiver ready on 127.0.0.1:")
+        assert line.endswith(f"(home {home})\n")
+        notifications.settimeout(WAIT_SECONDS)
+        assert notifications.recv(100) == b"READY=1"
+    finally:
+        del os.environ["NOTIFY_SOCKET"]
+        notifications.close()
+    status, out, _ = finish(
+        subprocess.Popen(
+            [sys.executable, "-m", "blockrepl.cli.main", "--home", str(home), "status", "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    )
+    assert (status, json.loads(out)["running"]) == (0, True)
+    status, out, _ = finish(start_command(home, "invite"))
+    address = line.split()[3]
+    assert enrolment.decode_token(out.strip()).address == address
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 0
+    assert not (home / "run" / "receiver.sock").exists()
+
+
+async def test_a_killed_receiver_loses_nothing_acknowledged(tmp_path: Path) -> None:
+    home = Home.create(tmp_path / "home")
+    receiver_home.initialise(home, "vault")
+    acknowledged = sent = 0
+    vault = Vault(home, "", tmp_path)
+    for _ in range(3):
+        process = start_command(home.path, "run", "--listen", "127.0.0.1:0")
+        assert process.stdout is not None
+        vault.address = (await trio.to_thread.run_sync(process.stdout.readline)).split()[3]
+        try:
+            async with vault.peer() as peer:
+                agent = await peer.attach()
+                assert acknowledged < agent.number <= sent + 1
+                first = agent.number
+                frames = [agent.writes(64) for _ in range(30)]
+                sent = agent.number - 1
+                await peer.send(*frames)
+                _, count, acknowledged = messages.decode_ack(await peer.expect(MessageType.ACK))
+                assert acknowledged == first + count - 1
+                process.kill()
+        finally:
+            process.kill()
+            await trio.to_thread.run_sync(finish, process)
