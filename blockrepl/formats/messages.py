@@ -94,7 +94,9 @@ class Welcome(Message):
 class AttachDisk(Message):
     id: UUID
     name: NameField
-    size_bytes: Annotated[int, Field(gt=0, lt=1 << 62, multiple_of=limits.SECTOR_BYTES)]
+    size_bytes: Annotated[
+        int, Field(gt=0, le=limits.DISK_BYTES_MAX, multiple_of=limits.SECTOR_BYTES)
+    ]
 
 
 class Attach(Message):

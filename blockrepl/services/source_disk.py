@@ -121,11 +121,17 @@ class SourceDisk:
         self.ring = None
 
     def retire(self) -> None:
-        """Give the ring back when no server runs and nothing is left in it. Blocks on the disk."""
+        """Give the ring back when no server runs and nothing is left in it. Blocks on the disk.
+
+        What a killed server left is cleaned up in any case: the group would wait for it for ever.
+        """
         ring = self.ring
-        if ring is None or self.state != "ready" or self.cursor != ring.head():
+        if ring is None:
             return
-        if self._disks.retire_ring(self.entry, ring, self._clock):
+        if self.state != "ready" or self.cursor != ring.head():
+            if ring.writes_in_flight() or not ring.quiesce():
+                self._disks.recover_ring(self.entry, ring, self._clock)
+        elif self._disks.retire_ring(self.entry, ring, self._clock):
             self.close()
             self._known_ring = ring.geometry.ring_id
 

@@ -20,7 +20,7 @@ import struct
 from pathlib import Path
 
 from blockrepl.errors import StateError, UsageError
-from blockrepl.limits import SECTOR_BYTES
+from blockrepl.limits import DISK_BYTES_MAX, SECTOR_BYTES
 
 _USED = (100, 101)  # consistent read, write
 _UNSHARED = (201, 203)  # nobody else writes or resizes
@@ -65,6 +65,12 @@ def check_size(size: int, what: str) -> None:
         raise UsageError(
             f"{what} has {size} bytes, which is no positive multiple of {SECTOR_BYTES}",
             hint=f"use a size that is one: truncate --size=%{SECTOR_BYTES} rounds a file up",
+            code="image-size",
+        )
+    if size > DISK_BYTES_MAX:
+        raise UsageError(
+            f"{what} has {size} bytes, more than the {DISK_BYTES_MAX} a disk may have",
+            hint="split it into several disks",
             code="image-size",
         )
 

@@ -250,6 +250,8 @@ class RingReader:
     def recover_in_flight(self, stamp: int) -> None:
         """Mark what a killed server had in flight as stale, as its next start would."""
         words, geometry = self._words, self.geometry
+        busy = words.load(layout.BUSY_AT)
+        words.store(layout.BUSY_AT, busy + busy % 2)  # an append that will never be published
         for slot in np.nonzero(self._inflight["generation"] % 2)[0]:
             start, end = int(self._inflight["start"][slot]), int(self._inflight["end"][slot])
             if start < end <= geometry.size_bytes:

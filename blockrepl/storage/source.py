@@ -141,7 +141,11 @@ class SourceDisks:
         self._check_socket(entry)
         data = hot_map.encode(entry.id.bytes, size_bytes, limits.REGION_BYTES, hot=True)
         write_atomically(self.hot_map_path(entry), data)
-        self._write(entry)
+        try:
+            self._write(entry)
+        except BaseException:
+            self.hot_map_path(entry).unlink(missing_ok=True)
+            raise
         return entry
 
     def remove(self, entry: DiskEntry) -> None:
@@ -228,6 +232,8 @@ class SourceDisks:
                 return False
             try:
                 ring.recover_in_flight(clock.now())
+                if not ring.is_current():
+                    return False  # what another ring holds is not known here
                 if ring.needs_sync() or ring.is_syncing() or ring.gap_from():
                     return False
                 if ring.head() != ring.tail():
@@ -239,6 +245,15 @@ class SourceDisks:
                 write_atomically(self.hot_map_path(entry), cold)
                 ring.path.unlink(missing_ok=True)
                 return True
+            finally:
+                os.close(descriptor)
+
+    def recover_ring(self, entry: DiskEntry, ring: RingReader, clock: SourceClock) -> None:
+        """Clean up what a killed server left in the ring. Does nothing while a server runs."""
+        with self.lock(entry), contextlib.suppress(StateError):
+            descriptor = lock_image(entry.image)
+            try:
+                ring.recover_in_flight(clock.now())
             finally:
                 os.close(descriptor)
 
