@@ -1,0 +1,529 @@
+"""The source's disks: what may be added, what a failure leaves, and the life of a ring."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID
+
+import numpy as np
+import pytest
+from ring_writer import RingWriter
+
+from blockrepl import limits
+from blockrepl.errors import StateError, UsageError
+from blockrepl.formats import hot_map
+from blockrepl.formats.frame import RecordKind
+from blockrepl.storage.clock import SourceClock, open_clock
+from blockrepl.storage.home import Home
+from blockrepl.storage.image import lock_image
+from blockrepl.storage.ring import RingReader, read_geometry, ring_path
+from blockrepl.storage.source import DiskEntry, SourceDisks
+from blockrepl.units import MIB
+
+SIZE = 4 * MIB + 512
+REGIONS = 5
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    home = Home.create(tmp_path / "home")
+    home.source_directory.mkdir()
+    return home
+
+
+@pytest.fixture
+def disks(home: Home) -> Iterator[SourceDisks]:
+    found = SourceDisks(home)
+    yield found
+    for entry in found.all():
+        ring_path(entry.id.bytes).unlink(missing_ok=True)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "root.img"
+    path.write_bytes(bytes(SIZE))
+    return path
+
+
+@pytest.fixture
+def clock(home: Home) -> SourceClock:
+    return open_clock(home.source_directory)
+
+
+def add(
+    disks: SourceDisks,
+    image: Path,
+    name: str = "root",
+    group: str = "web",
+    create_bytes: int | None = None,
+) -> DiskEntry:
+    return disks.add(
+        name, image, group, create_bytes=create_bytes, ring_bytes=limits.RING_BYTES_MIN
+    )
+
+
+def left(disks: SourceDisks) -> list[str]:
+    """What is in the disks' directory beside the lock."""
+    found = disks.directory.glob("*") if disks.directory.exists() else ()
+    hidden = disks.directory.glob(".*.tmp") if disks.directory.exists() else ()
+    return sorted(path.name for path in (*found, *hidden) if path.name != ".lock")
+
+
+# --- adding
+
+
+def test_an_added_disk_is_found_again_and_all_hot(disks: SourceDisks, image: Path) -> None:
+    entry = add(disks, image)
+    assert disks.load("root") == entry
+    assert disks.all() == [entry]
+    assert (entry.size_bytes, entry.group, entry.replica) == (SIZE, "web", None)
+    assert disks.hot_regions(entry).tolist() == [1] * REGIONS
+    assert not ring_path(entry.id.bytes).exists()
+    assert SourceDisks(disks.home).all() == [entry]
+
+
+def test_a_created_image_is_sparse_and_private(disks: SourceDisks, tmp_path: Path) -> None:
+    entry = add(disks, tmp_path / "new.img", create_bytes=64 * MIB)
+    found = entry.image.stat()
+    assert (found.st_size, found.st_blocks, found.st_mode & 0o777) == (64 * MIB, 0, 0o600)
+
+
+def test_an_image_keeps_its_content(disks: SourceDisks, image: Path) -> None:
+    image.write_bytes(b"x" * 1024)
+    add(disks, image)
+    assert image.read_bytes() == b"x" * 1024
+
+
+def test_a_relative_path_is_kept_absolute(
+    disks: SourceDisks, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(image.parent)
+    assert add(disks, Path(image.name)).image == image
+
+
+def test_a_taken_name_is_refused(disks: SourceDisks, image: Path, tmp_path: Path) -> None:
+    add(disks, image)
+    before = left(disks)
+    with pytest.raises(StateError, match="exists already") as caught:
+        add(disks, tmp_path / "other.img", create_bytes=MIB)
+    assert caught.value.code == "taken"
+    assert not (tmp_path / "other.img").exists()
+    assert left(disks) == before
+
+
+@pytest.mark.parametrize("kind", ["same", "hard link", "symlink"])
+def test_one_image_is_one_disk(disks: SourceDisks, image: Path, tmp_path: Path, kind: str) -> None:
+    other = tmp_path / "other.img"
+    if kind == "same":
+        other = image
+    elif kind == "hard link":
+        other.hardlink_to(image)
+    else:
+        other.symlink_to(image)
+    add(disks, image)
+    before = left(disks)
+    with pytest.raises(StateError, match="already protected as disk 'root'") as caught:
+        add(disks, other, "second")
+    assert caught.value.code == "taken"
+    assert left(disks) == before
+
+
+def test_an_image_whose_other_disk_has_gone_missing_can_be_added(
+    disks: SourceDisks, image: Path, tmp_path: Path
+) -> None:
+    gone = add(disks, tmp_path / "gone.img", "gone", create_bytes=MIB)
+    gone.image.unlink()
+    assert add(disks, image).name == "root"
+
+
+BAD_NAMES = ["", ".", "..", "../x", "a/b", "A", ".hidden", "-x", "a" * 64, "a b", "a\n", "ä"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_is_no_name_is_refused(disks: SourceDisks, image: Path, name: str) -> None:
+    with pytest.raises(UsageError):
+        add(disks, image, name)
+    with pytest.raises(UsageError):
+        add(disks, image, group=name)
+    with pytest.raises(StateError, match="there is no disk"):
+        disks.load(name)
+    assert left(disks) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 513, MIB + 1])
+def test_an_image_of_a_bad_size_is_refused(disks: SourceDisks, image: Path, size: int) -> None:
+    image.write_bytes(bytes(size))
+    with pytest.raises(UsageError, match="multiple of 512") as caught:
+        add(disks, image)
+    assert caught.value.code == "image-size"
+    assert left(disks) == []
+
+
+@pytest.mark.parametrize("size", [-512, 0, 1, 513, limits.DISK_BYTES_MAX + 512, 1 << 70])
+def test_a_bad_size_creates_nothing(disks: SourceDisks, tmp_path: Path, size: int) -> None:
+    with pytest.raises((UsageError, StateError)):
+        add(disks, tmp_path / "new.img", create_bytes=size)
+    assert not (tmp_path / "new.img").exists()
+    assert left(disks) == []
+
+
+def test_size_does_not_replace_an_image(disks: SourceDisks, image: Path) -> None:
+    image.write_bytes(b"x" * 512)
+    with pytest.raises(StateError, match="exists already"):
+        add(disks, image, create_bytes=MIB)
+    assert image.read_bytes() == b"x" * 512
+    assert left(disks) == []
+
+
+@pytest.mark.parametrize("what", ["missing", "directory", "fifo", "no parent", "dangling"])
+def test_what_is_no_image_is_refused(disks: SourceDisks, tmp_path: Path, what: str) -> None:
+    path = tmp_path / "thing"
+    match what:
+        case "directory":
+            path.mkdir()
+        case "fifo":
+            os.mkfifo(path)
+        case "no parent":
+            path = tmp_path / "none" / "thing"
+        case "dangling":
+            path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(StateError) as caught:
+        add(disks, path)
+    assert caught.value.code == "no-image"
+    assert caught.value.hint
+    assert left(disks) == []
+
+
+def test_a_qcow2_file_is_refused(disks: SourceDisks, tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", str(path), "1M"], check=True, timeout=30
+    )
+    with pytest.raises(StateError, match="qcow2") as caught:
+        add(disks, path)
+    assert caught.value.code == "image-format"
+    assert left(disks) == []
+
+
+def test_an_image_in_use_is_refused(disks: SourceDisks, image: Path) -> None:
+    held = lock_image(image)
+    try:
+        with pytest.raises(StateError, match="in use") as caught:
+            add(disks, image)
+    finally:
+        os.close(held)
+    assert caught.value.code == "image-in-use"
+    assert left(disks) == []
+    assert add(disks, image)
+
+
+def test_a_created_image_is_removed_again_when_the_rest_fails(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 60) / ("e" * 60)
+    home = Home.create(deep)
+    disks = SourceDisks(home)
+    with pytest.raises(StateError) as caught:
+        add(disks, tmp_path / "new.img", create_bytes=MIB)
+    assert caught.value.code == "path-length"
+    assert not (tmp_path / "new.img").exists()
+    assert left(disks) == []
+
+
+def test_an_entry_that_cannot_be_written_leaves_no_hot_map(
+    disks: SourceDisks, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_entry: DiskEntry) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disks, "_write", full)
+    with pytest.raises(OSError, match="No space"):
+        add(disks, image)
+    assert left(disks) == []
+
+
+def test_a_damaged_entry_is_named(disks: SourceDisks, image: Path) -> None:
+    add(disks, image)
+    path = disks.directory / "root.json"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(StateError, match=re.escape(str(path))):
+        disks.load("root")
+    path.unlink()
+
+
+# --- removing
+
+
+def test_remove_keeps_the_image_and_nothing_else(
+    disks: SourceDisks, image: Path, clock: SourceClock
+) -> None:
+    entry = add(disks, image)
+    with disks.lock(entry):
+        disks.ensure_ring(entry, clock)
+    disks.remove(entry)
+    assert left(disks) == []
+    assert list(disks.directory.glob(".root*")) == []
+    assert not ring_path(entry.id.bytes).exists()
+    assert image.stat().st_size == SIZE
+    assert add(disks, image).id != entry.id
+
+
+def test_a_disk_that_is_served_is_not_removed(disks: SourceDisks, image: Path) -> None:
+    entry = add(disks, image)
+    held = lock_image(image)
+    try:
+        with pytest.raises(StateError, match="in use"):
+            disks.remove(entry)
+    finally:
+        os.close(held)
+    assert disks.all() == [entry]
+
+
+def test_a_disk_whose_image_is_gone_can_be_removed(disks: SourceDisks, image: Path) -> None:
+    entry = add(disks, image)
+    image.unlink()
+    disks.remove(entry)
+    assert disks.all() == []
+
+
+# --- the ring's life
+
+
+def set_hot(disks: SourceDisks, entry: DiskEntry, *regions: int) -> None:
+    data = bytearray(
+        hot_map.encode(entry.id.bytes, entry.size_bytes, limits.REGION_BYTES, hot=False)
+    )
+    bits = np.zeros(REGIONS, np.uint8)
+    bits[list(regions)] = 1
+    data[hot_map.HEADER_BYTES :] = np.packbits(bits, bitorder="little").tobytes()
+    disks.hot_map_path(entry).write_bytes(data)
+
+
+def open_ring(disks: SourceDisks, entry: DiskEntry, clock: SourceClock) -> RingReader:
+    with disks.lock(entry):
+        return RingReader(disks.ensure_ring(entry, clock), entry.id.bytes)
+
+
+def test_in_a_new_ring_the_hot_regions_are_stale(
+    disks: SourceDisks, image: Path, clock: SourceClock
+) -> None:
+    entry = add(disks, image)
+    set_hot(disks, entry, 1, 4)
+    ring = open_ring(disks, entry, clock)
+    assert ring.stale.tolist() == [0, 1, 0, 0, 1]
+    assert ring.syncing.tolist() == [0] * REGIONS
+    assert (ring.head(), ring.tail(), ring.gap_from(), ring.stale_marks()) == (0, 0, 0, 0)
+    assert ring.geometry.clock_offset == clock.offset_ns
+
+
+def test_a_ring_that_is_there_is_kept(disks: SourceDisks, image: Path, clock: SourceClock) -> None:
+    entry = add(disks, image)
+    first = open_ring(disks, entry, clock)
+    RingWriter(first.path).write(0, b"x" * 512)
+    set_hot(disks, entry)
+    again = open_ring(disks, entry, clock)
+    assert again.geometry.ring_id == first.geometry.ring_id
+    assert again.head() == 1
+    assert again.stale.all()
+
+
+@pytest.mark.parametrize("fault", ["another clock", "half made", "garbage", "empty"])
+def test_a_ring_of_no_use_is_made_anew_with_all_that_is_hot(
+    disks: SourceDisks, image: Path, clock: SourceClock, fault: str
+) -> None:
+    entry = add(disks, image)
+    old = open_ring(disks, entry, clock)
+    set_hot(disks, entry, 2)
+    data = bytearray(old.path.read_bytes()[:4096])
+    match fault:
+        case "another clock":
+            data[80] ^= 1
+        case "half made":
+            data[12] = 0
+        case "garbage":
+            data[:] = b"\xff" * 4096
+        case "empty":
+            data[:] = b""
+    old.path.unlink()
+    old.path.write_bytes(data)
+    ring = open_ring(disks, entry, clock)
+    assert ring.geometry.ring_id != old.geometry.ring_id
+    assert ring.stale.tolist() == [0, 0, 1, 0, 0]
+    assert not old.is_current()
+
+
+@pytest.mark.parametrize("fault", ["missing", "short", "another disk's", "flipped magic"])
+def test_a_hot_map_that_cannot_be_trusted_makes_everything_hot(
+    disks: SourceDisks, image: Path, fault: str
+) -> None:
+    entry = add(disks, image)
+    set_hot(disks, entry)
+    assert not disks.hot_regions(entry).any()
+    path = disks.hot_map_path(entry)
+    data = bytearray(path.read_bytes())
+    match fault:
+        case "short":
+            del data[-1:]
+        case "another disk's":
+            data[16] ^= 1
+        case "flipped magic":
+            data[0] ^= 1
+    path.write_bytes(data)
+    if fault == "missing":
+        path.unlink()
+    assert disks.hot_regions(entry).all()
+    assert path.stat().st_size == hot_map.HEADER_BYTES + 1  # a server can open it again
+
+
+def test_the_replica_that_the_hot_map_speaks_of_is_kept(disks: SourceDisks, image: Path) -> None:
+    bound = disks.bind_replica(add(disks, image), UUID(int=5))
+    assert disks.load("root") == bound
+    assert bound.replica == UUID(int=5)
+
+
+# --- retiring
+
+
+@pytest.fixture
+def entry(disks: SourceDisks, image: Path) -> DiskEntry:
+    found = add(disks, image)
+    set_hot(disks, found)
+    return found
+
+
+@pytest.fixture
+def ring(disks: SourceDisks, entry: DiskEntry, clock: SourceClock) -> RingReader:
+    """Nothing stale; one record, durable at the receiver; region 1 hot."""
+    found = open_ring(disks, entry, clock)
+    RingWriter(found.path).write(MIB, b"x" * 512)
+    found.release(1)
+    set_hot(disks, entry, 1)
+    return found
+
+
+def assert_kept(disks: SourceDisks, entry: DiskEntry, ring: RingReader) -> None:
+    assert ring.is_current()
+    assert disks.hot_regions(entry).tolist() == [0, 1, 0, 0, 0]
+
+
+def test_a_ring_is_given_back_when_all_is_durable(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    assert disks.retire_ring(entry, ring, clock)
+    assert read_geometry(ring_path(entry.id.bytes)) is None
+    assert not disks.hot_regions(entry).any()
+    os.close(lock_image(entry.image))  # nothing holds it
+
+
+def test_a_ring_with_records_that_are_not_durable_is_kept(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    RingWriter(ring.path).append(RecordKind.FLUSH)
+    assert not disks.retire_ring(entry, ring, clock)
+    assert_kept(disks, entry, ring)
+
+
+def test_a_ring_with_a_stale_region_is_kept(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    ring.stale[3] = 1
+    assert not disks.retire_ring(entry, ring, clock)
+    assert_kept(disks, entry, ring)
+
+
+def test_a_ring_with_content_on_its_way_is_kept(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    ring.begin_sync(3)
+    assert not disks.retire_ring(entry, ring, clock)
+    assert_kept(disks, entry, ring)
+    ring.end_sync(3)
+    assert disks.retire_ring(entry, ring, clock)
+
+
+def test_a_ring_with_an_unreported_gap_is_kept(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    stamp = RingWriter(ring.path).drop(0, 512)
+    ring.begin_sync(0)
+    ring.end_sync(0)
+    assert not disks.retire_ring(entry, ring, clock)
+    assert_kept(disks, entry, ring)
+    ring.clear_gap(stamp)
+    assert disks.retire_ring(entry, ring, clock)
+
+
+def test_a_ring_whose_image_is_held_by_a_server_is_kept(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    RingWriter(ring.path).take_range(0, 0, 512)
+    held = lock_image(entry.image)
+    try:
+        assert not disks.retire_ring(entry, ring, clock)
+    finally:
+        os.close(held)
+    assert_kept(disks, entry, ring)
+    assert ring.writes_in_flight()  # a live server's own business
+    assert not ring.needs_sync()
+
+
+def test_a_ring_whose_image_is_gone_is_kept(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    entry.image.unlink()
+    assert not disks.retire_ring(entry, ring, clock)
+    assert_kept(disks, entry, ring)
+
+
+def test_what_a_killed_server_had_in_flight_becomes_stale_and_a_gap(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    writer = RingWriter(ring.path)
+    writer.take_range(5, 2 * MIB - 512, 2 * MIB + 512)
+    writer.take_range(9, SIZE - 512, SIZE)
+    before = clock.now()
+    assert not disks.retire_ring(entry, ring, clock)
+    assert_kept(disks, entry, ring)
+    assert ring.stale.tolist() == [0, 1, 1, 0, 1]
+    assert before <= ring.gap_from() <= clock.now()
+    assert ring.stale_marks() > 0
+    assert not ring.writes_in_flight()
+
+
+def test_a_server_killed_inside_an_append_does_not_hold_the_group_for_ever(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    writer = RingWriter(ring.path)
+    writer.take_range(0, 0, 512)
+    writer.begin_append(RecordKind.WRITE, 0, 512, b"y" * 512)
+    assert not ring.quiesce(patience_seconds=0)
+    assert not disks.retire_ring(entry, ring, clock)
+    assert ring.quiesce(patience_seconds=0)
+    assert ring.stale.tolist() == [1, 0, 0, 0, 0]
+    assert ring.head() == 1
+
+
+@pytest.mark.parametrize("table", [(SIZE, SIZE + 512), (512, 512), (1 << 63, 1), (0, 1 << 63)])
+def test_an_in_flight_range_outside_the_disk_breaks_nothing(
+    disks: SourceDisks,
+    entry: DiskEntry,
+    ring: RingReader,
+    clock: SourceClock,
+    table: tuple[int, int],
+) -> None:
+    RingWriter(ring.path).take_range(0, *table)
+    disks.retire_ring(entry, ring, clock)
+    assert not ring.writes_in_flight()
+
+
+def test_a_reader_of_an_old_ring_gives_no_later_one_back(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    ring.path.unlink()  # as a clean-up of /dev/shm does
+    later = open_ring(disks, entry, clock)
+    assert later.stale.tolist() == [0, 1, 0, 0, 0]
+    assert not disks.retire_ring(entry, ring, clock)
+    assert_kept(disks, entry, later)
