@@ -181,10 +181,12 @@ def load(
     running.check_alive()
 
 
-def run_for(running: Load, seconds: float, each: Callable[[], None] = lambda: None) -> None:
+def run_while(
+    running: Load, true: Callable[[], bool], *, poll_seconds: float = 0.05, seconds_max: float = 60
+) -> None:
     """Let the load run, looking now and then whether it still does."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    deadline = time.monotonic() + seconds_max
+    while true():
         running.check_alive()
-        each()
-        time.sleep(0.05)
+        assert time.monotonic() < deadline, f"not done in {seconds_max:g} s"
+        time.sleep(poll_seconds)
