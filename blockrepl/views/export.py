@@ -1,0 +1,181 @@
+"""Export: a disk of a view as a file of its own, whole or not at all.
+
+Both formats write to a temporary name beside the target, sync it, and rename it. Whatever fails or
+is interrupted before that leaves nothing. Signals that end the program end it in order here.
+
+raw    straight from the view: holes stay holes, and 64 KiB of zeros become one
+qcow2  nbdkit serves the view on a private socket to ``qemu-img convert``
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from blockrepl.errors import DamageError, StateError, StorageError
+from blockrepl.limits import BLOCK_BYTES
+from blockrepl.paths import import_root, plugin_script
+from blockrepl.storage.home import sync_directory
+from blockrepl.units import MIB
+from blockrepl.views.view import View
+
+CHUNK_BYTES = 4 * MIB
+AREA_BYTES = 64 * MIB  # extents are asked for piece by piece
+_ZEROS = bytes(BLOCK_BYTES)
+_PERCENT = re.compile(rb"\(\s*([\d.]+)/100%\)")
+Progress = Callable[[int], None]
+
+
+def export_raw(view: View, disk: str, target: Path, progress: Progress) -> None:
+    """Write a sparse raw image. DamageError, StorageError, OSError."""
+    size_bytes = view.disk(disk).size_bytes
+    with _replacing(target) as temporary, temporary.open("r+b", buffering=0) as file:
+        file.truncate(size_bytes)
+        for area in range(0, size_bytes, AREA_BYTES):
+            for extent in view.extents(disk, area, AREA_BYTES):
+                if extent.is_data:
+                    end = extent.offset + extent.length
+                    for at in range(extent.offset, end, CHUNK_BYTES):
+                        data = view.read(disk, at, min(CHUNK_BYTES, end - at))
+                        _write_sparse(file, memoryview(data), at)
+                        progress(at + len(data))
+            progress(min(size_bytes, area + AREA_BYTES))
+
+
+def _write_sparse(file: IO[bytes], data: memoryview, offset: int) -> None:
+    """Write what is not zeros, in stretches of blocks as long as they come."""
+    start = 0
+    for at in range(0, len(data) + BLOCK_BYTES, BLOCK_BYTES):
+        block = data[at : at + BLOCK_BYTES]
+        if len(block) and block != _ZEROS[: len(block)]:
+            continue
+        while start < min(at, len(data)):
+            start += os.pwrite(file.fileno(), data[start : min(at, len(data))], offset + start)
+        start = at + BLOCK_BYTES
+
+
+def export_qcow2(replica: Path, view: View, disk: str, target: Path, progress: Progress) -> None:
+    """Convert with qemu-img. StateError when a program is missing, DamageError, StorageError."""
+    size_bytes = view.disk(disk).size_bytes
+    for program, package in (("nbdkit", "nbdkit nbdkit-plugin-python"), ("qemu-img", "qemu-utils")):
+        if shutil.which(program) is None:
+            raise StateError(f"{program} is not installed", hint=f"apt-get install {package}")
+    with _replacing(target) as temporary, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [
+                *("nbdkit", "--readonly", "--unix", "-", "python", str(plugin_script("view"))),
+                *(f"replica={replica}", f"disk={disk}", f"at_ns={view.at_ns}"),
+                *("--run", 'exec qemu-img convert -p -f raw -O qcow2 "$uri" "$BLOCKREPL_OUT"'),
+            ],
+            env=_environment(temporary),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+        )
+        try:
+            assert process.stdout is not None
+            for percent in _percents(process.stdout):
+                progress(int(size_bytes * percent / 100))
+            status = process.wait()
+        finally:
+            _end(process)
+        if status:
+            errors.seek(0)
+            raise _failure(errors.read().decode("utf-8", "replace"), status)
+        progress(size_bytes)
+
+
+def _environment(temporary: Path) -> dict[str, str]:
+    """For the Python that nbdkit embeds, which knows nothing of this environment's packages."""
+    paths = [str(import_root()), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    environment.pop("PYTHONHOME", None)
+    return {**environment, "BLOCKREPL_OUT": str(temporary)}
+
+
+def _percents(stream: IO[bytes]) -> Iterator[float]:
+    """What qemu-img says of its progress, on one line that it writes over and over."""
+    rest = b""
+    while piece := os.read(stream.fileno(), 4096):
+        *lines, rest = re.split(rb"[\r\n]", rest + piece)
+        for line in lines:
+            if match := _PERCENT.search(line):
+                yield float(match[1])
+    stream.close()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End nbdkit and qemu-img, whichever of them is left."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def _failure(text: str, status: int) -> StorageError | DamageError:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for line in lines:
+        if line.startswith("blockrepl: "):
+            return DamageError(
+                line.removeprefix("blockrepl: "), hint="an earlier point may be readable"
+            )
+    last = lines[-1] if lines else f"status {status}"
+    return StorageError(f"the conversion failed: {last}", hint="see: blockrepl doctor")
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary file beside the target that becomes it in the end, or goes."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        with _ending_in_order():
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.rename(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(target.parent)
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the program instead of cutting it off."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, end) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """StateError when the target may not be written."""
+    if not target.parent.is_dir():
+        raise StateError(
+            f"{target.parent} is not a directory", hint=f"make it: mkdir -p {target.parent}"
+        )
+    if target.exists() and not target.is_file():
+        raise StateError(f"{target} is not a regular file", hint="choose another name")
+    if target.exists() and not force:
+        raise StateError(
+            f"{target} exists", hint="choose another name, or --force to replace it", code="exists"
+        )
