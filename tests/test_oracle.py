@@ -1,0 +1,55 @@
+"""The point-in-time oracle on the running product: every instant of a disk's history is a state
+that somebody who logged each request's issue and acknowledgement allows, also when each service was
+killed in between. The checker's own tests are in test_oracle_checker.py.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from oracle.run import Outcome, run_oracle
+from oracle.writers import Pace
+from serving import place
+
+from scripts.guest.pair import Pair
+
+__all__ = ["place"]
+
+SERVICES = ("agent", "receiver", "disk-d1")
+
+
+def show(outcome: Outcome, place: Pair) -> None:
+    print(outcome)
+    if outcome.problems:
+        print("\n".join(outcome.problems[:20]))
+        place.tell_logs(print)
+
+
+@pytest.mark.timeout(240)
+def test_every_instant_is_a_state_the_observer_allows(place: Pair) -> None:
+    outcome = run_oracle(place, 8.0, seed=1)
+    show(outcome, place)
+    assert outcome.problems == []
+    assert (outcome.refused, outcome.gaps, outcome.unacknowledged) == (0, 0, 0)
+    assert outcome.checkpoints == 3
+    assert outcome.views >= 53
+    assert outcome.requests > 300
+
+
+@pytest.mark.timeout(360)
+def test_kills_of_agent_receiver_and_server_lose_nothing(place: Pair) -> None:
+    outcome = run_oracle(place, 10.0, seed=2, faults=SERVICES)
+    show(outcome, place)
+    assert outcome.problems == []
+    assert outcome.reconnects == 3  # each writer, once: the server was killed
+    assert outcome.views >= 20  # the others were in the gap that the server's death leaves
+
+
+@pytest.mark.soak
+def test_soak(place: Pair) -> None:
+    seconds = float(os.environ.get("BLOCKREPL_SOAK_SECONDS", "600"))
+    faults = SERVICES * max(1, int(seconds // 60))
+    outcome = run_oracle(place, seconds, seed=int(seconds), faults=faults, pace=Pace(0.1))
+    show(outcome, place)
+    assert outcome.problems == []
