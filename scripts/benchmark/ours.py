@@ -42,7 +42,7 @@ class Status(BaseModel):
     state: str
     lag_seconds: float | None
     latest_ns: int | None
-    gaps: list[dict[str, int]]
+    gaps: list[dict[str, object]]
 
 
 class _UnixConnection(http.client.HTTPConnection):
