@@ -18,6 +18,7 @@ from blockrepl.storage.history import ReplicaHistory
 from blockrepl.views.view import View
 
 API_VERSION = 2
+GRAIN = 4096  # qemu-img rounds zeros up to whole sectors, over data that begins inside one
 _parameters: dict[str, str] = {}
 _views: list[View] = []
 
@@ -76,7 +77,7 @@ def extents(
 ) -> builtins.list[tuple[int, int, int]]:
     hole = int(nbdkit.EXTENT_HOLE) | int(nbdkit.EXTENT_ZERO)
     try:
-        found = _views[0].extents(handle, offset, count)
+        found = _views[0].extents(handle, offset, count, grain=GRAIN)
     except BlockreplError:
         nbdkit.set_error(errno.EIO)
         raise

@@ -111,6 +111,15 @@ def test_extents_cover_the_disk_and_what_they_call_zero_is_zero(
                 assert not any(whole[extent.offset : at])
         assert at == disk.size_bytes
         assert any(not extent.is_data for extent in view.extents(name, 0, disk.size_bytes))
+        at = 0
+        for extent in view.extents(name, 0, disk.size_bytes, grain=4096):
+            assert extent.offset == at
+            at += extent.length
+            if not extent.is_data:
+                assert not any(whole[extent.offset : at])
+                assert extent.offset % 4096 == 0
+                assert at % 4096 == 0 or at == disk.size_bytes
+        assert at == disk.size_bytes
 
 
 def test_small_windows_and_early_dropping_of_what_is_covered_change_nothing(

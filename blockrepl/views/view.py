@@ -147,9 +147,16 @@ class View:
                 part, window.segments[place], window.frames[place], position, wait=wait
             )
 
-    def extents(self, name: str, offset: int, length: int) -> list[Extent]:
-        """What of a range is data and what reads as zeros; ascending, without holes."""
+    def extents(self, name: str, offset: int, length: int, *, grain: int = 1) -> list[Extent]:
+        """What of a range is data and what reads as zeros; ascending, without holes.
+
+        With a ``grain``, zeros begin and end on a multiple of it (or at the disk's end): some
+        readers round what they are told.
+        """
         disk = self.disk(name)
+        return _coarse(self._extents(disk, offset, length), grain, disk.size_bytes)
+
+    def _extents(self, disk: ViewDisk, offset: int, length: int) -> list[Extent]:
         end = min(offset + length, disk.size_bytes)
         pieces: list[Extent] = []
         at = offset
@@ -204,6 +211,23 @@ class View:
                 window = _Window(index.resolve(disk.id, first, last, self.at_ns), last)
                 self._windows.put(key, window)
             return window
+
+
+def _coarse(pieces: list[Extent], grain: int, size_bytes: int) -> list[Extent]:
+    if grain == 1:
+        return pieces
+    coarse: list[Extent] = []
+    for piece in pieces:
+        end = piece.offset + piece.length
+        if piece.is_data:
+            _add(coarse, piece.offset, end, True)
+            continue
+        first = min(end, -(-piece.offset // grain) * grain)
+        last = end if end == size_bytes else max(first, end // grain * grain)
+        _add(coarse, piece.offset, first, True)
+        _add(coarse, first, last, False)
+        _add(coarse, last, end, True)
+    return coarse
 
 
 def _add(pieces: list[Extent], first: int, last: int, is_data: bool) -> None:
