@@ -25,6 +25,7 @@ from blockrepl.channel import enrolment
 from blockrepl.channel.enrolment import Identity
 from blockrepl.channel.framing import MessageStream
 from blockrepl.channel.handshake import RECEIVER_SERVER_NAME, connect
+from blockrepl.cli import main as cli
 from blockrepl.errors import BlockreplError, StateError
 from blockrepl.formats import messages
 from blockrepl.formats.messages import (
@@ -44,6 +45,7 @@ from blockrepl.services.receiver import run_receiver
 from blockrepl.storage.files import Files
 from blockrepl.storage.home import Home
 from blockrepl.storage.trust import TrustStore
+from blockrepl.units import MIB
 
 WAIT_SECONDS = 20.0
 
@@ -222,6 +224,62 @@ async def test_reading_goes_on_while_a_commit_is_being_synced(
             gate.set()
         await peer.acknowledged(26)
         assert len(synced) == 2  # the rest shared one
+
+
+async def test_frames_that_wait_for_a_commit_are_bounded_over_all_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "RECEIVE_BYTES_MAX", 4 * MIB)
+    gate = threading.Event()
+    written = 0
+
+    def sync(files: Files, descriptor: int) -> None:
+        assert gate.wait(WAIT_SECONDS)
+
+    async def push(peer: Peer, agent: Agent) -> None:
+        nonlocal written
+        for _ in range(20):
+            await peer.send(agent.writes(256))  # 1 MiB
+            written += 1
+        await peer.acknowledged(20)
+
+    async with running(tmp_path) as vault, vault.peer("web1") as one, vault.peer("web2") as two:
+        first, second = await one.attach("web"), await two.attach("mail", UUID(int=9))
+        monkeypatch.setattr(Files, "sync", sync)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(push, one, first)
+                nursery.start_soon(push, two, second)
+                before = -1
+                while before != written:
+                    before = written
+                    await trio.sleep(0.3)  # the measure itself: that nothing moves any more
+                assert written < 40  # the rest is held back at the senders
+                gate.set()
+        finally:
+            gate.set()
+
+
+async def test_a_trickle_of_frames_shares_commits(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "COMMIT_SECONDS", 0.2)
+    syncs = 0
+
+    def sync(files: Files, descriptor: int) -> None:
+        nonlocal syncs
+        syncs += 1
+        os.fdatasync(descriptor)
+
+    async with vault.peer() as peer:
+        agent = await peer.attach()
+        monkeypatch.setattr(Files, "sync", sync)
+        begin = trio.current_time()
+        for _ in range(30):
+            await peer.send(agent.writes(1))
+            await trio.sleep(0.01)
+        await peer.acknowledged(30)
+        assert syncs <= (trio.current_time() - begin) / 0.2 + 1
 
 
 async def test_many_sources_at_once_and_a_bad_one_ends_alone(vault: Vault) -> None:
@@ -498,6 +556,30 @@ async def test_a_source_that_sends_garbage_inside_its_session_is_dropped(vault: 
 
 
 # The command
+
+
+async def test_status_of_a_receiver_at_rest_is_read_from_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = str(tmp_path / "home")
+    async with running(tmp_path) as vault, vault.peer() as peer:
+        agent = await peer.attach()
+        await peer.send(agent.consistent(), agent.writes())
+        await peer.acknowledged(2)
+        live = await vault.group()
+    assert cli.run(["--home", home, "status", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["role"], status["running"]) == ("receiver", False)
+    (group,) = status["groups"]
+    assert group["state"] == "disconnected"
+    for key in ("floor_ns", "latest_ns", "journal_bytes", "gaps", "floor", "latest"):
+        assert group[key] == live[key]
+    assert cli.run(["--home", home, "status", "web"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("not running", "web", "disconnected", "root", "64 MiB", group["latest"]):
+        assert part in shown
+    assert cli.run(["--home", home, "status", "other", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["code"] == "no-group"
 
 
 def start_command(home: Path, *arguments: str) -> subprocess.Popen[str]:

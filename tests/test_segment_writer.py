@@ -215,6 +215,28 @@ def test_a_segment_is_named_durably_before_it_is_used_or_not_at_all(tmp_path: Pa
     assert os.listdir(tmp_path) == []
 
 
+def test_a_writer_whose_sync_failed_never_writes_or_syncs_again(tmp_path: Path) -> None:
+    class Broken(Files):
+        error = errno.EIO
+
+        def sync(self, descriptor: int) -> None:
+            if self.error:
+                raise OSError(self.error, os.strerror(self.error))
+
+    segment = create_segment(tmp_path, GROUP, 1, 5, Files())
+    files = Broken()
+    writer = SegmentWriter(segment, files)
+    writer.append([Agent(GROUP).writes()])
+    with pytest.raises(StorageError):
+        writer.sync()
+    files.error = 0  # the kernel reports a lost page once; later syncs seem to succeed
+    for attempt in (writer.sync, lambda: writer.append([Agent(GROUP).writes()])):
+        with pytest.raises(StorageError) as error:
+            attempt()
+        assert error.value.code == "fail-stop"
+    segment.close()
+
+
 # Recovery, by rule
 
 

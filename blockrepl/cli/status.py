@@ -92,7 +92,10 @@ def _documents(
             hint="run `blockrepl receiver init` or `blockrepl agent join TOKEN`",
             code="no-role",
         )
-    documents = [_document(opened, one) for one in (roles[:1] if json_mode else roles)]
+    if json_mode or len(roles) == 1:
+        documents = [_document(opened, roles[0])]
+    else:
+        documents = [_document_or_problem(opened, one) for one in roles]
     if group is not None:
         known = {one["name"] for document in documents for one in document["groups"]}
         if group not in known:
@@ -104,6 +107,16 @@ def _documents(
         for document in documents:
             document["groups"] = [one for one in document["groups"] if one["name"] == group]
     return documents
+
+
+def _document_or_problem(home: Any, role: Role) -> dict[str, Any]:
+    """Of a home that is both: one side that does not answer does not hide the other."""
+    from blockrepl.errors import StateError
+
+    try:
+        return _document(home, role)
+    except StateError as error:
+        return {"role": role, "problem": str(error), "groups": []}
 
 
 def _document(home: Any, role: Role) -> dict[str, Any]:
