@@ -57,6 +57,10 @@ def main() -> int:
         return 130
     finally:
         signal.alarm(0)
+    if made.strays or made.directory.exists():
+        left = "; ".join([*made.strays, str(made.directory)])
+        console.print(f"\nerror: left behind: {left}", style="bold red", markup=False)
+        return 1
     console.print("\nEvery check held; nothing is left running.", style="bold green")
     return 0
 

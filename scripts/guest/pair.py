@@ -5,7 +5,7 @@ what                how it ends
 ==================  =============================================================================
 services            SIGTERM, then SIGKILL, to the process group of each, in reverse order
 mounts              those below the pair's directory are undone, lazily if they must be
-stray processes     found by PAIR_VARIABLE in their environment (mounts' own daemons): SIGKILL
+stray processes     found by PAIR_VARIABLE in their environment: SIGKILL, and named in ``strays``
 shared memory       what the source's disks have in /dev/shm goes with the disks
 directory           removed
 ==================  =============================================================================
@@ -32,8 +32,8 @@ from scripts.benchmark.processes import Scratch, Service, free_port, scratch, wa
 
 COMMAND = Path(sys.executable).with_name("blockrepl")
 PAIR_VARIABLE = "BLOCKREPL_PAIR"
-READY_SECONDS = 30.0
 SYNC_SECONDS = 120.0
+GRACE_SECONDS = 5.0  # a mount's own process ends by itself, a moment after the mount
 Json = Any  # what a command prints with --json; its keys are the product's contract
 
 
@@ -45,6 +45,7 @@ class Pair:
     tell: Callable[[str], None]  # takes each command as one would type it
     port: int = field(default_factory=free_port)
     services: dict[str, Service] = field(default_factory=dict)
+    strays: list[str] = field(default_factory=list)  # what had to be killed at the end
 
     @property
     def directory(self) -> Path:
@@ -198,9 +199,14 @@ def _end(made: Pair, mark: str) -> None:
     with contextlib.suppress(Exception):  # half a pair may have no disks to list
         for disk in made.source_json("disk", "list"):
             made.source("disk", "remove", disk["name"], quiet=True)
-    for process in marked_processes(mark):
-        with contextlib.suppress(ProcessLookupError):
+    deadline = time.monotonic() + GRACE_SECONDS
+    while (found := marked_processes(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in found:
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ")
             os.kill(process, signal.SIGKILL)
+            made.strays.append(command.decode(errors="replace").strip())
 
 
 def mounts_below(directory: Path) -> list[str]:

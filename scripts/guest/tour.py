@@ -37,8 +37,8 @@ MIB = 1 << 20
 GROUP = "shop"
 DISK = "vm1"
 TAG = "before"
-IMAGE_BYTES = 192 * MIB
-ARCHIVE_BYTES = 64 * MIB  # content from before the protection: the first sync has to carry it
+IMAGE_BYTES = 256 * MIB
+ARCHIVE_BYTES = 160 * MIB  # content from before the protection: the first sync has to carry it
 MARGIN_SECONDS = 0.3  # between a time noted here and the guest's statements around it
 LAG_SAMPLES = 5
 
@@ -102,7 +102,6 @@ class Tour:
         self.protect()
         with Guest() as guest:
             self.boot(guest)
-            self.first_sync()
             self.work(guest)
             self.destroy(guest)
             self.look_back()
@@ -127,35 +126,23 @@ class Tour:
         self.pair.start_agent()
 
     def protect(self) -> None:
-        self.step("Put the disk, which already has content, under protection and serve it")
-        self.pair.source("disk", "add", DISK, self.image, "--group", GROUP)
-        self.pair.start_disk(DISK)
+        self.step("Put a disk that already has content under protection: the first sync begins")
+        self.say(self.pair.source("disk", "add", DISK, self.image, "--group", GROUP))
+        with self.timed(f"first sync of {ARCHIVE_BYTES // MIB} MiB of content"):
+            self.pair.wait_replicating(GROUP, self.sync_progress)
+        self.good("the replica follows every write from now on")
+
+    def sync_progress(self, status: Json) -> None:
+        [disk] = status["disks"]
+        done, whole = disk.get("synced_bytes") or 0, disk["size_bytes"]
+        self.say(f"{status['state']}: {done // MIB} of {whole // MIB} MiB (zeros are not sent)")
 
     def boot(self, guest: Guest) -> None:
-        self.step("Boot the guest from it, with the options the product prints (QEMU, TCG)")
-        options = self.pair.qemu_options(DISK)
-        guest.start(options)
-        self.timings["guest's boot, first sync running"] = f"{guest.boot_seconds:.1f} s"
+        self.step("Serve it, and boot a guest with the options the product prints (QEMU, TCG)")
+        self.pair.start_disk(DISK)
+        guest.start(self.pair.qemu_options(DISK))
+        self.timings["guest's boot"] = f"{guest.boot_seconds:.1f} s"
         self.good(f"Linux {guest.kernel_release} is up after {guest.boot_seconds:.1f} s")
-
-    def first_sync(self) -> None:
-        self.step("Wait for the first sync of what was on the disk before")
-        shown = -1
-
-        def progress(status: Json) -> None:
-            nonlocal shown
-            [disk] = status["disks"]
-            left, whole = disk["hot_bytes"], disk["size_bytes"]
-            if left is None:  # the source has not said yet
-                return
-            tenth = 10 * (whole - left) // max(1, whole)
-            if tenth > shown and status["state"] != "replicating":
-                shown = tenth
-                self.console.print(f"  {status['state']}: {left // MIB} MiB may still differ")
-
-        with self.timed("the rest of the first sync"):
-            self.pair.wait_replicating(GROUP, progress)
-        self.good("the replica follows every write from now on")
 
     def work(self, guest: Guest) -> None:
         self.step("The guest writes 40 photos, then orders into SQLite, one transaction each")
@@ -173,7 +160,7 @@ class Tour:
         self.photos_digest, self.orders_digest = photos.split()[0], orders.split()[0]
         rows = int(guest.check(COUNT))
         self.step(f"All is well ({rows} orders): name this instant")
-        self.pair.source("checkpoint", "create", GROUP, TAG)
+        self.say(self.pair.source("checkpoint", "create", GROUP, TAG))
 
     def destroy(self, guest: Guest) -> None:
         self.step("The guest destroys its data: photos removed, database overwritten")
@@ -182,7 +169,8 @@ class Tour:
         self.require(guest.run(COUNT).status != 0, "SQLite cannot read the database any more")
         self.pair.wait_durable(GROUP)
         self.step("Both sides know where they are")
-        self.console.print(self.pair.receiver("status").rstrip(), markup=False, highlight=False)
+        for status in (self.pair.source("status"), self.pair.receiver("status")):
+            self.console.print(status.rstrip(), markup=False, highlight=False)
 
     def look_back(self) -> None:
         self.step(f"Mount the disk as it was at the checkpoint {TAG!r}")
@@ -195,7 +183,7 @@ class Tour:
         self.require(orders_digest(data) == self.orders_digest, "every order, digest as before")
 
         self.step("Mount it at the plain time, while transactions were running")
-        self.pair.receiver("point", GROUP, self.plain_time)
+        self.say(self.pair.receiver("point", GROUP, self.plain_time))
         with self.pair.mounted(GROUP, self.plain_time) as target:
             data = self.recover(target / f"{DISK}.img")
         low, high = self.rows_around
@@ -208,7 +196,8 @@ class Tour:
         with self.pair.mounted(GROUP) as target:
             names = sorted(path.name for path in target.iterdir())
             self.good(f"in the mount: {', '.join(names)}")
-            self.require((target / "checkpoints" / TAG / f"{DISK}.img").exists(), "the checkpoint")
+            named = target / "checkpoints" / TAG / f"{DISK}.img"
+            self.require(named.is_file(), f"checkpoints/{TAG}/{DISK}.img is there")
             data = self.recover(target / "latest" / f"{DISK}.img")
         self.require(not (data / "photos").exists(), "latest: the photos are gone there, too")
         self.require(integrity(data) != "ok", "latest: the database is garbage there, too")
@@ -230,7 +219,8 @@ class Tour:
         middle, worst = lags[len(lags) // 2], lags[-1]
         table.add_row("lag while the guest wrote", f"{middle:.3f} s median, {worst:.3f} s worst")
         table.add_row("journal", f"{status['journal_bytes'] / MIB:.1f} MiB")
-        table.add_row("history", f"{status['floor']}\n{status['latest']}")
+        history_seconds = (status["latest_ns"] - status["floor_ns"]) / 1e9
+        table.add_row("history, every write a point", f"{history_seconds:.0f} s")
         for what, value in self.timings.items():
             table.add_row(what, value)
         self.console.print(table)
@@ -251,6 +241,9 @@ class Tour:
     def step(self, what: str) -> None:
         self.step_count += 1
         self.console.print(f"\n[bold]{self.step_count}. {escape(what)}[/bold]")
+
+    def say(self, what: str) -> None:
+        self.console.print(f"  {escape(what.strip())}", style="dim", highlight=False)
 
     def good(self, what: str) -> None:
         self.console.print(f"  [green]✓[/green] {escape(what)}", highlight=False)
