@@ -35,7 +35,10 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def place(tmp_path: Path) -> Iterator[Pair]:
     """Homes of a receiver and a source, empty, and a directory for what goes with them."""
     with pair(tmp_path, print) as made:
-        yield made
+        try:
+            yield made
+        finally:
+            made.tell_logs(print)  # shown when the test has failed
 
 
 def blockrepl(home: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:

@@ -19,17 +19,15 @@ __all__ = ["place"]
 SERVICES = ("agent", "receiver", "disk-d1")
 
 
-def show(outcome: Outcome, place: Pair) -> None:
+def show(outcome: Outcome) -> None:
     print(outcome)
-    if outcome.problems:
-        print("\n".join(outcome.problems[:20]))
-        place.tell_logs(print)
+    print("\n".join(outcome.problems[:20]))
 
 
 @pytest.mark.timeout(240)
 def test_every_instant_is_a_state_the_observer_allows(place: Pair) -> None:
     outcome = run_oracle(place, 8.0, seed=1)
-    show(outcome, place)
+    show(outcome)
     assert outcome.problems == []
     assert (outcome.refused, outcome.gaps, outcome.unacknowledged) == (0, 0, 0)
     assert outcome.checkpoints == 3
@@ -40,7 +38,7 @@ def test_every_instant_is_a_state_the_observer_allows(place: Pair) -> None:
 @pytest.mark.timeout(360)
 def test_kills_of_agent_receiver_and_server_lose_nothing(place: Pair) -> None:
     outcome = run_oracle(place, 10.0, seed=2, faults=SERVICES)
-    show(outcome, place)
+    show(outcome)
     assert outcome.problems == []
     assert outcome.reconnects == 3  # each writer, once: the server was killed
     assert outcome.views >= 20  # the others were in the gap that the server's death leaves
@@ -51,5 +49,5 @@ def test_soak(place: Pair) -> None:
     seconds = float(os.environ.get("BLOCKREPL_SOAK_SECONDS", "600"))
     faults = SERVICES * max(1, int(seconds // 60))
     outcome = run_oracle(place, seconds, seed=int(seconds), faults=faults, pace=Pace(0.1))
-    show(outcome, place)
+    show(outcome)
     assert outcome.problems == []

@@ -82,8 +82,11 @@ class AgentSession:
                 nursery.start_soon(self._read)
                 nursery.start_soon(self._keep_alive)
                 nursery.start_soon(self._follow_configuration, nursery)
-        except* BlockreplError as group:
-            raise _first(group) from group
+        except BaseExceptionGroup as group:  # not except*: what it raises comes out in a group
+            ours, others = group.split(BlockreplError)
+            if ours is None or others is not None:
+                raise
+            raise _first(ours) from group
         finally:
             for session in self.groups.values():
                 for disk in session.disks:
