@@ -177,6 +177,11 @@ class Journal:
         self.model.hidden.append((begin, end))
         return begin, end
 
+    def late(self, record: Record) -> None:
+        """Send a resync's record, stamped with an earlier instant. The next commit has it."""
+        self.model.records.append(record)
+        self._frame(FrameKind.SYNC, record.disk, [record])
+
     def mark(self, mark: CheckpointMark | ConsistentMark | GapMark) -> None:
         self._frame(FrameKind.MARK, None, [], payload=encode_mark(mark))
 

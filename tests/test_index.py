@@ -12,9 +12,10 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from journal_model import GROUP, Journal, small_segments
+from journal_model import GROUP, Journal, Record, small_segments
 
 from blockrepl.errors import DamageError
+from blockrepl.formats.frame import RecordKind
 from blockrepl.formats.run import Run, encode_run
 from blockrepl.formats.segment import RunEntry
 from blockrepl.storage import reading, runs
@@ -80,7 +81,9 @@ def test_a_lookup_finds_what_overlaps_whether_in_memory_or_in_a_file(
     path = tmp_path_factory.getbasetemp() / "run"
     rebuilt: list[bytes] = []
     for source in (MemoryRun(run), in_file(path, run, rebuilt)):
-        found = source.overlapping(first, last, at)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runs, "SAMPLE", 2)
+            found = source.overlapping(first, last, at)
         rows = [
             (int(part.starts[i]), int(part.stamps[i]), int(part.lengths[i]))
             for part in found
@@ -121,6 +124,25 @@ def test_a_lookup_reads_a_slice_not_the_run(
     monkeypatch.setattr(ReadFiles, "read", counted)
     assert sum(map(len, source.overlapping(1024 * MIB, 1088 * MIB, 5))) == 1024
     assert read < 29 * 1024 * 1.3
+
+
+def test_what_arrives_late_with_an_older_stamp_does_not_hide_what_is_newer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_segments(monkeypatch, 1)
+    monkeypatch.setattr("blockrepl.storage.index.CHUNK_ENTRIES", 1)
+    journal = Journal(tmp_path / "home", {"root": 64 * KIB})
+    synced_at = journal.tick()
+    newer = journal.write("root", 4096, b"n" * 4096)
+    whole = Record(synced_at, "root", 0, 64 * KIB, RecordKind.WRITE, b"o" * 64 * KIB)
+    beside = Record(journal.tick(), "root", 60 * KIB, 512, RecordKind.WRITE, b"b" * 512)
+    journal.late(whole)
+    journal.put([beside])  # in the same segment
+    with ReplicaHistory.open(journal.home, GROUP) as replica:
+        for at in (synced_at, newer.stamp, journal.stamp):
+            view = View(replica, at, replica.state())
+            assert view.read("root", 0, 64 * KIB) == journal.model.at(at)["root"]
+    journal.close()
 
 
 def test_opening_a_view_reads_no_payload_and_resolves_nothing(
