@@ -194,6 +194,7 @@ class Replica:
                 return Admission.DUPLICATE
             if header.number > due:
                 raise PeerError(f"frame {header.number} came where {due} was due")
+            self._check_news(source, header)
         elif disk is None or disk.ready_ns is not None:
             return Admission.DUPLICATE
         body = frame[frame.nbytes - header.body_bytes :]
@@ -206,6 +207,16 @@ class Replica:
         self._staged.append((header, frame))
         self._stage(header)
         return Admission.STAGED
+
+    def _check_news(self, source: bytes, header: FrameHeader) -> None:
+        """A point up to the watermark may be mounted already: nothing may be added to it."""
+        watermark = self._watermarks[source]
+        is_records = header.kind == FrameKind.RECORDS and header.record_count > 0
+        if is_records and header.first_stamp <= watermark:
+            raise PeerError(
+                f"frame {header.number} has records older than the watermark {watermark}",
+                hint="the source's clock went back; see its clock.json",
+            )
 
     def _stage(self, header: FrameHeader) -> None:
         """Note what the frame moves forward once it is durable."""
