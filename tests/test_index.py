@@ -135,8 +135,8 @@ def test_what_arrives_late_with_an_older_stamp_does_not_hide_what_is_newer(
     synced_at = journal.tick()
     newer = journal.write("root", 4096, b"n" * 4096)
     whole = Record(synced_at, "root", 0, 64 * KIB, RecordKind.WRITE, b"o" * 64 * KIB)
-    beside = Record(journal.tick(), "root", 60 * KIB, 512, RecordKind.WRITE, b"b" * 512)
     journal.late(whole)
+    beside = Record(journal.tick(), "root", 60 * KIB, 512, RecordKind.WRITE, b"b" * 512)
     journal.put([beside])  # in the same segment
     with ReplicaHistory.open(journal.home, GROUP) as replica:
         for at in (synced_at, newer.stamp, journal.stamp):

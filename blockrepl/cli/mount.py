@@ -61,7 +61,6 @@ def mount(
             "--writable comes with forks, which this version does not have yet",
             hint="mount it read-only, or export the disk and write to the copy",
         )
-    from blockrepl.views import mounting
 
     def tell(resolved: Resolved | None) -> None:
         _tell(group, directory, resolved, json_mode)
@@ -70,14 +69,18 @@ def mount(
         _serve_for(ready_descriptor, home, group, directory, at)
     elif foreground:
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-        mounting.serve(home, group, directory, at, tell)
+        from blockrepl.views import serving
+
+        serving.serve(home, group, directory, at, tell)
     else:
+        from blockrepl.views import mounting
+
         tell(mounting.start(home.absolute(), group, directory, at))
 
 
 def _serve_for(descriptor: int, home: Path, group: str, directory: Path, at: str | None) -> None:
     """Serve on behalf of a ``mount`` that waits at the other end of a pipe."""
-    from blockrepl.views import mounting
+    from blockrepl.views import serving
 
     os.set_inheritable(descriptor, False)
     logging.basicConfig(
@@ -100,7 +103,7 @@ def _serve_for(descriptor: int, home: Path, group: str, directory: Path, at: str
         answer({"resolved": fields})
 
     try:
-        mounting.serve(home, group, directory, at, ready)
+        serving.serve(home, group, directory, at, ready)
     except Exception as error:
         failure = describe(principal(error))
         if failure is not None and not answered:

@@ -42,9 +42,11 @@ def overlapping(run: Run, first: int, last: int, at_ns: int) -> Run:
 
 
 class MemoryRun:
-    """A sorted run in memory."""
+    """A run in memory, of entries in any order."""
 
     def __init__(self, entries: Run) -> None:
+        # By start alone: all that a lookup needs, in a fifth of the time of all the keys.
+        entries = entries.take(np.argsort(entries.starts))
         self.entries = entries
         self._long = entries.take(entries.lengths > LONG_BYTES)
         self.first_stamp = int(entries.stamps.min()) if len(entries) else 0

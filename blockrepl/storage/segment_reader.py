@@ -183,7 +183,7 @@ class SegmentReader:
         for ordinal in range(self.frame_count()):
             if self.header(ordinal).disk == disk:
                 parts.append(from_columns(self.columns(ordinal), ordinal))
-        return concatenate(parts).sorted()
+        return concatenate(parts)
 
     def _frame_table(self, contents: segments.Contents) -> Sequence[int]:
         size = contents.frame_count * 8
@@ -227,7 +227,7 @@ class SegmentReader:
             self.watermarks[header.source] = header.watermark
         runs = dict(self._runs)
         for disk, parts in found.items():
-            runs[disk] = _with_newest(runs.get(disk, ()), MemoryRun(concatenate(parts).sorted()))
+            runs[disk] = _with_newest(runs.get(disk, ()), MemoryRun(concatenate(parts)))
         self._offsets = offsets
         self._runs = runs
         self.damage = tuple(damage)
@@ -301,6 +301,6 @@ def _with_newest(runs: tuple[RunSource, ...], newest: MemoryRun) -> tuple[RunSou
     """Add a run; join small ones, so that a lookup meets a logarithmic number of them."""
     kept = list(runs)
     while kept and isinstance(last := kept[-1], MemoryRun) and len(last) <= 2 * len(newest):
-        newest = MemoryRun(concatenate([last.entries, newest.entries]).sorted())
+        newest = MemoryRun(concatenate([last.entries, newest.entries]))
         kept.pop()
     return (*kept, newest)

@@ -1,7 +1,6 @@
 """Mounting and unmounting: the process that serves a mount, its start and its end.
 
-``serve`` runs the mount in this process until it is unmounted or told to end. ``start`` runs
-``serve`` in a process of its own and returns when the mount can be used:
+``start`` runs ``serving.serve`` in a process of its own and returns when the mount can be used:
 
     start                         the serving process
     ------------------------------------------------------------
@@ -10,7 +9,8 @@
     returns or raises             serves until unmounted
 
 The mount's source in /proc/self/mountinfo is ``blockrepl:GROUP:PROCESS``, so ``umount`` knows what
-is ours and whom to wait for; no list of mounts is kept anywhere.
+is ours and whom to wait for; no list of mounts is kept anywhere. Nothing heavy is imported here:
+the program that waits would pay for it a second time.
 """
 
 from __future__ import annotations
@@ -19,34 +19,18 @@ import contextlib
 import ctypes
 import errno
 import json
-import logging
 import os
 import re
 import select
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import pyfuse3
-import trio
-
 from blockrepl.errors import BlockreplError, PointError, StateError
-from blockrepl.model import points
 from blockrepl.model.points import Resolved
-from blockrepl.storage.history import ReplicaHistory
-from blockrepl.views.fuse import READERS, ViewFileSystem
-from blockrepl.views.fuse_wait import fuse_descriptors, install
 
-log = logging.getLogger(__name__)
-
-READ_AHEAD_KIB = 4096  # 128 KiB, the default, reads at 0.4x of this (measured)
 READY_SECONDS = 60.0  # the serving process opens the index of the open segment meanwhile
-TASKS = 2 * READERS  # of pyfuse3; with a fixed number it starts and ends none per request
 END_SECONDS = 30.0  # an unmounted mount's process closes its files
 SUBTYPE = "fuse.blockrepl"
 _SOURCE = re.compile(r"blockrepl:([a-z0-9._-]+):(\d+)")
@@ -168,67 +152,6 @@ def _error_of(fields: dict[str, object]) -> BlockreplError:
     error = BlockreplError(text, hint=hint, code=code)
     error.exit_status = fields["exit_status"] if isinstance(fields["exit_status"], int) else 1
     return error
-
-
-def serve(
-    home: Path,
-    group: str,
-    directory: Path,
-    at: str | None,
-    ready: Callable[[Resolved | None], None],
-) -> None:
-    """Mount and serve until unmounted, or until SIGTERM or SIGINT. ``ready`` is called once."""
-    path = check_mount_point(directory)
-    with ReplicaHistory.open(home, group) as replica:
-        state = replica.state()
-        resolved = None
-        if at is not None:
-            resolved = replica.resolve(points.parse(at), time.time_ns(), state)
-        files = ViewFileSystem(replica, resolved.at_ns if resolved else None, state)
-        options = set(pyfuse3.default_options)
-        options |= {"ro", "subtype=blockrepl", f"fsname=blockrepl:{group}:{os.getpid()}"}
-        if os.geteuid() == 0:
-            options.add("allow_other")
-        before = fuse_descriptors()
-        try:
-            pyfuse3.init(files, str(path), options)
-        except RuntimeError as error:
-            raise StateError(
-                f"cannot mount on {directory}: the kernel or fusermount3 refused",
-                hint="see: blockrepl doctor",
-            ) from error
-        for descriptor in fuse_descriptors() - before:
-            install(descriptor)
-        try:
-            trio.run(_serve, path, partial(ready, resolved))
-        finally:
-            pyfuse3.close(unmount=True)
-
-
-async def _serve(path: Path, ready: Callable[[], None]) -> None:
-    async with trio.open_nursery() as nursery:
-
-        async def end_on_signal() -> None:
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-                async for _ in signals:
-                    pyfuse3.terminate()
-
-        async def tell_when_ready() -> None:
-            await trio.to_thread.run_sync(_read_ahead, path)
-            ready()
-
-        nursery.start_soon(end_on_signal)
-        nursery.start_soon(tell_when_ready)
-        await pyfuse3.main(TASKS, TASKS)
-        nursery.cancel_scope.cancel()
-
-
-def _read_ahead(path: Path) -> None:
-    """Let the kernel read further ahead of sequential readers. It answers: the mount is ready."""
-    device = os.stat(path).st_dev
-    file = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
-    with contextlib.suppress(OSError):  # only root may
-        file.write_text(f"{READ_AHEAD_KIB}\n")
 
 
 def umount(directory: Path) -> Mount:
