@@ -155,7 +155,13 @@ class Replay:
         self.next = reader.tail()
         self.records: list[Record] = []
 
-    def drain(self, until_ns: int | None = None, *, release: bool = True) -> list[Record]:
+    def drain(
+        self,
+        until_ns: int | None = None,
+        *,
+        release: bool = True,
+        each: Callable[[Record], None] = lambda record: None,
+    ) -> list[Record]:
         """Apply what is in the ring, up to an instant, and give its room back."""
         head, before = self.reader.head(), len(self.records)
         while self.next < head:
@@ -172,6 +178,7 @@ class Replay:
                 elif kind & KIND_MASK != RecordKind.FLUSH:
                     self.content[record.offset : record.after] = bytes(length)
                 self.records.append(record)
+                each(record)
                 self.next += 1
             if release:
                 self.reader.release(self.next)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from serving import Disk, wait_for
+from serving import Disk, blockrepl, wait_for
 
 from blockrepl.storage.clock import SourceClock, open_clock
 from blockrepl.units import MIB, NANOSECONDS_PER_SECOND, format_instant
@@ -85,9 +85,14 @@ class Run:
             if kind == "kill":
                 self._kill(name)
             else:
-                self.place.source("checkpoint", "create", GROUP, name)
+                wait_for(lambda: self._checkpoint(name), f"checkpoint {name}")  # noqa: B023
         end = begun + seconds
         run_while(running, lambda: time.monotonic() < end, seconds_max=2 * seconds)
+
+    def _checkpoint(self, name: str) -> bool:
+        """False while the product says that it cannot be had: the other side was just killed."""
+        made = blockrepl(self.place.source_home, "checkpoint", "create", GROUP, name)
+        return made.returncode == 0 or "exists" in made.stderr
 
     def _kill(self, name: str) -> None:
         place = self.place
