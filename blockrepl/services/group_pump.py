@@ -3,7 +3,7 @@
 A round, in this order; the order is what makes watermarks and marks true:
 
 1. note which disks have settled (source_disk.py), before the clock is read
-2. read the clock: t
+2. read the clock: t; then look for new rings, for one that is made later holds later stamps only
 3. wait until appends under way are published; the watermark of the round is t - 1
 4. read each ring's gap; report new gaps first, so that no watermark passes one unreported
 5. send all records up to the heads seen in 3; the last frame carries the watermark
@@ -36,11 +36,9 @@ from blockrepl.session.sender import GroupSender, Release
 from blockrepl.storage.clock import SourceClock
 from blockrepl.storage.pieces import choose_regions, read_piece
 from blockrepl.storage.ring import Batch
-from blockrepl.units import NANOSECONDS_PER_SECOND
 
 POLL_SECONDS = 0.004
 IDLE_POLL_SECONDS = 0.01
-RING_CHECK_NS = NANOSECONDS_PER_SECOND // 4
 
 SendFrame = Callable[[tuple[Buffer, ...]], Awaitable[None]]
 
@@ -81,7 +79,6 @@ class GroupPump:
         self._send = send
         self._acknowledged = trio.Event()
         self._watermark = sender.durable_watermark  # last one sent
-        self._rings_checked_ns = 0
         self._stopping = False
         self.between_rounds = trio.StrictFIFOLock()
 
@@ -118,8 +115,8 @@ class GroupPump:
             return
         if release.gap_from:
             disk.gap_durable(release.gap_from)
-        if disk.ring is None:
-            return
+        if disk.ring is None or disk.ring.geometry.ring_id != release.ring_id:
+            return  # of a ring that is no more
         if release.next_sequence:
             disk.ring.release(release.next_sequence)
         for region in release.regions:
@@ -139,9 +136,11 @@ class GroupPump:
 
     async def _round(self) -> bool:
         """True when something was sent."""
-        self._look_for_rings()
         settled = [disk for disk in self.disks if disk.settled()]
         now = self._clock.now()
+        self._clock.renew()
+        for disk in self.disks:
+            disk.refresh(self._watermark)
         rings = [(disk, disk.ring) for disk in self.disks if disk.ring is not None]
         if not all(ring.quiesce() for _, ring in rings):
             return False  # a writer was stopped inside an append; the next round sees
@@ -150,13 +149,13 @@ class GroupPump:
         gaps = [(disk, disk.gap_to_report()) for disk in self.disks]
         for disk, from_ns in gaps:
             if from_ns:
+                disk.gap_reported(from_ns)  # first: its acknowledgement may come while we send
                 await self._send_mark(
                     GapMark(disk=UUID(bytes=disk.id), from_ns=from_ns),
                     disk,
                     self._watermark,
                     Release(disk.id, gap_from=from_ns),
                 )
-                disk.gap_reported(from_ns)
         worked = await self._send_records(heads, watermark)
         wanted, self.checkpoints = self.checkpoints, []
         for disk in settled:
@@ -171,14 +170,6 @@ class GroupPump:
         pieces = [await self._send_piece(disk, watermark) for disk, _ in rings]
         return worked or any(pieces)
 
-    def _look_for_rings(self) -> None:
-        now = self._clock.now()
-        if now - self._rings_checked_ns > RING_CHECK_NS:
-            self._rings_checked_ns = now
-            self._clock.renew()
-            for disk in self.disks:
-                disk.refresh(self._watermark)
-
     async def _send_records(self, heads: list[tuple[SourceDisk, int]], watermark: int) -> bool:
         chunks = _chunks(heads)
         chunk = next(chunks, None)
@@ -187,6 +178,7 @@ class GroupPump:
         while chunk is not None:
             following = next(chunks, None)
             disk, batch = chunk.disk, chunk.batch
+            ring_id = disk.ring.geometry.ring_id if disk.ring else 0
             await self._room(len(batch.payload))
             frame = encode_frame(
                 kind=FrameKind.RECORDS,
@@ -196,13 +188,13 @@ class GroupPump:
                 number=self.sender.take_number(),
                 epoch=disk.epoch,
                 watermark=self._watermark if following else watermark,
-                ring_id=disk.ring.geometry.ring_id if disk.ring else 0,
+                ring_id=ring_id,
                 first_sequence=batch.first,
                 columns=batch.columns,
                 payload=batch.payload,
             )
             disk.cursor = batch.after
-            await self._send_frame(frame, Release(disk.id, next_sequence=batch.after))
+            await self._send_frame(frame, Release(disk.id, ring_id, next_sequence=batch.after))
             chunk = following
         return True
 
@@ -246,7 +238,8 @@ class GroupPump:
             columns=piece.columns,
             payload=piece.payload,
         )
-        await self._send_frame(frame, Release(disk.id, regions=tuple(piece.regions)))
+        release = Release(disk.id, ring.geometry.ring_id, regions=tuple(piece.regions))
+        await self._send_frame(frame, release)
         return True
 
     # --- sending

@@ -83,10 +83,15 @@ class SourceDisk:
         ring.release(plan.cursor)
 
     def refresh(self, watermark: int) -> None:
-        """Notice a ring that was made, or made anew, since the last look."""
+        """Notice a ring that was made, or made anew, since the last look.
+
+        One whose file is gone is kept until there is another: its server still writes to it.
+        """
         if self.ring is not None:
-            if self.ring.is_current():
+            if self.ring.is_current() or read_geometry(ring_path(self.id)) is None:
                 return
+            self._known_ring = self.ring.geometry.ring_id
+            self._unsettled = None
             self.close()
         self._open_ring()
         if self.ring is not None:

@@ -42,6 +42,7 @@ class Release:
     """What one DATA message stands for, handed back when it is durable."""
 
     disk: bytes = b""
+    ring_id: int = 0  # the ring that next_sequence and regions speak of
     next_sequence: int = 0  # records of the disk's ring before it are durable; 0: none were sent
     regions: tuple[int, ...] = ()  # whose content is durable
     gap_from: int = 0  # the gap that the receiver now knows of
