@@ -1,0 +1,285 @@
+"""A source with real images and rings, a guest, and a receiver that writes down what it is sent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+from uuid import UUID
+
+import numpy as np
+import trio
+from ring_writer import RingWriter
+
+from blockrepl import limits
+from blockrepl.formats import frame as frames
+from blockrepl.formats import hot_map
+from blockrepl.formats.frame import Buffer, FrameHeader, FrameKind, RecordKind
+from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, decode_mark
+from blockrepl.formats.messages import Attached, AttachedDisk
+from blockrepl.services.group_pump import GroupPump
+from blockrepl.services.source_disk import SourceDisk
+from blockrepl.session.sender import GroupSender
+from blockrepl.storage.clock import open_clock
+from blockrepl.storage.home import Home
+from blockrepl.storage.ring import read_geometry, ring_path
+from blockrepl.storage.source import DiskEntry, SourceDisks
+
+SOURCE, REPLICA = bytes(range(16)), UUID(int=99)
+PATIENCE_SECONDS = 20.0
+DiskState = Literal["empty", "ready", "gap"]
+Record = tuple[int, int, int, int]  # stamp, offset, length, kind
+
+
+@dataclass(frozen=True)
+class Received:
+    header: FrameHeader
+    records: list[Record]
+    payload: bytes
+    mark: CheckpointMark | GapMark | ConsistentMark | None
+
+
+@dataclass
+class Receiver:
+    """Proves each frame as it comes. Acknowledges at once, or when told."""
+
+    pump: GroupPump | None = None
+    at_once: bool = True
+    frames: list[Received] = field(default_factory=list)
+    arrived: Callable[[Received], None] | None = None
+
+    async def send(self, buffers: tuple[Buffer, ...]) -> None:
+        data = b"".join(bytes(buffer) for buffer in buffers)
+        header = frames.decode_header(data)
+        body = data[frames.HEADER_BYTES :]
+        frames.check_body(header, body)
+        found = frames.parse_columns(header, body)
+        rows = zip(found.stamps, found.offsets, found.lengths, found.kinds, strict=True)
+        payload = frames.decode_payload(header, body)
+        received = Received(
+            header,
+            [(int(a), int(b), int(c), int(d)) for a, b, c, d in rows],
+            payload,
+            decode_mark(payload) if header.kind == FrameKind.MARK else None,
+        )
+        self.frames.append(received)
+        if self.arrived is not None:
+            self.arrived(received)
+        if self.at_once:
+            self.acknowledge()
+        await trio.lowlevel.checkpoint()
+
+    def acknowledge(self, count: int | None = None) -> None:
+        """The first ``count`` messages are durable; without it, all that came."""
+        assert self.pump is not None
+        count = len(self.frames) if count is None else count
+        number = max((frame.header.number for frame in self.frames[:count]), default=0)
+        self.pump.acknowledged(count, number)
+
+    def of(self, kind: FrameKind) -> list[Received]:
+        return [frame for frame in self.frames if frame.header.kind == kind]
+
+    def marks(self) -> list[CheckpointMark | GapMark | ConsistentMark]:
+        return [frame.mark for frame in self.frames if frame.mark is not None]
+
+    def records(self, disk: bytes) -> list[Record]:
+        return [
+            record
+            for frame in self.of(FrameKind.RECORDS)
+            if frame.header.disk == disk
+            for record in frame.records
+        ]
+
+    def watermark(self) -> int:
+        return max((frame.header.watermark for frame in self.frames), default=0)
+
+
+class Guest:
+    """Writes to an image and into its ring as capture does."""
+
+    def __init__(self, entry: DiskEntry) -> None:
+        self.image = os.open(entry.image, os.O_RDWR)
+        self.writer = RingWriter(ring_path(entry.id.bytes))
+
+    def write(self, offset: int, data: bytes, *, kept: bool = True, slot: int = 0) -> int:
+        """A write whose record finds room, or not; its stamp."""
+        self.writer.take_range(slot, offset, offset + len(data))
+        os.pwrite(self.image, data, offset)
+        stamp = self.writer.write(offset, data) if kept else self.writer.drop(offset, len(data))
+        self.writer.release_range(slot)
+        return stamp
+
+    def close(self) -> None:
+        os.close(self.image)
+
+
+class Source:
+    """A home with disks in one group."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        home = Home.create(directory / "home")
+        home.source_directory.mkdir()
+        self.disks = SourceDisks(home)
+        self.clock = open_clock(home.source_directory)
+        self.guests: list[Guest] = []
+        self.watermark = self.clock.now()  # durable at the receiver
+
+    def add(
+        self,
+        name: str,
+        size_bytes: int,
+        *,
+        hot: bool = False,
+        content: bytes = b"",
+        bound: bool = True,
+    ) -> DiskEntry:
+        """A disk with a ring; its regions all hot or all cold."""
+        entry = self.disks.add(
+            name,
+            self.directory / f"{name}.img",
+            "web",
+            create_bytes=size_bytes,
+            ring_bytes=limits.RING_BYTES_MIN,
+        )
+        with entry.image.open("r+b") as file:
+            file.write(content)
+        data = hot_map.encode(entry.id.bytes, size_bytes, limits.REGION_BYTES, hot=hot)
+        self.disks.hot_map_path(entry).write_bytes(data)
+        if bound:
+            entry = self.disks.bind_replica(entry, REPLICA)
+        self.make_ring(entry)
+        return entry
+
+    def make_ring(self, entry: DiskEntry) -> int:
+        with self.disks.lock(entry):
+            self.disks.ensure_ring(entry, self.clock)
+        geometry = read_geometry(ring_path(entry.id.bytes))
+        assert geometry is not None
+        return geometry.ring_id
+
+    def guest(self, entry: DiskEntry) -> Guest:
+        guest = Guest(entry)
+        self.guests.append(guest)
+        return guest
+
+    def close(self) -> None:
+        for guest in self.guests:
+            guest.close()
+        for entry in self.disks.all():
+            ring_path(entry.id.bytes).unlink(missing_ok=True)
+
+
+def known(
+    entry: DiskEntry, state: DiskState = "ready", ring_id: int | None = None, next_sequence: int = 0
+) -> AttachedDisk:
+    """What the receiver knows of the disk: by default, its ring."""
+    geometry = read_geometry(ring_path(entry.id.bytes))
+    if ring_id is None:
+        assert geometry is not None
+        ring_id = geometry.ring_id
+    return AttachedDisk(
+        id=entry.id, epoch=1, state=state, ring_id=ring_id, next_sequence=next_sequence
+    )
+
+
+@asynccontextmanager
+async def pumping(
+    source: Source,
+    receiver: Receiver,
+    *answers: AttachedDisk,
+    window_messages: int = limits.WINDOW_FRAMES,
+    window_bytes: int = limits.WINDOW_BYTES,
+) -> AsyncIterator[GroupPump]:
+    """A session that pumps until the block ends."""
+    answer = Attached(
+        group="web",
+        group_id=REPLICA,
+        next_number=1,
+        watermark=source.watermark,
+        disks=list(answers),
+    )
+    entries = {entry.id: entry for entry in source.disks.all()}
+    disks = [SourceDisk(source.disks, entries[disk.id], source.clock) for disk in answers]
+    try:
+        for disk, told in zip(disks, answers, strict=True):
+            disk.attach(told, REPLICA, answer.watermark)
+        sender = GroupSender.attached(answer, window_messages, window_bytes)
+        pump = GroupPump(disks, sender, SOURCE, source.clock, receiver.send)
+        receiver.pump = pump
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pump.run)
+            yield pump
+            nursery.cancel_scope.cancel()
+    finally:
+        for disk in disks:
+            disk.close()
+
+
+async def until(happened: Callable[[], object]) -> None:
+    with trio.fail_after(PATIENCE_SECONDS):
+        while not happened():
+            await trio.sleep(0.002)
+
+
+async def a_round(pump: GroupPump) -> None:
+    """Return when a round has begun and ended after the call."""
+    for _ in range(2):
+        async with pump.between_rounds:
+            pass
+        await trio.sleep(0.015)
+    async with pump.between_rounds:
+        pass
+
+
+def check_stream(received: list[Received], watermark: int = 0) -> None:
+    """What is true of every stream, whatever happened."""
+    number, sequences = 0, dict[tuple[bytes, int], int]()
+    for frame in received:
+        header = frame.header
+        if header.kind == FrameKind.BASE:
+            assert header.number == 0
+        else:
+            number += 1
+            assert header.number == number
+        if header.kind == FrameKind.RECORDS and header.record_count:
+            assert min(record[0] for record in frame.records) > watermark, "record under watermark"
+            place = (header.disk, header.ring_id)
+            assert header.first_sequence == sequences.get(place, header.first_sequence)
+            sequences[place] = header.first_sequence + header.record_count
+        if isinstance(frame.mark, GapMark):
+            assert frame.mark.from_ns > max(watermark, header.watermark), "gap under watermark"
+        if isinstance(frame.mark, ConsistentMark | CheckpointMark):
+            assert frame.mark.at_ns == header.watermark
+        if header.kind == FrameKind.BASE:
+            assert header.watermark <= watermark
+        else:
+            assert header.watermark >= watermark, "watermark goes back"
+            watermark = header.watermark
+
+
+def replay(received: list[Received], disk: bytes, size_bytes: int) -> bytes:
+    """The disk's content after all of it: base below, then by stamp, later frames over earlier."""
+    content = bytearray(size_bytes)
+    parts: list[tuple[int, int, int, int, bytes]] = []
+    for order, frame in enumerate(received):
+        if frame.header.disk != disk or frame.header.kind == FrameKind.MARK:
+            continue
+        at = 0
+        for stamp, offset, length, kind in frame.records:
+            data = bytes(length)
+            if kind & frames.KIND_MASK == RecordKind.WRITE:
+                data, at = frame.payload[at : at + length], at + length
+            if kind & frames.KIND_MASK != RecordKind.FLUSH:
+                level = 0 if frame.header.kind == FrameKind.BASE else stamp
+                parts.append((level, order, offset, length, data))
+    for _, _, offset, length, data in sorted(parts, key=lambda part: part[:2]):
+        content[offset : offset + length] = data
+    return bytes(content)
+
+
+def random_bytes(size: int, seed: int = 1) -> bytes:
+    return np.random.default_rng(seed).bytes(size)

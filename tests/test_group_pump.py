@@ -1,0 +1,820 @@
+"""The pump, from real rings to a receiver that writes down what it is sent: nothing missing,
+nothing twice, nothing under a watermark, and no claim that is not true yet."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+from pumping import (
+    Guest,
+    Received,
+    Receiver,
+    Source,
+    a_round,
+    check_stream,
+    known,
+    pumping,
+    random_bytes,
+    replay,
+    until,
+)
+
+from blockrepl import limits
+from blockrepl.errors import PeerError
+from blockrepl.formats.frame import FrameKind, RecordKind
+from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
+from blockrepl.services.group_pump import WantedCheckpoint
+from blockrepl.storage.ring import ring_path
+from blockrepl.units import KIB, MIB
+
+SIZE = 8 * MIB
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[Source]:
+    found = Source(tmp_path)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def receiver() -> Receiver:
+    return Receiver()
+
+
+# --- records
+
+
+async def test_all_records_come_in_order_with_their_data(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    data = [random_bytes(size, size) for size in (512, 4096, 100 * KIB, 1536)]
+    stamps = [guest.write(i * MIB, content) for i, content in enumerate(data)]
+    stamps.append(guest.writer.append(RecordKind.TRIM, 4 * MIB, MIB))
+    stamps.append(guest.writer.append(RecordKind.FLUSH))
+    async with pumping(source, receiver, known(entry)):
+        await until(lambda: len(receiver.records(entry.id.bytes)) == 6)
+    records = receiver.records(entry.id.bytes)
+    assert [record[0] for record in records] == stamps
+    assert [record[1:] for record in records] == [
+        *((i * MIB, len(content), RecordKind.WRITE) for i, content in enumerate(data)),
+        (4 * MIB, MIB, RecordKind.TRIM),
+        (0, 0, RecordKind.FLUSH),
+    ]
+    assert b"".join(frame.payload for frame in receiver.of(FrameKind.RECORDS)) == b"".join(data)
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_only_the_last_frame_of_a_round_carries_its_watermark(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    for i in range(5):
+        last = guest.write(i * MIB, random_bytes(MIB))
+    async with pumping(source, receiver, known(entry)):
+        await until(lambda: receiver.watermark() >= last)
+    found = receiver.of(FrameKind.RECORDS)
+    assert [frame.header.record_count for frame in found[:5]] == [1] * 5
+    assert len({frame.header.watermark for frame in found[:4]}) == 1
+    assert found[0].header.watermark < found[0].records[0][0]
+    assert found[4].header.watermark >= last
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_a_frame_keeps_to_its_limits(source: Source, receiver: Receiver) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    for _ in range(limits.FRAME_RECORDS_MAX + 5):
+        guest.writer.append(RecordKind.FLUSH)
+    guest.write(0, random_bytes(limits.REQUEST_BYTES_MAX))
+    for i in range(100):
+        guest.write(i * 20 * KIB, random_bytes(20 * KIB))
+    count = guest.writer.head
+    async with pumping(source, receiver, known(entry)):
+        await until(lambda: len(receiver.records(entry.id.bytes)) == count)
+    for frame in receiver.frames:
+        assert frame.header.record_count <= limits.FRAME_RECORDS_MAX
+        assert (
+            frame.header.record_count == 1
+            or frame.header.payload_bytes <= limits.FRAME_PAYLOAD_BYTES_TARGET
+        )
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_a_ring_is_gone_round_many_times(source: Source, receiver: Receiver) -> None:
+    entry = source.add("root", 64 * MIB)
+    guest = source.guest(entry)
+    async with pumping(source, receiver, known(entry)) as pump:
+        for i in range(10):
+            for j in range(5):
+                guest.write(((i * 5 + j) % 60) * MIB, random_bytes(MIB - 512 * j, i * 5 + j))
+            await until(lambda: len(receiver.records(entry.id.bytes)) == guest.writer.head)
+        ring = pump.disks[0].ring
+        assert ring is not None
+        assert ring.tail() == ring.head() == 50
+    check_stream(receiver.frames, source.watermark)
+    assert replay(receiver.frames, entry.id.bytes, 64 * MIB) == entry.image.read_bytes()
+
+
+async def test_records_under_several_writers_are_never_under_a_watermark(
+    source: Source, receiver: Receiver
+) -> None:
+    entries = [source.add(name, SIZE) for name in ("root", "data", "log")]
+    guests = [source.guest(entry) for entry in entries]
+    stop = threading.Event()
+
+    def work(guest: Guest) -> None:
+        number = 0
+        while not stop.is_set() and number < 3000:
+            guest.write(number % 2000 * 4096, number.to_bytes(8, "little") * 64)
+            number += 1
+
+    threads = [threading.Thread(target=work, args=(guest,)) for guest in guests]
+    async with pumping(source, receiver, *map(known, entries)):
+        for thread in threads:
+            thread.start()
+        await trio.sleep(0.5)
+        stop.set()
+        for thread in threads:
+            await trio.to_thread.run_sync(thread.join)
+        await until(
+            lambda: all(
+                len(receiver.records(entry.id.bytes)) == guest.writer.head
+                for entry, guest in zip(entries, guests, strict=True)
+            )
+        )
+    check_stream(receiver.frames, source.watermark)
+    assert len(receiver.frames) > 10
+    for entry in entries:
+        assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+
+
+async def test_disks_take_turns(source: Source, receiver: Receiver) -> None:
+    entries = [source.add(name, SIZE) for name in ("root", "data")]
+    for entry in entries:
+        guest = source.guest(entry)
+        for i in range(4):
+            guest.write(i * MIB, random_bytes(MIB))
+    async with pumping(source, receiver, *map(known, entries)):
+        await until(lambda: len(receiver.of(FrameKind.RECORDS)) >= 8)
+    order = [frame.header.disk for frame in receiver.of(FrameKind.RECORDS)[:8]]
+    assert order == [entry.id.bytes for entry in entries] * 4
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_a_session_goes_on_at_the_receivers_next_record(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    for i in range(5):
+        guest.write(i * 4096, random_bytes(4096))
+    async with pumping(source, receiver, known(entry, next_sequence=3)) as pump:
+        await until(lambda: len(receiver.records(entry.id.bytes)) == 2)
+        ring = pump.disks[0].ring
+        assert ring is not None
+        assert ring.tail() >= 3
+    assert receiver.frames[0].header.first_sequence == 3
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_an_idle_group_moves_its_watermark_every_second(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE)
+    async with pumping(source, receiver, known(entry)):
+        began = source.clock.now()
+        await until(lambda: len(receiver.frames) == 2)
+        assert source.clock.now() - began < (2 * limits.WATERMARK_SECONDS + 1) * 1e9
+    assert [frame.header.record_count for frame in receiver.frames] == [0, 0]
+    assert receiver.watermark() >= began
+    check_stream(receiver.frames, source.watermark)
+
+
+# --- a writer stopped in the middle
+
+
+async def test_no_watermark_passes_a_record_that_has_its_stamp_and_is_not_visible(
+    source: Source, receiver: Receiver
+) -> None:
+    entries = [source.add(name, SIZE) for name in ("root", "data")]
+    stopped, other = (source.guest(entry) for entry in entries)
+    async with pumping(source, receiver, *map(known, entries)) as pump:
+        await a_round(pump)
+        stamp = stopped.writer.begin_append(RecordKind.WRITE, 0, 512, b"x" * 512)
+        other.write(0, b"y" * 512)
+        await a_round(pump)
+        assert receiver.watermark() < stamp
+        stopped.writer.publish()
+        await until(lambda: len(receiver.records(entries[0].id.bytes)) == 1)
+        await until(lambda: receiver.watermark() >= stamp)
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_no_watermark_passes_a_record_that_is_being_dropped(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    async with pumping(source, receiver, known(entry)) as pump:
+        await a_round(pump)
+        stamp = guest.writer.begin_drop(0, 512)
+        await a_round(pump)
+        assert receiver.watermark() < stamp
+        guest.writer._step_busy()
+        await until(receiver.marks)
+    mark = receiver.marks()[0]
+    assert mark == GapMark(disk=entry.id, from_ns=stamp)
+    check_stream(receiver.frames, source.watermark)
+
+
+# --- gaps
+
+
+async def test_a_gap_is_told_first_and_closed_when_all_was_sent_again(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE, content=random_bytes(SIZE))
+    guest = source.guest(entry)
+    guest.write(0, random_bytes(4096, 2))
+    stamp = guest.write(MIB, random_bytes(4096, 3), kept=False)
+    guest.write(2 * MIB, random_bytes(4096, 4))
+    async with pumping(source, receiver, known(entry)) as pump:
+        await until(lambda: len(receiver.marks()) == 2)
+        ring = pump.disks[0].ring
+        assert ring is not None
+        assert ring.gap_from() == 0
+        assert pump.disks[0].state == "ready"
+    gap, consistent = receiver.marks()
+    assert gap == GapMark(disk=entry.id, from_ns=stamp)
+    assert isinstance(consistent, ConsistentMark)
+    assert consistent.at_ns > stamp
+    assert receiver.frames[0].mark == gap
+    (piece,) = receiver.of(FrameKind.SYNC)
+    assert [record[1:3] for record in piece.records] == [(MIB, MIB)]
+    # The stretch from the gap on is an epoch of its own.
+    assert {frame.header.epoch for frame in receiver.frames if frame.records} == {2}
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_nothing_is_sent_again_before_the_gap_is_durable(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    receiver.at_once = False
+    stamp = guest.write(0, b"x" * 512, kept=False)
+    async with pumping(source, receiver, known(entry)) as pump:
+        await until(receiver.marks)
+        await a_round(pump)
+        ring = pump.disks[0].ring
+        assert ring is not None
+        assert receiver.of(FrameKind.SYNC) == []
+        assert ring.gap_from() == stamp
+        receiver.at_once = True
+        receiver.acknowledge()
+        await until(lambda: receiver.of(FrameKind.SYNC))
+        assert ring.gap_from() == 0
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_further_drops_within_a_gap_are_not_told_and_still_made_good(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+
+    def drop_more(frame: Received) -> None:
+        if frame.header.kind == FrameKind.SYNC and len(receiver.of(FrameKind.SYNC)) < 4:
+            guest.write(len(receiver.frames) * 4096, random_bytes(4096), kept=False)
+
+    receiver.arrived = drop_more
+    guest.write(0, b"x" * 512, kept=False)
+    async with pumping(source, receiver, known(entry)):
+        await until(lambda: len(receiver.marks()) == 2)
+    assert [mark.mark for mark in receiver.marks()] == ["gap", "consistent"]
+    assert len(receiver.of(FrameKind.SYNC)) == 4
+    assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_a_new_ring_with_stale_regions_is_a_gap_since_the_last_watermark(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE, hot=True)
+    async with pumping(source, receiver, known(entry, ring_id=5, next_sequence=7)) as pump:
+        durable = pump.sender.durable_watermark
+        await until(lambda: len(receiver.marks()) == 2)
+    assert receiver.frames[0].mark == GapMark(disk=entry.id, from_ns=durable + 1)
+    check_stream(receiver.frames, durable)
+
+
+# --- content: base and sync
+
+
+async def test_a_first_sync_goes_into_the_base(source: Source, receiver: Receiver) -> None:
+    content = random_bytes(3 * MIB) + bytes(2 * MIB) + random_bytes(MIB + 512)
+    entry = source.add("root", SIZE + 512, hot=True, content=content)
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)):
+        await until(receiver.marks)
+    assert receiver.of(FrameKind.SYNC) == []
+    assert all(frame.header.number == 0 for frame in receiver.of(FrameKind.BASE))
+    assert replay(receiver.frames, entry.id.bytes, SIZE + 512) == entry.image.read_bytes()
+    assert [mark.mark for mark in receiver.marks()] == ["consistent"]
+    check_stream(receiver.frames, source.watermark)
+
+
+@pytest.mark.parametrize("cause", ["a record was lost", "an earlier ring", "a gap"])
+async def test_content_is_journaled_when_the_journal_may_hold_newer(
+    source: Source, receiver: Receiver, cause: str
+) -> None:
+    entry = source.add("root", SIZE, hot=True, content=random_bytes(SIZE))
+    answer = known(entry, "empty", ring_id=0)
+    match cause:
+        case "a record was lost":
+            source.guest(entry).write(0, b"x" * 512, kept=False)
+        case "an earlier ring":
+            answer = known(entry, "empty", ring_id=5)
+        case "a gap":
+            answer = known(entry, "gap", ring_id=0)
+    async with pumping(source, receiver, answer):
+        await until(receiver.marks)
+    assert receiver.of(FrameKind.BASE) == []
+    assert all(frame.header.number > 0 for frame in receiver.of(FrameKind.SYNC))
+    assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_a_record_lost_during_the_first_sync_ends_the_base(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE, hot=True, content=random_bytes(SIZE))
+    guest = source.guest(entry)
+
+    def drop(frame: Received) -> None:
+        if len(receiver.of(FrameKind.BASE)) == 1 and not receiver.of(FrameKind.SYNC):
+            guest.write(0, b"x" * 512, kept=False)
+
+    receiver.arrived = drop
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)):
+        await until(receiver.marks)
+    kinds = [frame.header.kind for frame in receiver.frames if frame.records]
+    assert kinds[0] == FrameKind.BASE
+    assert FrameKind.BASE not in kinds[1:]
+    assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_a_region_is_done_when_its_content_is_durable_and_not_before(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", MIB, hot=True, content=random_bytes(MIB))
+    receiver.at_once = False
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)) as pump:
+        await until(lambda: receiver.of(FrameKind.BASE))
+        await a_round(pump)
+        ring = pump.disks[0].ring
+        assert ring is not None
+        assert (ring.stale.tolist(), ring.syncing.tolist()) == ([0], [1])
+        assert receiver.marks() == []
+        receiver.at_once = True
+        receiver.acknowledge()
+        assert not ring.is_syncing()
+        await until(receiver.marks)
+
+
+async def test_a_lost_session_sends_again_what_was_not_acknowledged(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", 2 * MIB, hot=True, content=random_bytes(2 * MIB))
+    guest = source.guest(entry)
+    guest.write(0, b"x" * 4096)
+    receiver.at_once = False
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)):
+        await until(lambda: receiver.of(FrameKind.BASE))
+    again = Receiver()
+    async with pumping(source, again, known(entry, "empty", ring_id=0)):
+        await until(again.marks)
+    assert len(again.records(entry.id.bytes)) == 1
+    assert replay(again.frames, entry.id.bytes, 2 * MIB) == entry.image.read_bytes()
+    check_stream(again.frames, source.watermark)
+
+
+async def test_another_replica_gets_everything_and_is_remembered(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE, content=random_bytes(SIZE), bound=False)
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)) as pump:
+        assert source.disks.load("root").replica == pump.disks[0].entry.replica is not None
+        await until(receiver.marks)
+    assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+
+
+# --- consistent
+
+
+async def test_a_disk_is_consistent_only_when_writes_under_way_at_its_reading_have_ended(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", MIB, hot=True)
+    guest = source.guest(entry)
+    guest.writer.take_range(3, 0, 4096)
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)) as pump:
+        ring = pump.disks[0].ring
+        assert ring is not None
+        await until(lambda: receiver.of(FrameKind.BASE) and not ring.is_syncing())
+        await a_round(pump)
+        assert receiver.marks() == []
+        guest.writer.take_range(5, 8192, 12288)  # begun after the reading: no matter
+        guest.writer.release_range(3)
+        await until(receiver.marks)
+    assert isinstance(receiver.marks()[0], ConsistentMark)
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_a_slot_taken_again_is_another_write(source: Source, receiver: Receiver) -> None:
+    entry = source.add("root", MIB, hot=True)
+    guest = source.guest(entry)
+    guest.writer.take_range(0, 0, 4096)
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)) as pump:
+        ring = pump.disks[0].ring
+        assert ring is not None
+        await until(lambda: receiver.of(FrameKind.BASE) and not ring.is_syncing())
+        await a_round(pump)
+        async with pump.between_rounds:  # a busy slot is never seen free
+            guest.writer.release_range(0)
+            guest.writer.take_range(0, 4096, 8192)
+        await until(receiver.marks)
+
+
+async def test_the_record_of_a_write_under_way_comes_before_the_consistent_mark(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", MIB, hot=True)
+    guest = source.guest(entry)
+    guest.writer.take_range(0, 0, 4096)
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)) as pump:
+        ring = pump.disks[0].ring
+        assert ring is not None
+        await until(lambda: receiver.of(FrameKind.BASE) and not ring.is_syncing())
+        await a_round(pump)
+        stamp = guest.writer.write(0, b"z" * 4096)
+        guest.writer.release_range(0)
+        await until(receiver.marks)
+    (mark,) = receiver.marks()
+    assert isinstance(mark, ConsistentMark)
+    assert mark.at_ns >= stamp
+    at = [frame.mark for frame in receiver.frames].index(mark)
+    assert any(frame.header.kind == FrameKind.RECORDS and frame.records
+               for frame in receiver.frames[:at])  # fmt: skip
+
+
+async def test_a_ready_disk_says_nothing_more(source: Source, receiver: Receiver) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    async with pumping(source, receiver, known(entry)) as pump:
+        guest.write(0, b"x" * 512)
+        await until(lambda: receiver.records(entry.id.bytes))
+        await a_round(pump)
+    assert receiver.marks() == []
+
+
+# --- checkpoints
+
+
+async def test_a_checkpoint_names_the_watermark_and_is_told_when_durable(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    before = guest.write(0, b"a" * 512)
+    wanted = WantedCheckpoint("upgrade", kept=True)
+    receiver.at_once = False
+    async with pumping(source, receiver, known(entry)) as pump:
+        pump.checkpoints.append(wanted)
+        await until(receiver.marks)
+        assert not wanted.durable.is_set()
+        after = guest.write(0, b"b" * 512)
+        receiver.acknowledge(len(receiver.frames))
+        assert wanted.durable.is_set()
+        receiver.at_once = True
+        await until(lambda: len(receiver.records(entry.id.bytes)) == 2)
+    (mark,) = receiver.marks()
+    assert mark == CheckpointMark(name="upgrade", at_ns=wanted.at_ns, kept=True)
+    assert before <= wanted.at_ns < after
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_a_checkpoint_waits_for_a_writer_stopped_in_the_middle(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    async with pumping(source, receiver, known(entry)) as pump:
+        await a_round(pump)
+        stamp = guest.writer.begin_append(RecordKind.WRITE, 0, 512, b"x" * 512)
+        pump.checkpoints.append(WantedCheckpoint("c", kept=False))
+        await a_round(pump)
+        assert receiver.marks() == []
+        guest.writer.publish()
+        await until(receiver.marks)
+    (mark,) = receiver.marks()
+    assert isinstance(mark, CheckpointMark)
+    assert mark.at_ns >= stamp
+    check_stream(receiver.frames, source.watermark)
+
+
+# --- window
+
+
+async def test_a_full_window_stops_the_building_of_frames(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    for i in range(6):
+        guest.write(i * MIB, random_bytes(MIB, i))
+    receiver.at_once = False
+    async with pumping(source, receiver, known(entry), window_messages=2) as pump:
+        disk, ring = pump.disks[0], pump.disks[0].ring
+        assert ring is not None
+        await until(lambda: len(receiver.frames) == 2)
+        await trio.sleep(0.05)
+        assert len(receiver.frames) == 2
+        assert (disk.cursor, ring.tail(), pump.sender.next_number) == (2, 0, 3)
+        receiver.acknowledge(1)
+        await until(lambda: len(receiver.frames) == 3)
+        assert ring.tail() == 1
+        receiver.at_once = True
+        receiver.acknowledge()
+        await until(lambda: len(receiver.records(entry.id.bytes)) == 6)
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_the_window_counts_bytes_too(source: Source, receiver: Receiver) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    for i in range(8):
+        guest.write(0, random_bytes(MIB, i))
+    receiver.at_once = False
+    async with pumping(source, receiver, known(entry), window_bytes=4 * MIB) as pump:
+        await until(lambda: len(receiver.frames) == 3)
+        await trio.sleep(0.05)
+        assert len(receiver.frames) == 3
+        assert pump.sender.in_flight_bytes <= 4 * MIB
+
+
+async def test_payload_that_waits_for_the_window_is_not_overwritten(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", 64 * MIB)
+    guest = source.guest(entry)
+    receiver.at_once = False
+    for i in range(12):
+        guest.write(i * MIB, random_bytes(MIB, i))
+    async with pumping(source, receiver, known(entry), window_messages=1) as pump:
+        ring = pump.disks[0].ring
+        assert ring is not None
+        for i in range(12, 40):
+            await until(lambda: pump.sender.in_flight_messages == 1)
+            receiver.acknowledge()
+            guest.write(i * MIB, random_bytes(MIB, i))
+        receiver.at_once = True
+        receiver.acknowledge()
+        await until(lambda: len(receiver.records(entry.id.bytes)) == 40)
+    assert replay(receiver.frames, entry.id.bytes, 64 * MIB) == entry.image.read_bytes()
+
+
+# --- acknowledgements
+
+
+async def test_the_ring_keeps_what_is_not_acknowledged(source: Source, receiver: Receiver) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    guest.write(0, b"x" * 512)
+    receiver.at_once = False
+    async with pumping(source, receiver, known(entry)) as pump:
+        await until(lambda: receiver.records(entry.id.bytes))
+        ring = pump.disks[0].ring
+        assert ring is not None
+        await a_round(pump)
+        assert ring.tail() == 0
+        receiver.acknowledge()
+        assert ring.tail() == 1
+
+
+async def test_a_receiver_that_lies_ends_the_session_and_frees_nothing(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    guest.write(0, b"x" * 512)
+    receiver.at_once = False
+    async with pumping(source, receiver, known(entry)) as pump:
+        await until(lambda: receiver.records(entry.id.bytes))
+        ring = pump.disks[0].ring
+        assert ring is not None
+        for messages, number in ((len(receiver.frames) + 1, 1), (1, 1 << 40)):
+            with pytest.raises(PeerError):
+                pump.acknowledged(messages, number)
+        assert ring.tail() == 0
+
+
+# --- a ring that is made anew during the session
+
+
+async def test_an_acknowledgement_of_an_old_ring_frees_nothing_of_the_new(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE)
+    old = source.guest(entry)
+    for i in range(3):
+        old.write(i * 4096, random_bytes(4096))
+    receiver.at_once = False
+    async with pumping(source, receiver, known(entry)) as pump:
+        await until(lambda: len(receiver.records(entry.id.bytes)) == 3)
+        first = pump.disks[0].ring
+        ring_path(entry.id.bytes).unlink()  # as a clean-up of shared memory does
+        source.make_ring(entry)
+        await until(lambda: pump.disks[0].ring not in (None, first))
+        ring = pump.disks[0].ring
+        assert ring is not None
+        source.guest(entry).write(0, b"n" * 4096)
+        receiver.acknowledge(1)
+        assert ring.tail() == 0
+        receiver.at_once = True
+        receiver.acknowledge()
+        await until(lambda: len(receiver.records(entry.id.bytes)) == 4)
+        await until(lambda: ring.tail() == 1)
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_after_a_ring_was_lost_in_a_first_sync_nothing_more_goes_into_the_base(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE, hot=True, content=random_bytes(SIZE))
+    guest = source.guest(entry)
+    receiver.at_once = False
+    guest.write(6 * MIB, b"1" * 4096)
+    # A window of one message: the record is in the journal, its region's content not yet sent.
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0), window_messages=1):
+        await until(lambda: receiver.records(entry.id.bytes))
+        guest.write(6 * MIB, b"2" * 4096)  # lost with its ring
+        ring_path(entry.id.bytes).unlink()
+        source.make_ring(entry)
+        receiver.at_once = True
+        receiver.acknowledge()
+        await until(receiver.marks)
+    found = receiver.of(FrameKind.BASE)
+    assert all(record[1] < 4 * MIB for frame in found for record in frame.records)
+    assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_a_ring_made_between_two_rounds_has_no_record_under_a_watermark(
+    source: Source, receiver: Receiver
+) -> None:
+    entry, other = source.add("root", SIZE), source.add("data", SIZE)
+    path = ring_path(entry.id.bytes)
+    told = known(entry)
+    path.unlink()  # given back: nobody served the disk
+    busy = source.guest(other)
+    async with pumping(source, receiver, told, known(other)) as pump:
+        busy.write(0, b"x" * 512)
+        await until(lambda: receiver.records(other.id.bytes))
+        assert pump.disks[0].ring is None
+        source.make_ring(entry)
+        stamp = source.guest(entry).write(0, b"y" * 512)
+        busy.write(512, b"x" * 512)
+        await until(lambda: receiver.watermark() >= stamp)
+        assert [record[0] for record in receiver.records(entry.id.bytes)] == [stamp]
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_a_ring_whose_file_is_gone_is_read_while_its_server_writes_to_it(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    async with pumping(source, receiver, known(entry)) as pump:
+        ring_path(entry.id.bytes).unlink()
+        await a_round(pump)
+        guest.write(0, b"x" * 512)
+        await until(lambda: receiver.records(entry.id.bytes))
+    check_stream(receiver.frames, source.watermark)
+
+
+# --- a killed server
+
+
+async def test_a_killed_server_that_stays_away_does_not_hold_its_group(
+    source: Source, receiver: Receiver
+) -> None:
+    entries = [source.add(name, SIZE) for name in ("root", "data")]
+    killed, other = (source.guest(entry) for entry in entries)
+    async with pumping(source, receiver, *map(known, entries)) as pump:
+        killed.writer.take_range(0, 0, 4096)
+        killed.writer.begin_append(RecordKind.WRITE, 0, 4096, b"x" * 4096)
+        stamp = other.write(0, b"y" * 512)
+        async with pump.between_rounds:  # as the agent does when nobody holds the image
+            pump.disks[0].retire()
+        await until(lambda: receiver.watermark() >= stamp)
+        await until(lambda: len(receiver.marks()) == 2)
+        async with pump.between_rounds:
+            pump.disks[0].retire()
+        assert pump.disks[0].ring is None
+    assert [mark.mark for mark in receiver.marks()] == ["gap", "consistent"]
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_a_write_that_a_killed_server_left_under_way_does_not_hold_a_first_sync(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", MIB, hot=True)
+    guest = source.guest(entry)
+    guest.writer.take_range(0, 0, 4096)
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)) as pump:
+        await until(lambda: receiver.of(FrameKind.BASE))
+        await a_round(pump)
+        assert receiver.marks() == []
+        async with pump.between_rounds:
+            pump.disks[0].retire()
+        await until(receiver.marks)
+    assert replay(receiver.frames, entry.id.bytes, MIB) == entry.image.read_bytes()
+
+
+# --- all of it together
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_the_replica_converges_whatever_was_dropped(
+    source: Source, receiver: Receiver, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    entry = source.add("root", SIZE, hot=True, content=random_bytes(SIZE, seed))
+    guest = source.guest(entry)
+    drops_until = 150
+
+    def write(number: int) -> None:
+        offset = int(generator.integers(0, SIZE // 512 - 256)) * 512
+        data = generator.bytes(int(generator.integers(1, 256)) * 512)
+        kept = number >= drops_until or generator.random() > 0.1
+        guest.write(offset, data, kept=kept, slot=int(generator.integers(0, 4)))
+
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)) as pump:
+        for number in range(200):
+            write(number)
+            if number % 4 == 0:
+                await trio.sleep(0.001)
+        await until(lambda: pump.disks[0].state == "ready")
+        await until(lambda: len(receiver.records(entry.id.bytes)) == guest.writer.head)
+    check_stream(receiver.frames, source.watermark)
+    assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+    assert isinstance(receiver.marks()[-1], ConsistentMark)
+
+
+def test_the_stream_checker_sees_what_it_is_for() -> None:
+    """Swapped frames, a record under a watermark, a late gap: each turns it red."""
+    sent = _sample_stream()
+    check_stream(sent)
+    for broken in (
+        [sent[1], sent[0], *sent[2:]],
+        [replace(sent[0], header=replace(sent[0].header, watermark=500)), *sent[1:]],
+        [*sent[:2], replace(sent[2], header=replace(sent[2].header, first_sequence=3))],
+    ):
+        with pytest.raises(AssertionError):
+            check_stream(broken)
+
+
+def _sample_stream() -> list[Received]:
+    from blockrepl.formats.frame import Columns, encode_frame
+
+    found = []
+    for i in range(3):
+        frame = encode_frame(
+            kind=FrameKind.RECORDS,
+            group=bytes(16),
+            source=bytes(16),
+            disk=b"d" * 16,
+            number=i + 1,
+            watermark=100 * i + 150,
+            ring_id=1,
+            first_sequence=i,
+            columns=Columns(
+                np.array([100 * i + 100], np.uint64),
+                np.zeros(1, np.uint64),
+                np.zeros(1, np.uint32),
+                np.array([RecordKind.FLUSH], np.uint8),
+            ),
+        )
+        found.append(Received(frame.header, [(100 * i + 100, 0, 0, 3)], b"", None))
+    return found
