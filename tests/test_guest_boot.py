@@ -188,7 +188,8 @@ def assert_latest_equals_source(made: Pair) -> None:
     made.wait_durable(GROUP)
     with made.mounted(GROUP) as tree:
         view = tree / "latest" / f"{DISK}.img"
-        assert file_system_state(view) == ""
+        state = file_system_state(view)
+        assert not state, state
         same = subprocess.run(
             ("cmp", str(view), str(made.directory / f"{DISK}.img")),
             capture_output=True,
