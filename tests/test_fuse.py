@@ -226,6 +226,24 @@ def _status(process: int) -> str:
         return "State:\tZ"
 
 
+def test_umount_ends_the_process_although_another_namespace_has_a_copy(
+    journal: Journal, tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may make a mount namespace")
+    with Mounted(journal, tmp_path / "m", "--at=latest") as mounted:
+        process = serving_process(mounted.directory)
+        copy = subprocess.Popen(
+            ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo; exec cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert copy.stdout is not None
+        copy.stdout.readline()
+    assert "State:\tZ" in _status(process)
+    copy.communicate()
+
+
 def test_a_busy_mount_stays_and_says_so(journal: Journal, tmp_path: Path) -> None:
     with Mounted(journal, tmp_path / "m", "--at=latest") as mounted:
         with (mounted / "root.img").open("rb"):

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from blockrepl.errors import BlockreplError, PointError, StateError
 from blockrepl.model.points import Resolved
 
 READY_SECONDS = 60.0  # the serving process opens the index of the open segment meanwhile
+COPY_SECONDS = 2.0  # an unmounted mount's process ends by itself within it
 END_SECONDS = 30.0  # an unmounted mount's process closes its files
 SUBTYPE = "fuse.blockrepl"
 _SOURCE = re.compile(r"blockrepl:([a-z0-9._-]+):(\d+)")
@@ -168,15 +170,22 @@ def umount(directory: Path) -> Mount:
         process = None
     try:
         _unmount(path, directory)
-        if process is not None and not select.select([process], [], [], END_SECONDS)[0]:
-            raise StateError(
-                f"{directory} is unmounted, but its process {mount.process} has not ended",
-                hint=f"look at it, or: kill {mount.process}",
-            )
+        if process is not None and not _has_ended(process, COPY_SECONDS):
+            # A mount namespace made meanwhile has a copy of the mount, which keeps it alive.
+            signal.pidfd_send_signal(process, signal.SIGTERM)
+            if not _has_ended(process, END_SECONDS):
+                raise StateError(
+                    f"{directory} is unmounted, but its process {mount.process} has not ended",
+                    hint=f"look at it, or: kill {mount.process}",
+                )
     finally:
         if process is not None:
             os.close(process)
     return mount
+
+
+def _has_ended(process: int, seconds: float) -> bool:
+    return bool(select.select([process], [], [], seconds)[0])
 
 
 def _absolute(directory: Path) -> str:

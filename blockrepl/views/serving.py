@@ -19,7 +19,7 @@ from blockrepl.model.points import Resolved
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.views.fuse import READERS, ViewFileSystem
 from blockrepl.views.fuse_wait import fuse_descriptors, install
-from blockrepl.views.mounting import check_mount_point
+from blockrepl.views.mounting import check_mount_point, mounts
 
 READ_AHEAD_KIB = 4096  # 128 KiB, the default, reads at 0.4x of this (measured)
 TASKS = 2 * READERS  # of pyfuse3; with a fixed number it starts and ends none per request
@@ -57,7 +57,9 @@ def serve(
         try:
             trio.run(_serve, path, partial(ready, resolved))
         finally:
-            pyfuse3.close(unmount=True)
+            # Unmounted already, the directory may be somebody else's mount by now.
+            is_mounted = any(mount.process == os.getpid() for mount in mounts())
+            pyfuse3.close(unmount=is_mounted)
 
 
 async def _serve(path: Path, ready: Callable[[], None]) -> None:
