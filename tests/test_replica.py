@@ -105,6 +105,17 @@ def test_a_source_goes_on_where_it_was_after_a_restart(tmp_path: Path) -> None:
     replica.close()
 
 
+def test_a_source_that_comes_back_is_told_what_is_durable(opened: tuple[Replica, Agent]) -> None:
+    replica, agent = opened
+    put(replica, agent.writes(3))
+    put(replica, agent.writes(2))
+    known = attach(replica).disks[0]
+    assert (known.ring_id, known.next_sequence) == (RING, 5)
+    replica.attach(SOURCE, [])  # taken out, and brought back
+    known = attach(replica).disks[0]
+    assert (known.ring_id, known.next_sequence) == (RING, 5)
+
+
 def test_duplicates_are_dropped_and_holes_refused(opened: tuple[Replica, Agent]) -> None:
     replica, agent = opened
     first, second, third = agent.writes(), agent.writes(), agent.writes()

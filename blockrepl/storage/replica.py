@@ -152,6 +152,7 @@ class Replica:
         Everything staged must have been committed. StateError, StorageError.
         """
         self._check_working()
+        self._write_catalog()  # or the reload below would forget how far the rings have come
         attach_disks(self.directory, self.catalog, source, disks, self._clock())
         self._sources.setdefault(source, SourceRow(source, 0, 0))
         self._reload()
