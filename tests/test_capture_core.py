@@ -30,7 +30,7 @@ from serving import Disk, Replay, as_root, place, stale_regions, tool, wait_for
 from blockrepl import limits
 from blockrepl.formats.frame import FUA, KIND_MASK, RecordKind
 from blockrepl.storage.clock import open_clock
-from blockrepl.units import MIB
+from blockrepl.units import KIB, MIB
 from scripts.guest.pair import Pair
 
 __all__ = ["place"]
@@ -73,6 +73,28 @@ def test_records_replayed_are_the_image_and_every_prefix_is_legal(place: Pair) -
     assert len(history) > 100
     assert check(history, views) == []
     assert bytes(replay.content) == disk.content()
+
+
+def test_writes_that_meet_are_recorded_in_the_order_they_reached_the_disk(place: Pair) -> None:
+    """Eight connections write, zero and trim the same range at once, again and again."""
+    disk = Disk(place, size_bytes=MIB, ring_bytes=64 * MIB)
+    disk.start()
+    replay = replay_of(disk)
+    clients = [Client(disk.socket) for _ in range(8)]
+    for number in range(400):
+        for sequence, client in enumerate(clients):
+            data = bytes([1 + (number * 8 + sequence) % 255]) * (128 * KIB)
+            if sequence % 4 == 3:
+                kind = nbd_client.TRIM if sequence == 3 else nbd_client.WRITE_ZEROES
+                client.send(kind, 4096 * sequence, len(data))
+            else:
+                client.send(nbd_client.WRITE, 4096 * sequence, data=data)
+        for client in clients:
+            assert client.receive()[1] == 0
+        replay.drain()
+        assert replay.differing_regions(disk.content()) == [], f"after round {number}"
+    for client in clients:
+        client.close()
 
 
 def test_a_record_holds_its_own_copy_of_what_was_written(place: Pair) -> None:
