@@ -419,6 +419,20 @@ async def test_another_replica_gets_everything_and_is_remembered(
     assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
 
 
+async def test_a_disk_that_joins_a_running_group_has_no_record_under_its_watermark(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE, content=random_bytes(SIZE), bound=False)
+    guest = source.guest(entry)
+    guest.write(0, b"x" * 4096)
+    source.watermark = source.clock.now()  # of the group's other disks
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)):
+        guest.write(4096, b"y" * 4096)
+        await until(receiver.marks)
+    check_stream(receiver.frames, source.watermark)
+    assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+
+
 # --- consistent
 
 

@@ -173,7 +173,7 @@ def test_another_replica_makes_everything_stale(
 ) -> None:
     answer = known(state, ring_id, 1 << 40)  # of whatever ring that replica knew
     assert resume(answer, ring(has_stale=has_stale), same_replica=False) == Resume(
-        100, mark_all_stale=True, gap=state == "ready"
+        200, mark_all_stale=True, gap=state == "ready"
     )
 
 

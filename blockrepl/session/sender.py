@@ -15,7 +15,9 @@ Where to go on with a disk, `resume`, is this table:
 ====================  ==================  ===============================================
 the receiver knows    this ring           then
 ====================  ==================  ===============================================
-another replica       any                 everything is stale, go on at the ring's tail
+another replica       any                 everything is stale, and what the ring holds is in that
+                                          content: go on at its head. Its records may be older than
+                                          the group's watermark there
 this ring             at or past tail     go on at the receiver's next record
 this ring             before tail         the receiver has lost durable records: everything is
                                           stale, gap
@@ -137,7 +139,7 @@ def resume(known: AttachedDisk, ring: RingState, *, same_replica: bool) -> Resum
     """Where to go on with a disk; the table above. PeerError when the receiver is ahead of it."""
     is_ready = known.state == "ready"
     if not same_replica:
-        return Resume(ring.tail, mark_all_stale=True, gap=is_ready)
+        return Resume(ring.head, mark_all_stale=True, gap=is_ready)
     if known.ring_id == ring.ring_id:
         if known.next_sequence > ring.head:
             raise PeerError("the receiver claims records that were never written")
