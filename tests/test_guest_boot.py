@@ -183,7 +183,7 @@ def protected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 
 def assert_latest_equals_source(made: Pair) -> None:
-    """After a shutdown: the newest view is the source's disk, byte for byte, and fsck is content."""
+    """After a shutdown: the newest view is the source's disk byte for byte, and fsck is content."""
     made.wait_replicating(GROUP)
     made.wait_durable(GROUP)
     with made.mounted(GROUP) as tree:
