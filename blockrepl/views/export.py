@@ -72,25 +72,27 @@ def export_qcow2(replica: Path, view: View, disk: str, target: Path, progress: P
         if shutil.which(program) is None:
             raise StateError(f"{program} is not installed", hint=f"apt-get install {package}")
     with _replacing(target) as temporary, tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [
-                *("nbdkit", "--readonly", "--unix", "-", "python", str(plugin_script("view"))),
-                *(f"replica={replica}", f"disk={disk}", f"at_ns={view.at_ns}"),
-                *("--run", 'exec qemu-img convert -p -f raw -O qcow2 "$uri" "$BLOCKREPL_OUT"'),
-            ],
-            env=_environment(temporary),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-        )
+        process = None
         try:
+            process = subprocess.Popen(
+                [
+                    *("nbdkit", "--readonly", "--unix", "-", "python", str(plugin_script("view"))),
+                    *(f"replica={replica}", f"disk={disk}", f"at_ns={view.at_ns}"),
+                    *("--run", 'exec qemu-img convert -p -f raw -O qcow2 "$uri" "$BLOCKREPL_OUT"'),
+                ],
+                env=_environment(temporary),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+            )
             assert process.stdout is not None
             for percent in _percents(process.stdout):
                 progress(int(size_bytes * percent / 100))
             status = process.wait()
         finally:
-            _end(process)
+            if process is not None:
+                _end(process)
         if status:
             errors.seek(0)
             raise _failure(errors.read().decode("utf-8", "replace"), status)
@@ -138,17 +140,17 @@ def _failure(text: str, status: int) -> StorageError | DamageError:
 def _replacing(target: Path) -> Iterator[Path]:
     """A temporary file beside the target that becomes it in the end, or goes."""
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    try:
-        with _ending_in_order():
+    with _ending_in_order():
+        try:
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.rename(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(target.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_directory(target.parent)
 
 
 @contextmanager

@@ -30,7 +30,6 @@ import os
 import stat
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar, cast
 
@@ -53,6 +52,7 @@ from blockrepl.errors import BlockreplError, DamageError
 from blockrepl.model import points
 from blockrepl.storage.history import ReplicaHistory, State
 from blockrepl.units import KIB, format_instant
+from blockrepl.views.fuse_nodes import Folder, Image, Link, Node, Nodes, ViewFolder
 from blockrepl.views.view import View, window_cache
 
 log = logging.getLogger(__name__)
@@ -66,65 +66,6 @@ NAME_BYTES_MAX = 255
 Result = TypeVar("Result")
 
 ROOT, CHECKPOINTS, AT = InodeT(pyfuse3.ROOT_INODE), InodeT(2), InodeT(3)
-FIRST_DYNAMIC = 16
-
-
-@dataclass(frozen=True, slots=True)
-class _Folder:
-    """One of the fixed directories of the tree."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Link:
-    """A symlink to the instant that a point means whenever it is asked. ``up`` leads to ``at``."""
-
-    point: str
-    up: str
-
-
-@dataclass(frozen=True, slots=True)
-class _ViewFolder:
-    at_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Image:
-    at_ns: int
-    disk: str
-
-
-_Node = _Folder | _Link | _ViewFolder | _Image
-
-
-@dataclass(slots=True)
-class _Nodes:
-    """Inodes the kernel knows, with its count of lookups of each."""
-
-    by_inode: dict[InodeT, _Node] = field(default_factory=dict)
-    by_node: dict[_Node, InodeT] = field(default_factory=dict)
-    lookups: dict[InodeT, int] = field(default_factory=dict)
-    next_inode: int = FIRST_DYNAMIC
-
-    def inode(self, node: _Node) -> InodeT:
-        inode = self.by_node.get(node)
-        if inode is None:
-            inode = InodeT(self.next_inode)
-            self.next_inode += 1
-            self.by_node[node] = inode
-            self.by_inode[inode] = node
-            self.lookups[inode] = 0
-        return inode
-
-    def looked_up(self, inode: InodeT) -> None:
-        if inode in self.lookups:
-            self.lookups[inode] += 1
-
-    def forget(self, inode: InodeT, count: int) -> None:
-        if inode in self.lookups:
-            self.lookups[inode] -= count
-            if self.lookups[inode] <= 0:
-                del self.lookups[inode]
-                del self.by_node[self.by_inode.pop(inode)]
 
 
 class ViewFileSystem(pyfuse3.Operations):
@@ -138,13 +79,13 @@ class ViewFileSystem(pyfuse3.Operations):
         self._replica = replica
         self._windows = window_cache()
         self._views: dict[int, View] = {}
-        self._nodes = _Nodes()
+        self._nodes = Nodes()
         self._open: dict[FileHandleT, tuple[View, str]] = {}
         self._next_handle = 1
         self._readers = trio.CapacityLimiter(READERS)
         self._told: set[str] = set()
         self._started_ns = time.time_ns()
-        self._root: _Node = _Folder() if at_ns is None else _ViewFolder(at_ns)
+        self._root: Node = Folder() if at_ns is None else ViewFolder(at_ns)
         if at_ns is not None:
             self._views[at_ns] = View(replica, at_ns, state, self._windows)
 
@@ -155,12 +96,12 @@ class ViewFileSystem(pyfuse3.Operations):
     ) -> EntryAttributes:
         text = os.fsdecode(name)
         parent = self._node(parent_inode)
-        if isinstance(parent, _ViewFolder):
+        if isinstance(parent, ViewFolder):
             attributes = self._image_entry(parent, text)
         elif parent_inode == ROOT:
             attributes = await self._top_entry(text)
         elif parent_inode == CHECKPOINTS:
-            attributes = await self._link_entry(_Link(f"tag:{text}", "../at/"))
+            attributes = await self._link_entry(Link(f"tag:{text}", "../at/"))
         else:
             attributes = await self._instant_entry(text)
         self._nodes.looked_up(attributes.st_ino)
@@ -172,43 +113,41 @@ class ViewFileSystem(pyfuse3.Operations):
         if name == "at":
             return self._folder_attributes(AT, self._started_ns)
         if name == "latest":
-            return await self._link_entry(_Link("latest", "at/"))
+            return await self._link_entry(Link("latest", "at/"))
         raise FUSEError(errno.ENOENT)
 
-    async def _link_entry(self, link: _Link) -> EntryAttributes:
+    async def _link_entry(self, link: Link) -> EntryAttributes:
         target = await self._target(link)
         return self._link_attributes(link, target)
 
     async def _instant_entry(self, text: str) -> EntryAttributes:
         at_ns = await self._resolve(text)
         if format_instant(at_ns) != text:
-            return self._link_attributes(_Link(text, ""), format_instant(at_ns))
+            return self._link_attributes(Link(text, ""), format_instant(at_ns))
         await self._view(at_ns)
-        return self._folder_attributes(self._nodes.inode(_ViewFolder(at_ns)), at_ns)
+        return self._folder_attributes(self._nodes.inode(ViewFolder(at_ns)), at_ns)
 
-    def _image_entry(self, folder: _ViewFolder, name: str) -> EntryAttributes:
+    def _image_entry(self, folder: ViewFolder, name: str) -> EntryAttributes:
         disk = name.removesuffix(IMAGE_SUFFIX)
         if disk == name or disk not in self._views[folder.at_ns].disks:
             raise FUSEError(errno.ENOENT)
-        return self._image_attributes(_Image(folder.at_ns, disk))
+        return self._image_attributes(Image(folder.at_ns, disk))
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for inode, count in inode_list:
             self._nodes.forget(inode, count)
-        used = {
-            node.at_ns for node in self._nodes.by_node if isinstance(node, _ViewFolder | _Image)
-        }
-        if isinstance(self._root, _ViewFolder):
+        used = {node.at_ns for node in self._nodes.by_node if isinstance(node, ViewFolder | Image)}
+        if isinstance(self._root, ViewFolder):
             used.add(self._root.at_ns)
         self._views = {at_ns: view for at_ns, view in self._views.items() if at_ns in used}
 
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
         node = self._node(inode)
-        if not isinstance(node, _Link):
+        if not isinstance(node, Link):
             raise FUSEError(errno.EINVAL)
         return FileNameT(os.fsencode(await self._target(node)))
 
-    async def _target(self, link: _Link) -> str:
+    async def _target(self, link: Link) -> str:
         return link.up + format_instant(await self._resolve(link.point))
 
     async def _resolve(self, text: str) -> int:
@@ -241,20 +180,20 @@ class ViewFileSystem(pyfuse3.Operations):
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
         node = self._node(inode)
         match node:
-            case _Folder():
+            case Folder():
                 return self._folder_attributes(inode, self._started_ns)
-            case _ViewFolder():
+            case ViewFolder():
                 return self._folder_attributes(inode, node.at_ns)
-            case _Image():
+            case Image():
                 return self._image_attributes(node)
-            case _Link():
+            case Link():
                 return self._link_attributes(node, await self._target(node))
 
-    def _node(self, inode: InodeT) -> _Node:
+    def _node(self, inode: InodeT) -> Node:
         if inode == ROOT:
             return self._root
         if inode in (CHECKPOINTS, AT):
-            return _Folder()
+            return Folder()
         try:
             return self._nodes.by_inode[inode]
         except KeyError:
@@ -263,12 +202,12 @@ class ViewFileSystem(pyfuse3.Operations):
     def _folder_attributes(self, inode: InodeT, at_ns: int) -> EntryAttributes:
         return _attributes(inode, stat.S_IFDIR | 0o500, at_ns, FOREVER_SECONDS, links=2)
 
-    def _link_attributes(self, link: _Link, target: str) -> EntryAttributes:
+    def _link_attributes(self, link: Link, target: str) -> EntryAttributes:
         inode = self._nodes.inode(link)
         at_ns = time.time_ns()
         return _attributes(inode, stat.S_IFLNK | 0o777, at_ns, 0.0, size_bytes=len(target))
 
-    def _image_attributes(self, image: _Image) -> EntryAttributes:
+    def _image_attributes(self, image: Image) -> EntryAttributes:
         view = self._views[image.at_ns]
         size_bytes = view.disk(image.disk).size_bytes
         try:
@@ -319,7 +258,7 @@ class ViewFileSystem(pyfuse3.Operations):
     ) -> list[tuple[str, Callable[[], Awaitable[EntryAttributes]]]]:
         """Names of a directory and how to get at their attributes."""
         node = self._node(inode)
-        if isinstance(node, _ViewFolder):
+        if isinstance(node, ViewFolder):
             names = [f"{disk}{IMAGE_SUFFIX}" for disk in self._views[node.at_ns].disks]
             return [(name, _later(self._image_entry, node, name)) for name in names]
         if inode == ROOT:
@@ -328,7 +267,7 @@ class ViewFileSystem(pyfuse3.Operations):
             ]
         if inode == CHECKPOINTS:
             state = await self._in_thread(self._replica.state)
-            links = {name: _Link(f"tag:{name}", "../at/") for name in sorted(state.checkpoints)}
+            links = {name: Link(f"tag:{name}", "../at/") for name in sorted(state.checkpoints)}
             return [(name, partial(self._link_entry, link)) for name, link in links.items()]
         names = [format_instant(at_ns) for at_ns in sorted(self._views)]
         return [(name, partial(self._instant_entry, name)) for name in names]
@@ -337,7 +276,7 @@ class ViewFileSystem(pyfuse3.Operations):
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         node = self._node(inode)
-        if not isinstance(node, _Image):
+        if not isinstance(node, Image):
             raise FUSEError(errno.EISDIR)
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
