@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import trio
 from pumping import (
+    REPLICA,
+    SOURCE,
     Guest,
     Received,
     Receiver,
@@ -29,6 +31,8 @@ from blockrepl import limits
 from blockrepl.errors import PeerError
 from blockrepl.formats.frame import FrameKind, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
+from blockrepl.formats.messages import Attached
+from blockrepl.services.agent_session import AgentSession, GroupSession
 from blockrepl.services.group_pump import WantedCheckpoint
 from blockrepl.storage.ring import ring_path
 from blockrepl.units import KIB, MIB
@@ -253,7 +257,7 @@ async def test_a_gap_is_told_first_and_closed_when_all_was_sent_again(
         ring = pump.disks[0].ring
         assert ring is not None
         assert ring.gap_from() == 0
-        assert pump.disks[0].state == "ready"
+        await until(lambda: pump.disks[0].state == "ready")
     gap, consistent = receiver.marks()
     assert gap == GapMark(disk=entry.id, from_ns=stamp)
     assert isinstance(consistent, ConsistentMark)
@@ -431,6 +435,43 @@ async def test_a_disk_that_joins_a_running_group_has_no_record_under_its_waterma
         await until(receiver.marks)
     check_stream(receiver.frames, source.watermark)
     assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+
+
+async def test_no_watermark_passes_what_a_disk_that_cannot_be_opened_holds(
+    source: Source, receiver: Receiver
+) -> None:
+    entry, other = source.add("root", SIZE), source.add("data", SIZE, hot=True)
+    away = entry.image.with_suffix(".away")
+    stamp = source.guest(entry).write(0, b"x" * 512)
+    entry.image.rename(away)  # its server goes on with the file it has open
+    busy = source.guest(other)
+    told = Attached(
+        group="web",
+        group_id=REPLICA,
+        next_number=1,
+        watermark=source.watermark,
+        disks=[known(entry), known(other, "gap")],
+    )
+    # No receiver answers: only how the group is taken up matters here.
+    session = AgentSession(None, SOURCE, source.disks, source.clock)  # type: ignore[arg-type]
+    group = GroupSession("web", source.disks.all())
+    session._open_disks(group, told)
+    assert list(group.errors) == ["root"]
+    assert group.pump is not None
+    group.pump._send = receiver.send
+    receiver.pump = group.pump
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(group.pump.run)
+        busy.write(0, b"y" * 512)
+        await until(lambda: receiver.records(other.id.bytes))
+        busy.write(512, b"y" * 512)
+        await until(lambda: len(receiver.records(other.id.bytes)) == 2)
+        await group.pump.stop()
+    assert receiver.watermark() < stamp
+    assert receiver.of(FrameKind.SYNC) == receiver.marks() == []
+    check_stream(receiver.frames, source.watermark)
+    for disk in group.disks:
+        disk.close()
 
 
 # --- consistent

@@ -246,7 +246,14 @@ class AgentSession:
                 continue
             session.disks.append(disk)
         sender = GroupSender.attached(attached, *self._window)
-        session.pump = GroupPump(session.disks, sender, self._source, self._clock, self._sending())
+        session.pump = GroupPump(
+            session.disks,
+            sender,
+            self._source,
+            self._clock,
+            self._sending(),
+            held=bool(session.errors),
+        )
 
     def _sending(self) -> Callable[[tuple[Buffer, ...]], Awaitable[None]]:
         async def send(buffers: tuple[Buffer, ...]) -> None:

@@ -11,6 +11,9 @@ A round, in this order; the order is what makes watermarks and marks true:
 7. send one piece of each disk that has stale regions, stamped with the watermark: everything up to
    it has been sent before, everything newer comes after
 
+A pump is held while a disk of its group cannot be opened: what that disk's ring holds is older than
+any watermark of now. It sends the others' records, under the watermark of before, and nothing else.
+
 Rounds follow each other at once while there is a backlog or something to sync, else every few
 milliseconds, so that a frame is worth its header.
 """
@@ -68,8 +71,11 @@ class GroupPump:
         source: bytes,
         clock: SourceClock,
         send: SendFrame,
+        *,
+        held: bool = False,
     ) -> None:
         self.disks = disks
+        self.held = held
         self.sender = sender
         self.sent_bytes = 0
         self.checkpoints: list[WantedCheckpoint] = []
@@ -130,7 +136,9 @@ class GroupPump:
         )
 
     def _wants_sync(self) -> bool:
-        return any(disk.ring is not None and disk.ring.needs_sync() for disk in self.disks)
+        return not self.held and any(
+            disk.ring is not None and disk.ring.needs_sync() for disk in self.disks
+        )
 
     # --- a round
 
@@ -156,6 +164,8 @@ class GroupPump:
                     self._watermark,
                     Release(disk.id, gap_from=from_ns),
                 )
+        if self.held:
+            return await self._send_records(heads, self._watermark)
         worked = await self._send_records(heads, watermark)
         wanted, self.checkpoints = self.checkpoints, []
         for disk in settled:
