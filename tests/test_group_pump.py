@@ -32,8 +32,11 @@ from blockrepl.errors import PeerError
 from blockrepl.formats.frame import FrameKind, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
 from blockrepl.formats.messages import Attached
+from blockrepl.services import group_pump
 from blockrepl.services.agent_session import AgentSession, GroupSession
 from blockrepl.services.group_pump import WantedCheckpoint
+from blockrepl.services.source_disk import SourceDisk
+from blockrepl.storage.pieces import Piece, read_piece
 from blockrepl.storage.ring import ring_path
 from blockrepl.units import KIB, MIB
 
@@ -378,6 +381,25 @@ async def test_a_record_lost_during_the_first_sync_ends_the_base(
     check_stream(receiver.frames, source.watermark)
 
 
+async def test_a_record_lost_while_content_is_read_keeps_it_out_of_the_base(
+    source: Source, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = source.add("root", MIB, hot=True, content=random_bytes(MIB))
+    guest = source.guest(entry)
+
+    def read(image: int, regions: range, size_bytes: int, stamp: int) -> Piece:
+        piece = read_piece(image, regions, size_bytes, stamp)
+        if not receiver.frames:
+            guest.write(0, b"x" * 512, kept=False)
+        return piece
+
+    monkeypatch.setattr(group_pump, "read_piece", read)
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)):
+        await until(receiver.marks)
+    assert receiver.of(FrameKind.BASE) == []
+    assert replay(receiver.frames, entry.id.bytes, MIB) == entry.image.read_bytes()
+
+
 async def test_a_region_is_done_when_its_content_is_durable_and_not_before(
     source: Source, receiver: Receiver
 ) -> None:
@@ -421,6 +443,58 @@ async def test_another_replica_gets_everything_and_is_remembered(
         assert source.disks.load("root").replica == pump.disks[0].entry.replica is not None
         await until(receiver.marks)
     assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+
+
+async def test_a_first_sync_that_lost_its_ring_begins_anew(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE, content=random_bytes(SIZE), bound=False)
+    receiver.at_once = False
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)):
+        await until(lambda: receiver.of(FrameKind.BASE))
+    ring_path(entry.id.bytes).unlink()  # a power cut: what was stale is known to nobody
+    again = Receiver()
+    async with pumping(source, again, known(entry, "empty", ring_id=0)):
+        await until(again.marks)
+    assert replay(again.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+
+
+async def test_what_is_synced_is_not_sent_again_when_its_ring_is_lost(
+    source: Source, receiver: Receiver
+) -> None:
+    entry = source.add("root", SIZE, content=random_bytes(SIZE), bound=False)
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)) as pump:
+        await until(receiver.marks)
+        await a_round(pump)
+    ring_path(entry.id.bytes).unlink()
+    again = Receiver()
+    async with pumping(source, again, known(entry, "ready", ring_id=0)) as pump:
+        source.make_ring(entry)
+        source.guest(entry).write(0, b"x" * 512)
+        await until(lambda: again.records(entry.id.bytes))
+        await a_round(pump)
+    assert again.of(FrameKind.SYNC) == again.marks() == []
+
+
+async def test_after_a_lost_ring_no_later_session_writes_the_base(source: Source) -> None:
+    entry = source.add("root", SIZE, hot=True, content=random_bytes(SIZE))
+    first, second, third = Receiver(), Receiver(at_once=False), Receiver()
+    guest = source.guest(entry)
+    guest.write(6 * MIB, b"1" * 4096)
+    told = known(entry, "empty", ring_id=0)
+    first.at_once = False
+    async with pumping(source, first, told, window_messages=1):
+        await until(lambda: first.records(entry.id.bytes))  # journaled
+    guest.write(6 * MIB, b"2" * 4096)
+    told = known(entry, "empty", next_sequence=1)
+    ring_path(entry.id.bytes).unlink()  # a power cut
+    source.make_ring(entry)
+    async with pumping(source, second, told, window_messages=1):
+        await until(lambda: second.of(FrameKind.SYNC))  # the first regions
+    async with pumping(source, third, known(entry, "empty")):
+        await until(third.marks)
+    sent = [*first.frames, *second.frames, *third.frames]
+    assert replay(sent, entry.id.bytes, SIZE) == entry.image.read_bytes()
 
 
 async def test_a_disk_that_joins_a_running_group_has_no_record_under_its_watermark(
@@ -531,6 +605,30 @@ async def test_the_record_of_a_write_under_way_comes_before_the_consistent_mark(
     at = [frame.mark for frame in receiver.frames].index(mark)
     assert any(frame.header.kind == FrameKind.RECORDS and frame.records
                for frame in receiver.frames[:at])  # fmt: skip
+
+
+async def test_a_record_lost_after_the_last_look_and_before_the_clock_puts_off_the_mark(
+    source: Source, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = source.add("root", MIB, hot=True)
+    guest = source.guest(entry)
+    lost: list[int] = []
+    read_clock = source.clock.now
+
+    def now() -> int:
+        ring = disk.ring if disk else None
+        if not lost and receiver.frames and ring and not ring.is_syncing():
+            lost.append(guest.write(0, b"x" * 512, kept=False))
+        return read_clock()
+
+    disk: SourceDisk | None = None
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)) as pump:
+        disk = pump.disks[0]
+        monkeypatch.setattr(source.clock, "now", now)
+        await until(lambda: pump.disks[0].state == "ready")
+    (mark,) = receiver.marks()
+    at = [frame.mark for frame in receiver.frames].index(mark)
+    assert replay(receiver.frames[:at], entry.id.bytes, MIB) == entry.image.read_bytes()
 
 
 async def test_a_ready_disk_says_nothing_more(source: Source, receiver: Receiver) -> None:

@@ -127,6 +127,8 @@ class GroupPump:
             disk.ring.release(release.next_sequence)
         for region in release.regions:
             disk.ring.end_sync(region)
+        if release.consistent:
+            disk.consistent_durable()
 
     def _backlog_bytes(self) -> int:
         return sum(
@@ -210,7 +212,8 @@ class GroupPump:
 
     async def _send_consistent(self, disk: SourceDisk, watermark: int) -> None:
         mark = ConsistentMark(disk=UUID(bytes=disk.id), at_ns=watermark)
-        await self._send_mark(mark, disk, watermark, Release(disk.id))
+        ring_id = disk.ring.geometry.ring_id if disk.ring else 0
+        await self._send_mark(mark, disk, watermark, Release(disk.id, ring_id, consistent=True))
         disk.became_consistent()
 
     async def _send_checkpoint(self, wanted: WantedCheckpoint, watermark: int) -> None:

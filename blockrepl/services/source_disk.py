@@ -59,6 +59,7 @@ class SourceDisk:
             if (
                 not same_replica
                 or known.state != "ready"
+                or self.entry.stale_ring
                 or self._disks.hot_regions(self.entry).any()
             ):
                 self._disks.ensure_ring(self.entry, self._clock)
@@ -73,10 +74,19 @@ class SourceDisk:
     def _resume(
         self, ring: RingReader, known: AttachedDisk, watermark: int, *, same_replica: bool
     ) -> None:
-        state = RingState(ring.geometry.ring_id, ring.tail(), ring.head(), ring.needs_sync())
-        plan = resume(known, state, same_replica=same_replica)
+        ring_id = ring.geometry.ring_id
+        stale_ring, base_ring = self.entry.stale_ring, self.entry.base_ring
+        state = RingState(ring_id, ring.tail(), ring.head(), ring.needs_sync())
+        plan = resume(known, state, same_replica=same_replica and stale_ring in (0, ring_id))
         if plan.mark_all_stale:
             ring.mark_all_stale()
+            stale_ring, base_ring = ring_id, 0
+        elif known.state == "ready" and not ring.needs_sync():
+            stale_ring = 0
+        if known.ring_id == 0 and known.state == "empty":
+            base_ring = ring_id
+        # Noted after the marks and before a record is released: a crash between loses neither.
+        self.entry = self._disks.note_rings(self.entry, stale_ring=stale_ring, base_ring=base_ring)
         if plan.gap:
             self._gap_before_ring = watermark + 1
         self.cursor = plan.cursor
@@ -133,7 +143,7 @@ class SourceDisk:
         ring = self.ring
         if ring is None:
             return
-        if self.state != "ready" or self.cursor != ring.head():
+        if self.state != "ready" or self.cursor != ring.head() or self.entry.stale_ring:
             if ring.writes_in_flight() or not ring.quiesce():
                 self._disks.recover_ring(self.entry, ring, self._clock)
         elif self._disks.retire_ring(self.entry, ring, self._clock):
@@ -168,14 +178,14 @@ class SourceDisk:
     def may_use_base(self) -> bool:
         """Whether content may go straight into the base image.
 
-        Only while the journal can hold nothing that is newer than what it would hide: first sync,
-        no record of the disk ever lost, none from an earlier ring.
+        Only while the journal can hold nothing that is older than the content and would hide it:
+        first sync, no record of the disk ever lost, none from an earlier ring.
         """
         return (
             self.ring is not None
             and self.state == "empty"
             and self.ring.stale_marks() == 0
-            and self._known_ring in (0, self.ring.geometry.ring_id)
+            and self.entry.base_ring == self.ring.geometry.ring_id
         )
 
     def settled(self) -> bool:
@@ -194,3 +204,9 @@ class SourceDisk:
     def became_consistent(self) -> None:
         self.state = "ready"
         self._unsettled = None
+
+    def consistent_durable(self) -> None:
+        """All that was ever marked stale in the ring is durable, or hot since."""
+        self.entry = self._disks.note_rings(
+            self.entry, stale_ring=0, base_ring=self.entry.base_ring
+        )

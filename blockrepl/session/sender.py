@@ -48,6 +48,7 @@ class Release:
     next_sequence: int = 0  # records of the disk's ring before it are durable; 0: none were sent
     regions: tuple[int, ...] = ()  # whose content is durable
     gap_from: int = 0  # the gap that the receiver now knows of
+    consistent: bool = False  # the receiver knows that the replica equals the disk
     checkpoint: str = ""
 
 

@@ -47,6 +47,11 @@ class DiskEntry(BaseModel):
     size_bytes: Annotated[int, Field(gt=0, multiple_of=limits.SECTOR_BYTES)]
     ring_bytes: Annotated[int, Field(ge=limits.RING_BYTES_MIN, le=limits.RING_BYTES_MAX)]
     replica: UUID | None = None  # group id of the replica that the hot map speaks about
+    # The ring whose stale map says what that replica lacks, where the hot map does not; 0: the hot
+    # map says it all. With this ring lost, nothing is known: everything must be sent again.
+    stale_ring: int = 0
+    # The ring of all records that the replica's journal holds of the disk; 0: there are others.
+    base_ring: int = 0
 
 
 class SourceDisks:
@@ -165,9 +170,20 @@ class SourceDisks:
 
     def bind_replica(self, entry: DiskEntry, replica: UUID) -> DiskEntry:
         """Note which replica the hot map speaks about, durably."""
-        bound = entry.model_copy(update={"replica": replica})
-        self._write(bound)
-        return bound
+        return self._update(entry, replica=replica)
+
+    def note_rings(self, entry: DiskEntry, *, stale_ring: int, base_ring: int) -> DiskEntry:
+        """Note what depends on a ring, durably."""
+        if (entry.stale_ring, entry.base_ring) == (stale_ring, base_ring):
+            return entry
+        return self._update(entry, stale_ring=stale_ring, base_ring=base_ring)
+
+    def _update(self, entry: DiskEntry, **changes: object) -> DiskEntry:
+        changed = entry.model_copy(update=changes)
+        with self.lock(entry):
+            if (self.directory / f"{entry.name}.json").exists():  # not removed meanwhile
+                self._write(changed)
+        return changed
 
     # --- places
 
