@@ -8,8 +8,9 @@ A round, in this order; the order is what makes watermarks and marks true:
 4. read each ring's gap; report new gaps first, so that no watermark passes one unreported
 5. send all records up to the heads seen in 3; the last frame carries the watermark
 6. send marks: disks that are consistent again, checkpoints asked for
-7. send one piece of each disk that has stale regions, stamped with the watermark: everything up to
-   it has been sent before, everything newer comes after
+7. send one piece of each disk that has stale regions, unless its gap is yet to be reported. Its
+   stamp is the watermark, or that of the disk's last record sent (5 may send some that are younger
+   than 2): everything up to it has been sent before, everything newer comes after
 
 A pump is held while a disk of its group cannot be opened: what that disk's ring holds is older than
 any watermark of now. It sends the others' records, under the watermark of before, and nothing else.
@@ -206,6 +207,7 @@ class GroupPump:
                 payload=batch.payload,
             )
             disk.cursor = batch.after
+            disk.sent_stamp = int(batch.columns.stamps[-1])
             await self._send_frame(frame, Release(disk.id, ring_id, next_sequence=batch.after))
             chunk = following
         return True
@@ -226,6 +228,9 @@ class GroupPump:
         ring, image = disk.ring, disk.image
         if ring is None or image is None or disk.gap_in_flight or not ring.needs_sync():
             return False
+        if disk.state == "ready":
+            return False  # lost since step 4: the next round reports the gap
+        stamp = max(watermark, disk.sent_stamp)
         size_bytes = disk.entry.size_bytes
         regions = await trio.to_thread.run_sync(
             choose_regions, image, ring.stale.copy(), size_bytes
@@ -233,7 +238,7 @@ class GroupPump:
         base = disk.may_use_base()
         for region in regions:
             ring.begin_sync(region)
-        piece = await trio.to_thread.run_sync(read_piece, image, regions, size_bytes, watermark)
+        piece = await trio.to_thread.run_sync(read_piece, image, regions, size_bytes, stamp)
         for region in regions[len(piece.regions) :]:
             ring.cancel_sync(region)
         base = base and disk.may_use_base()

@@ -39,6 +39,7 @@ class SourceDisk:
         self.state: DiskState = "empty"
         self.epoch = 0
         self.cursor = 0
+        self.sent_stamp = 0  # of the last record sent
         self.gap_in_flight = 0
         self._gap_before_ring = 0  # a gap that no ring reports: history broken since this stamp
         self._known_ring = 0
