@@ -519,6 +519,17 @@ def test_an_in_flight_range_outside_the_disk_breaks_nothing(
     assert not ring.writes_in_flight()
 
 
+def test_an_entry_that_does_not_parse_stops_no_other_disk(
+    disks: SourceDisks, entry: DiskEntry, caplog: pytest.LogCaptureFixture
+) -> None:
+    (disks.directory / "torn.json").write_text('{"name": "to')
+    assert disks.all() == [disks.load(entry.name)]
+    assert disks.all() == [disks.load(entry.name)]
+    assert caplog.text.count("disk torn is not protected") == 1
+    with pytest.raises(StateError, match="does not parse"):
+        disks.load("torn")
+
+
 def test_a_reader_of_an_old_ring_gives_no_later_one_back(
     disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
 ) -> None:

@@ -9,6 +9,7 @@ server holds the image: then nothing is hot, and the shared memory is given back
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from pathlib import Path
@@ -35,6 +36,8 @@ from blockrepl.storage.home import (
 from blockrepl.storage.image import check_size, image_size, is_locked, lock_image
 from blockrepl.storage.ring import RingReader, create_ring, read_geometry, ring_path
 
+log = logging.getLogger(__name__)
+
 _SOCKET_PATH_BYTES_MAX = 107  # sun_path, with its final zero
 
 
@@ -60,6 +63,7 @@ class SourceDisks:
     def __init__(self, home: Home) -> None:
         self.home = home
         self.directory = home.source_directory / "disks"
+        self._reported: set[str] = set()  # entries that could not be read
 
     # --- entries
 
@@ -77,10 +81,20 @@ class SourceDisks:
         )
 
     def all(self) -> list[DiskEntry]:
+        """Every disk whose entry can be read; one that cannot is logged, once.
+
+        It must not stop the others.
+        """
         entries = []
         for name in self.names():
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            try:
                 entries.append(self._read(self.directory / f"{name}.json"))
+            except FileNotFoundError:
+                continue  # removed meanwhile
+            except StateError as error:
+                if name not in self._reported:
+                    self._reported.add(name)
+                    log.error("disk %s is not protected: %s; %s", name, error, error.hint)
         return entries
 
     def _read(self, path: Path) -> DiskEntry:
