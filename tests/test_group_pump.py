@@ -3,6 +3,7 @@ nothing twice, nothing under a watermark, and no claim that is not true yet."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -768,6 +769,54 @@ async def test_the_window_counts_bytes_too(source: Source, receiver: Receiver) -
         await trio.sleep(0.05)
         assert len(receiver.frames) == 3
         assert pump.sender.in_flight_bytes <= 4 * MIB
+
+
+async def test_a_watermark_waits_for_the_window_too(
+    source: Source, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "WATERMARK_SECONDS", 0.01)
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    receiver.at_once = False
+    async with pumping(source, receiver, known(entry), window_messages=2):
+        guest.write(0, b"x" * 512)
+        await until(lambda: len(receiver.frames) == 2)
+        await trio.sleep(0.1)  # ten watermarks would be due
+        assert len(receiver.frames) == 2
+        receiver.at_once = True
+        receiver.acknowledge()
+        await until(lambda: len(receiver.frames) > 4)
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_a_disk_that_cannot_be_read_holds_nothing_else_up(
+    source: Source, receiver: Receiver
+) -> None:
+    entry, other = source.add("root", SIZE), source.add("data", SIZE)
+    guest, busy = source.guest(entry), source.guest(other)
+    async with pumping(source, receiver, known(entry, "gap"), known(other)) as pump:
+        disk = pump.disks[0]
+        async with pump.between_rounds:
+            image, disk.image = disk.image, os.open(source.directory, os.O_RDONLY)
+            guest.write(0, b"x" * 512, kept=False)
+        stamp = busy.write(0, b"y" * 512)
+        await until(lambda: receiver.watermark() > stamp)
+        assert disk.ring is not None
+        await until(lambda: disk.ring is not None and disk.sync_after > 0)
+        assert disk.ring.needs_sync()
+        stamp = busy.write(0, b"z" * 512)
+        await until(lambda: receiver.watermark() > stamp)
+        assert receiver.of(FrameKind.SYNC) == []
+        async with pump.between_rounds:
+            assert disk.image is not None
+            os.close(disk.image)
+            disk.image, disk.sync_after = (
+                image,
+                0.0,
+            )  # the disk is well again, and its time has come
+        await until(lambda: any(mark.mark == "consistent" for mark in receiver.marks()))
+    check_stream(receiver.frames, source.watermark)
+    assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
 
 
 async def test_payload_that_waits_for_the_window_is_not_overwritten(

@@ -21,6 +21,7 @@ milliseconds, so that a frame is worth its header.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from uuid import UUID
@@ -41,8 +42,11 @@ from blockrepl.storage.clock import SourceClock
 from blockrepl.storage.pieces import choose_regions, read_piece
 from blockrepl.storage.ring import Batch
 
+log = logging.getLogger(__name__)
+
 POLL_SECONDS = 0.004
 IDLE_POLL_SECONDS = 0.01
+UNREADABLE_SECONDS = 5.0  # until a disk whose image gave an error is read again
 
 SendFrame = Callable[[tuple[Buffer, ...]], Awaitable[None]]
 
@@ -139,9 +143,7 @@ class GroupPump:
         )
 
     def _wants_sync(self) -> bool:
-        return not self.held and any(
-            disk.ring is not None and disk.ring.needs_sync() for disk in self.disks
-        )
+        return not self.held and any(disk.may_sync() for disk in self.disks)
 
     # --- a round
 
@@ -179,6 +181,7 @@ class GroupPump:
             await self._send_checkpoint(checkpoint, watermark)
             worked = True
         if not worked and watermark - self._watermark > limits.WATERMARK_SECONDS * 1e9:
+            await self._room(0)
             await self._send_frame(self._encode(None, FrameKind.RECORDS, watermark), Release())
         pieces = [await self._send_piece(disk, watermark) for disk, _ in rings]
         return worked or any(pieces)
@@ -226,19 +229,27 @@ class GroupPump:
 
     async def _send_piece(self, disk: SourceDisk, watermark: int) -> bool:
         ring, image = disk.ring, disk.image
-        if ring is None or image is None or disk.gap_in_flight or not ring.needs_sync():
+        if ring is None or image is None or disk.gap_in_flight or not disk.may_sync():
             return False
         if disk.state == "ready":
             return False  # lost since step 4: the next round reports the gap
         stamp = max(watermark, disk.sent_stamp)
         size_bytes = disk.entry.size_bytes
-        regions = await trio.to_thread.run_sync(
-            choose_regions, image, ring.stale.copy(), size_bytes
-        )
         base = disk.may_use_base()
-        for region in regions:
-            ring.begin_sync(region)
-        piece = await trio.to_thread.run_sync(read_piece, image, regions, size_bytes, stamp)
+        regions = range(0)
+        try:
+            regions = await trio.to_thread.run_sync(
+                choose_regions, image, ring.stale.copy(), size_bytes
+            )
+            for region in regions:
+                ring.begin_sync(region)
+            piece = await trio.to_thread.run_sync(read_piece, image, regions, size_bytes, stamp)
+        except OSError as error:
+            for region in regions:
+                ring.cancel_sync(region)
+            disk.sync_after = trio.current_time() + UNREADABLE_SECONDS
+            log.error("disk %s cannot be read: %s", disk.entry.name, error.strerror)
+            return False
         for region in regions[len(piece.regions) :]:
             ring.cancel_sync(region)
         base = base and disk.may_use_base()

@@ -20,6 +20,8 @@ from __future__ import annotations
 import os
 from uuid import UUID
 
+import trio
+
 from blockrepl.errors import StateError
 from blockrepl.formats.messages import AttachedDisk
 from blockrepl.session.sender import DiskState, RingState, resume
@@ -39,6 +41,7 @@ class SourceDisk:
         self.state: DiskState = "empty"
         self.epoch = 0
         self.cursor = 0
+        self.sync_after = 0.0  # no content is read before, by Trio's clock
         self.sent_stamp = 0  # of the last record sent
         self.gap_in_flight = 0
         self._gap_before_ring = 0  # a gap that no ring reports: history broken since this stamp
@@ -175,6 +178,14 @@ class SourceDisk:
         self._gap_before_ring = 0
         if self.ring is not None:
             self.ring.clear_gap(self.ring.gap_from())
+
+    def may_sync(self) -> bool:
+        """Whether there is content to send, and the image can be read."""
+        return (
+            self.ring is not None
+            and self.ring.needs_sync()
+            and trio.current_time() >= self.sync_after
+        )
 
     def may_use_base(self) -> bool:
         """Whether content may go straight into the base image.
