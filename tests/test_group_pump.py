@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -553,6 +554,32 @@ async def test_a_disk_that_joins_a_running_group_has_no_record_under_its_waterma
         await until(receiver.marks)
     check_stream(receiver.frames, source.watermark)
     assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+
+
+@pytest.mark.parametrize("state", ["empty", "ready", "gap"])
+async def test_a_disk_that_comes_back_to_its_group_has_no_record_under_its_watermark(
+    source: Source, receiver: Receiver, state: Literal["empty", "ready", "gap"]
+) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    async with pumping(source, receiver, known(entry, state, next_sequence=0)):
+        guest.write(MIB - 512, b"1" * 1024)
+        await until(lambda: receiver.records(entry.id.bytes))
+    missed = guest.write(MIB - 512, b"2" * 1024)
+    guest.writer.append(RecordKind.FLUSH)
+    source.watermark = source.clock.now()  # the group went on without the disk
+    again = Receiver()
+    async with pumping(source, again, known(entry, state, next_sequence=1)):
+        guest.write(5 * MIB, b"3" * 512)
+        await until(lambda: any(isinstance(mark, ConsistentMark) for mark in again.marks()))
+        await until(lambda: again.records(entry.id.bytes))
+    assert min(record[0] for record in again.records(entry.id.bytes)) > source.watermark
+    assert again.of(FrameKind.BASE) == []
+    if state == "ready":
+        assert isinstance(again.marks()[0], GapMark)
+        assert again.marks()[0].from_ns == missed
+    sent = [*receiver.frames, *again.frames]
+    assert replay(sent, entry.id.bytes, SIZE) == entry.image.read_bytes()
 
 
 async def test_no_watermark_passes_what_a_disk_that_cannot_be_opened_holds(

@@ -89,11 +89,20 @@ class SourceDisk:
             stale_ring = 0
         if known.ring_id == 0 and known.state == "empty":
             base_ring = ring_id
-        # Noted after the marks and before a record is released: a crash between loses neither.
-        self.entry = self._disks.note_rings(self.entry, stale_ring=stale_ring, base_ring=base_ring)
         if plan.gap:
             self._gap_before_ring = watermark + 1
-        self.cursor = plan.cursor
+        # The group may have gone on without the disk: nothing can be added beneath its watermark.
+        # What is skipped stays in the ring until a later position is durable at the receiver.
+        cursor = ring.first_after(watermark, plan.cursor, state.head)
+        if cursor > plan.cursor:
+            ring.mark_records_stale(plan.cursor, cursor)
+            if known.ring_id:
+                base_ring = 0
+            if known.state == "ready":
+                self._gap_before_ring = ring.stamp(plan.cursor)
+        # Noted after the marks and before a record is released: a crash between loses neither.
+        self.entry = self._disks.note_rings(self.entry, stale_ring=stale_ring, base_ring=base_ring)
+        self.cursor = cursor
         ring.release(plan.cursor)
 
     def refresh(self, watermark: int) -> None:

@@ -14,6 +14,7 @@ import mmap
 import os
 import secrets
 import time
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,6 +178,15 @@ class RingReader:
 
     # --- records
 
+    def first_after(self, stamp: int, first: int, head: int) -> int:
+        """The first record of [first, head) whose stamp is later; ``head`` when there is none."""
+        count = self.geometry.slot_count
+        stamps = self._slots["stamp"]
+        return first + bisect_right(range(first, head), stamp, key=lambda n: int(stamps[n % count]))
+
+    def stamp(self, sequence: int) -> int:
+        return int(self._slots["stamp"][sequence % self.geometry.slot_count])
+
     def take(self, first: int, head: int, payload_limit: int, record_limit: int) -> Batch:
         """Records from ``first`` on, at least one, up to the limits; ``first`` < ``head``."""
         count = self.geometry.slot_count
@@ -222,6 +232,17 @@ class RingReader:
 
     def mark_all_stale(self) -> None:
         self.stale[:] = 1
+
+    def mark_records_stale(self, first: int, after: int) -> None:
+        """All regions that records [first, after) touch."""
+        slots = self._slots[np.arange(first, after) % self.geometry.slot_count]
+        slots = slots[slots["length"] > 0]
+        region_bytes = np.uint64(self.geometry.region_bytes)
+        last_bytes = slots["offset"] + slots["length"] - np.uint64(1)
+        steps = np.zeros(self.geometry.region_count + 1, np.int64)
+        np.add.at(steps, slots["offset"] // region_bytes, 1)
+        np.add.at(steps, last_bytes // region_bytes + np.uint64(1), -1)
+        self.stale[np.cumsum(steps[:-1]) > 0] = 1
 
     def restart_syncs(self) -> None:
         """After a lost session: what was sent and not acknowledged must be sent again."""
