@@ -116,6 +116,22 @@ def test_a_source_that_comes_back_is_told_what_is_durable(opened: tuple[Replica,
     assert (known.ring_id, known.next_sequence) == (RING, 5)
 
 
+@pytest.mark.parametrize("skew_ns", [-(10**12), 10**12])
+def test_a_disk_is_gone_right_after_its_last_durable_instant_whatever_our_clock_says(
+    tmp_path: Path, skew_ns: int
+) -> None:
+    create_replica(tmp_path / "web", "web")
+    replica = open_replica(tmp_path / "web", clock=lambda: START + skew_ns)
+    agent = Agent.after(attach(replica))
+    put(replica, agent.writes(), agent.consistent(), agent.writes())
+    replica.attach(SOURCE, [])
+    (row,) = replica.catalog.disks(removed=True)
+    assert row.removed_ns == agent.stamp + 1
+    attach(replica)
+    assert replica.catalog.gaps() == [GapRow(DISK.bytes, agent.stamp + 1, None)]
+    replica.close()
+
+
 def test_duplicates_are_dropped_and_holes_refused(opened: tuple[Replica, Agent]) -> None:
     replica, agent = opened
     first, second, third = agent.writes(), agent.writes(), agent.writes()

@@ -9,7 +9,8 @@ a known one, same name and size          goes on
 a known one under another name or size,  StateError, nothing is changed
 or of another source
 a retired one                            taken back; the time between is a gap
-(a known one is not named)               retired: its history stays
+(a known one is not named)               retired right after the source's watermark: its history
+                                         stays. Never by our own clock, which may differ
 =======================================  =====================================================
 """
 
@@ -31,7 +32,7 @@ def image_path(directory: Path, disk_name: str) -> Path:
 
 
 def attach_disks(
-    directory: Path, catalog: Catalog, source: bytes, disks: Sequence[AttachDisk], now: int
+    directory: Path, catalog: Catalog, source: bytes, disks: Sequence[AttachDisk], after_ns: int
 ) -> None:
     """Apply the table in one transaction. StateError, StorageError."""
     with catalog.transaction():
@@ -49,7 +50,7 @@ def attach_disks(
         named = {disk.id.bytes for disk in disks}
         for row in known.values():
             if row.source == source and row.id not in named and row.removed_ns is None:
-                catalog.set_removed(row.id, now)
+                catalog.set_removed(row.id, after_ns)
 
 
 def _add(directory: Path, catalog: Catalog, source: bytes, disk: AttachDisk) -> None:

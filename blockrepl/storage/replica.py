@@ -153,11 +153,10 @@ class Replica:
         """
         self._check_working()
         self._write_catalog()  # or the reload below would forget how far the rings have come
-        attach_disks(self.directory, self.catalog, source, disks, self._clock())
-        self._sources.setdefault(source, SourceRow(source, 0, 0))
+        row = self._sources.setdefault(source, SourceRow(source, 0, 0))
+        attach_disks(self.directory, self.catalog, source, disks, row.watermark + 1)
         self._reload()
         self._forget_staged()
-        row = self._sources[source]
         return Attached(
             group=self.name,
             group_id=UUID(bytes=self.group_id),
