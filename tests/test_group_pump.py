@@ -30,7 +30,7 @@ from pumping import (
 )
 
 from blockrepl import limits
-from blockrepl.errors import PeerError
+from blockrepl.errors import PeerError, StateError
 from blockrepl.formats.frame import FrameKind, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
 from blockrepl.formats.messages import Attached
@@ -38,6 +38,8 @@ from blockrepl.services import group_pump
 from blockrepl.services.agent_session import AgentSession, GroupSession
 from blockrepl.services.group_pump import WantedCheckpoint
 from blockrepl.services.source_disk import SourceDisk
+from blockrepl.storage.clock import open_clock
+from blockrepl.storage.image import lock_image
 from blockrepl.storage.pieces import Piece, read_piece
 from blockrepl.storage.ring import ring_path
 from blockrepl.units import KIB, MIB
@@ -971,6 +973,28 @@ async def test_a_ring_made_between_two_rounds_has_no_record_under_a_watermark(
         await until(lambda: receiver.watermark() >= stamp)
         assert [record[0] for record in receiver.records(entry.id.bytes)] == [stamp]
     check_stream(receiver.frames, source.watermark)
+
+
+@pytest.mark.parametrize("damage", ["its file is gone", "it is of another clock"])
+@pytest.mark.parametrize("hot", [False, True])
+async def test_a_server_whose_ring_is_lost_is_not_taken_for_one_that_is_not_there(
+    source: Source, hot: bool, damage: str
+) -> None:
+    entry = source.add("root", SIZE, hot=hot)
+    told, path = known(entry), ring_path(entry.id.bytes)
+    server = lock_image(entry.image)
+    if damage == "its file is gone":
+        path.unlink()
+    else:
+        (source.disks.home.source_directory / "clock.json").unlink()
+        source.clock = open_clock(source.disks.home.source_directory)
+    disk = SourceDisk(source.disks, entry, source.clock)
+    with pytest.raises(StateError, match="lost") as caught:
+        disk.attach(told, REPLICA, source.watermark)
+    assert caught.value.code == "ring-lost"
+    os.close(server)
+    disk.attach(told, REPLICA, source.watermark)
+    disk.close()
 
 
 async def test_a_ring_whose_file_is_gone_is_read_while_its_server_writes_to_it(

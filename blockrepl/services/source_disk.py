@@ -60,10 +60,12 @@ class SourceDisk:
         self._unsettled = None
         self._known_ring = known.ring_id
         with self._disks.lock(self.entry):
+            self._disks.check_served_ring(self.entry, self._clock)
             if (
                 not same_replica
                 or known.state != "ready"
                 or self.entry.stale_ring
+                or ring_path(self.id).exists()  # of another clock, perhaps
                 or self._disks.hot_regions(self.entry).any()
             ):
                 self._disks.ensure_ring(self.entry, self._clock)
@@ -131,6 +133,12 @@ class SourceDisk:
         path = ring_path(self.id)
         if read_geometry(path) is None:
             return
+        if not self._disks.has_ring(self.entry, self._clock):
+            raise StateError(
+                f"the ring of disk {self.entry.name!r} is of another clock than the agent's",
+                hint="restart the agent",
+                code="ring-lost",
+            )
         try:
             self.image = os.open(self.entry.image, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:

@@ -233,15 +233,33 @@ class SourceDisks:
             return np.ones(hot_map.region_count(entry.size_bytes, limits.REGION_BYTES), np.uint8)
         return found
 
+    def has_ring(self, entry: DiskEntry, clock: SourceClock) -> bool:
+        """Whether there is a ring, and it is of this disk and this clock."""
+        geometry = read_geometry(ring_path(entry.id.bytes))
+        return geometry is not None and (
+            geometry.disk,
+            geometry.size_bytes,
+            geometry.clock_offset,
+        ) == (entry.id.bytes, entry.size_bytes, clock.offset_ns)
+
+    def check_served_ring(self, entry: DiskEntry, clock: SourceClock) -> None:
+        """StateError when a server writes to a ring that nobody else can find any more.
+
+        A ring made beside it would stay empty, whatever the guest writes. The caller holds the
+        disk's lock.
+        """
+        if not self.has_ring(entry, clock) and is_locked(entry.image):
+            raise StateError(
+                f"the server of disk {entry.name!r} writes to a ring that is lost: its file in "
+                f"{ring_path(entry.id.bytes).parent} was removed, or the source's clock.json was",
+                hint="restart the disk's server, and the agent",
+                code="ring-lost",
+            )
+
     def ensure_ring(self, entry: DiskEntry, clock: SourceClock) -> Path:
         """The disk's ring, made where there is none. The caller holds the disk's lock."""
         path = ring_path(entry.id.bytes)
-        geometry = read_geometry(path)
-        if geometry is None or (geometry.disk, geometry.size_bytes, geometry.clock_offset) != (
-            entry.id.bytes,
-            entry.size_bytes,
-            clock.offset_ns,
-        ):
+        if not self.has_ring(entry, clock):
             create_ring(
                 path,
                 disk=entry.id.bytes,
