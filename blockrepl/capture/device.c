@@ -185,6 +185,14 @@ static int in_flight(struct device *d, uint64_t region)
     return 0;
 }
 
+/* Neither stale nor syncing, at one and the same moment, though the agent moves the region from one
+ * to the other between our looks: into syncing (seen second), or back to stale (seen third). */
+static int is_synced(struct device *d, uint64_t region)
+{
+    return !ring_load_byte(&d->stale[region]) && !ring_load_byte(&d->syncing[region]) &&
+           !ring_load_byte(&d->stale[region]);
+}
+
 /* `flushed`: records before this sequence were followed by a local flush. */
 static void cool(struct device *d, uint64_t flushed)
 {
@@ -200,7 +208,7 @@ static void cool(struct device *d, uint64_t flushed)
     d->cooled_second = now;
     pthread_mutex_lock(&d->range_lock);
     for (uint64_t r = 0; r < d->region_count; r++) {
-        if (!d->hot[r] || d->stale[r] || d->syncing[r] || d->last_record[r] > durable ||
+        if (!d->hot[r] || !is_synced(d, r) || d->last_record[r] > durable ||
             now - d->last_second[r] < COOL_SECONDS || in_flight(d, r))
             continue;
         __atomic_store_n(&d->hot[r], 0, __ATOMIC_RELEASE);
@@ -237,7 +245,7 @@ static void touch(struct device *d, uint64_t start, uint64_t end, uint64_t seque
 static void mark_gap(struct device *d, uint64_t start, uint64_t end)
 {
     struct ring_header *ring = d->ring;
-    ring_store(&ring->busy, ring->busy + 1);
+    ring_begin_busy(&ring->busy);
     ring->last_stamp = next_stamp(d);
     for (uint64_t r = start / d->region_bytes; r <= (end - 1) / d->region_bytes; r++) {
         if (__atomic_load_n(&d->stale[r], __ATOMIC_SEQ_CST))
@@ -274,7 +282,7 @@ static void append(struct device *d, int kind, uint64_t offset, uint32_t length,
         memcpy(d->payload + at, data, part);
         memcpy(d->payload, (const uint8_t *)data + part, need - part);
     }
-    ring_store(&ring->busy, ring->busy + 1);
+    ring_begin_busy(&ring->busy);
     struct ring_slot *slot = &d->slots[head % ring->slot_count];
     slot->stamp = next_stamp(d);
     slot->offset = offset;

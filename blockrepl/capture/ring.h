@@ -89,9 +89,22 @@ static inline int ring_swap(uint64_t *p, uint64_t expected, uint64_t desired)
     return __atomic_compare_exchange_n(p, &expected, desired, 0, __ATOMIC_SEQ_CST,
                                        __ATOMIC_SEQ_CST);
 }
+static inline uint8_t ring_load_byte(const uint8_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 static inline void ring_store_byte(uint8_t *p, uint8_t v)
 {
     __atomic_store_n(p, v, __ATOMIC_SEQ_CST);
+}
+
+/* `busy` goes odd, visibly to all, before the clock is read. Elsewhere than on x86, where the store
+ * above is a full barrier, the clock may be read before an earlier store is seen. */
+static inline void ring_begin_busy(uint64_t *busy)
+{
+    ring_store(busy, *busy + 1);
+#if defined(__aarch64__)
+    __asm__ __volatile__("dsb ish" ::: "memory"); /* a counter is no memory: dmb does not do */
+#elif !defined(__x86_64__)
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+#endif
 }
 
 #endif

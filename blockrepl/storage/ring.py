@@ -246,8 +246,8 @@ class RingReader:
 
     def restart_syncs(self) -> None:
         """After a lost session: what was sent and not acknowledged must be sent again."""
-        self.stale[self.syncing != 0] = 1
-        self.syncing[:] = 0
+        for region in np.nonzero(self.syncing)[0].tolist():
+            self.cancel_sync(region)
 
     def clear_gap(self, reported: int) -> None:
         """The gap that began at ``reported`` is durably known to the receiver."""
