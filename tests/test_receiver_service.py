@@ -13,15 +13,17 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
 import trio
+import trio.testing
 from replica_workload import DISK, DISK_BYTES, Agent, Frame
 
 from blockrepl import limits
 from blockrepl.channel import enrolment
+from blockrepl.channel.certificates import PeerIdentity
 from blockrepl.channel.enrolment import Identity
 from blockrepl.channel.framing import MessageStream
 from blockrepl.channel.handshake import RECEIVER_SERVER_NAME, connect
@@ -41,7 +43,10 @@ from blockrepl.formats.messages import (
 from blockrepl.formats.segment import HEADER_BYTES, file_name
 from blockrepl.services import receiver_home
 from blockrepl.services.control_client import ControlClient
+from blockrepl.services.group_committer import MemoryBudget
 from blockrepl.services.receiver import run_receiver
+from blockrepl.services.receiver_sessions import Groups, SourceSession
+from blockrepl.session.receiver import AttachGroup, Send
 from blockrepl.storage.files import Files
 from blockrepl.storage.home import Home
 from blockrepl.storage.trust import TrustStore
@@ -653,3 +658,63 @@ async def test_a_killed_receiver_loses_nothing_acknowledged(tmp_path: Path) -> N
         finally:
             process.kill()
             await trio.to_thread.run_sync(finish, process)
+
+
+class _Slow:
+    """A channel to a peer that does not read until it is told to."""
+
+    def __init__(self) -> None:
+        self.reads = trio.Event()
+        self.sent: list[tuple[int, bytes]] = []
+        self._lock = trio.StrictFIFOLock()
+
+    async def send(self, kind: int, payload: bytes) -> None:
+        async with self._lock:
+            await self.reads.wait()
+            self.sent.append((kind, payload))
+
+
+class _Groups:
+    """Lets everybody in, at once."""
+
+    def __init__(self, attached: Attached) -> None:
+        self.attached = attached
+
+    async def attach(self, _identity: object, _group: str) -> Any:
+        return self
+
+    async def perform(self, _call: object) -> Attached:
+        await trio.testing.wait_all_tasks_blocked()
+        return self.attached
+
+
+async def test_after_a_group_attached_anew_no_older_acknowledgement_is_sent() -> None:
+    attached = Attached(group="web", group_id=UUID(int=3), next_number=9, watermark=0, disks=[])
+    channel = _Slow()
+    session = SourceSession(
+        cast(MessageStream, channel),
+        cast(PeerIdentity, None),
+        b"s" * 16,
+        receiver="vault",
+        groups=cast(Groups, _Groups(attached)),
+        budget=MemoryBudget(1),
+    )
+    hello = messages.encode(Hello(version=1))
+    session._machine.received(MessageType.HELLO, memoryview(hello))
+    session._acks = {
+        name: Send(MessageType.ACK, messages.encode_ack(group, 8, 8))
+        for name, group in (("db", b"d" * 16), ("web", attached.group_id.bytes))
+    }
+    session._to_send.set()
+    attach = messages.encode(Attach(group="web", disks=[]))
+    effect = session._machine.received(MessageType.ATTACH, memoryview(attach))
+    assert isinstance(effect, AttachGroup)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(session._write)
+        nursery.start_soon(session._attach, effect)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        channel.reads.set()
+        await until(lambda: MessageType.ATTACHED in [kind for kind, _ in channel.sent])
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert [kind for kind, _ in channel.sent][-1] == MessageType.ATTACHED

@@ -154,6 +154,7 @@ class SourceSession:
             send = self._machine.refused(group, generation, refusal_of(error, group))
         else:
             self._committers[group] = committer
+            self._acks.pop(group, None)  # they count messages of before
             send = self._machine.accepted(generation, attached)
         if send is not None:
             await self._stream.send(send.type, send.payload)
@@ -198,7 +199,9 @@ class SourceSession:
         while True:
             await self._to_send.wait()
             self._to_send = trio.Event()
-            sends = [*self._others, *self._acks.values()]
-            self._others, self._acks = [], {}
-            for send in sends:
+            while self._others or self._acks:
+                # Taken one by one: what waits for its turn may yet be replaced or withdrawn.
+                send = (
+                    self._others.pop(0) if self._others else self._acks.pop(next(iter(self._acks)))
+                )
                 await self._stream.send(send.type, send.payload)
