@@ -18,7 +18,7 @@ import trio
 
 from blockrepl import limits
 from blockrepl.channel.framing import MessageStream
-from blockrepl.errors import BlockreplError, PeerError, StateError
+from blockrepl.errors import BlockreplError, PeerError, StateError, StorageError
 from blockrepl.formats import messages
 from blockrepl.formats.frame import Buffer
 from blockrepl.formats.messages import MessageType
@@ -83,7 +83,7 @@ class AgentSession:
                 nursery.start_soon(self._keep_alive)
                 nursery.start_soon(self._follow_configuration, nursery)
         except BaseExceptionGroup as group:  # not except*: what it raises comes out in a group
-            ours, others = group.split(BlockreplError)
+            ours, others = group.split((BlockreplError, OSError))
             if ours is None or others is not None:
                 raise
             raise _first(ours) from group
@@ -275,9 +275,11 @@ def refused(refusal: messages.Refusal) -> StateError:
     return StateError(refusal.error, hint=refusal.hint, code=refusal.code)
 
 
-def _first(group: BaseExceptionGroup[BlockreplError]) -> BlockreplError:
+def _first(group: BaseExceptionGroup[Exception]) -> BlockreplError:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    if isinstance(error, OSError):
+        return StorageError(str(error), hint="the agent tries again by itself")
     assert isinstance(error, BlockreplError)
     return error
