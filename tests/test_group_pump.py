@@ -727,7 +727,7 @@ async def test_a_checkpoint_names_the_watermark_and_is_told_when_durable(
     wanted = WantedCheckpoint("upgrade", kept=True)
     receiver.at_once = False
     async with pumping(source, receiver, known(entry)) as pump:
-        pump.checkpoints.append(wanted)
+        pump.want_checkpoint(wanted)
         await until(receiver.marks)
         assert not wanted.durable.is_set()
         after = guest.write(0, b"b" * 512)
@@ -749,7 +749,7 @@ async def test_a_checkpoint_waits_for_a_writer_stopped_in_the_middle(
     async with pumping(source, receiver, known(entry)) as pump:
         await a_round(pump)
         stamp = guest.writer.begin_append(RecordKind.WRITE, 0, 512, b"x" * 512)
-        pump.checkpoints.append(WantedCheckpoint("c", kept=False))
+        pump.want_checkpoint(WantedCheckpoint("c", kept=False))
         await a_round(pump)
         assert receiver.marks() == []
         guest.writer.publish()

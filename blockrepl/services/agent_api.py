@@ -97,7 +97,7 @@ async def _take_checkpoint(agent: Agent, group: str, wanted: _WantedCheckpoint) 
     if pump is None:
         raise session.groups[group].error or StateError("the group does not replicate")
     checkpoint = WantedCheckpoint(wanted.name, wanted.keep)
-    pump.checkpoints.append(checkpoint)
+    pump.want_checkpoint(checkpoint)
     with trio.move_on_after(CHECKPOINT_SECONDS) as scope:
         await checkpoint.durable.wait()
     if scope.cancelled_caught:

@@ -29,6 +29,7 @@ from uuid import UUID
 import trio
 
 from blockrepl import limits
+from blockrepl.errors import StateError
 from blockrepl.formats.frame import Buffer, EncodedFrame, FrameKind, encode_frame
 from blockrepl.formats.marks import (
     CheckpointMark,
@@ -83,7 +84,7 @@ class GroupPump:
         self.held = held
         self.sender = sender
         self.sent_bytes = 0
-        self.checkpoints: list[WantedCheckpoint] = []
+        self._wanted: list[WantedCheckpoint] = []
         self._awaited: dict[str, WantedCheckpoint] = {}
         self._source = source
         self._clock = clock
@@ -110,6 +111,17 @@ class GroupPump:
         self._stopping = True
         async with self.between_rounds:
             pass
+
+    def want_checkpoint(self, wanted: WantedCheckpoint) -> None:
+        """Take a checkpoint in the next round. StateError when one of that name is on its way."""
+        on_its_way = self._awaited.keys() | {other.name for other in self._wanted}
+        if wanted.name in on_its_way:
+            raise StateError(
+                f"checkpoint {wanted.name!r} is being taken already",
+                hint="choose another name",
+                code="taken",
+            )
+        self._wanted.append(wanted)
 
     def acknowledged(self, messages: int, number: int) -> None:
         """Free what an acknowledgement covers. Raises PeerError."""
@@ -172,7 +184,7 @@ class GroupPump:
         if self.held:
             return await self._send_records(heads, self._watermark)
         worked = await self._send_records(heads, watermark)
-        wanted, self.checkpoints = self.checkpoints, []
+        wanted, self._wanted = self._wanted, []
         for disk in settled:
             if disk.settled():
                 await self._send_consistent(disk, watermark)
