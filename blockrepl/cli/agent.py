@@ -57,6 +57,10 @@ def run(home: Path) -> None:
 
     It takes up disks that are added or removed while it runs, and survives restarts of the
     receiver, of the disks' servers and of itself.
+
+    \b
+    Example:
+      blockrepl agent run &
     """
     from blockrepl.services.agent import Agent, run_agent
     from blockrepl.services.foreground import run_foreground

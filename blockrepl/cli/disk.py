@@ -104,7 +104,12 @@ def add(
 @json_option
 @pass_home
 def list_disks(home: Path, json_mode: bool) -> None:
-    """List the protected disks."""
+    """List the protected disks.
+
+    \b
+    Example:
+      blockrepl disk list --json
+    """
     disks = _disks(home)
     data = [
         {
@@ -138,7 +143,12 @@ def _table(data: list[dict[str, Any]]) -> Table:
 @click.argument("name")
 @pass_home
 def remove(home: Path, name: str) -> None:
-    """Take a disk out of protection. Its image and its history at the receiver stay."""
+    """Take a disk out of protection. Its image and its history at the receiver stay.
+
+    \b
+    Example:
+      blockrepl disk remove vm1
+    """
     disks = _disks(home)
     entry = disks.load(name)
     disks.remove(entry)
