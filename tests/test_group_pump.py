@@ -340,6 +340,27 @@ async def test_content_is_newer_than_all_records_sent_before_it(
     assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
 
 
+async def test_content_sent_again_is_seen_at_no_point_before_its_gap(
+    source: Source, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    read_clock, dropped = source.clock.now, list[int]()
+
+    def now() -> int:
+        found = read_clock()
+        if not dropped:
+            dropped.append(guest.write(0, b"2" * 512, kept=False))
+        return found
+
+    async with pumping(source, receiver, known(entry)) as pump:
+        monkeypatch.setattr(pump._clock, "now", now)
+        await until(lambda: len(receiver.marks()) == 2)
+    assert receiver.marks()[0] == GapMark(disk=entry.id, from_ns=dropped[0])
+    for frame in receiver.of(FrameKind.SYNC):
+        assert min(record[0] for record in frame.records) >= dropped[0]
+
+
 async def test_further_drops_within_a_gap_are_not_told_and_still_made_good(
     source: Source, receiver: Receiver
 ) -> None:

@@ -9,8 +9,8 @@ A round, in this order; the order is what makes watermarks and marks true:
 5. send all records up to the heads seen in 3; the last frame carries the watermark
 6. send marks: disks that are consistent again, checkpoints asked for
 7. send one piece of each disk that has stale regions, unless its gap is yet to be reported. Its
-   stamp is the watermark, or that of the disk's last record sent (5 may send some that are younger
-   than 2): everything up to it has been sent before, everything newer comes after
+   stamp is the watermark, or that of the disk's last record or gap sent (4 and 5 may send some that
+   are younger than 2): everything up to it has been sent before, everything newer comes after
 
 A pump is held while a disk of its group cannot be opened: what that disk's ring holds is older than
 any watermark of now. It sends the others' records, under the watermark of before, and nothing else.
@@ -222,7 +222,7 @@ class GroupPump:
                 payload=batch.payload,
             )
             disk.cursor = batch.after
-            disk.sent_stamp = int(batch.columns.stamps[-1])
+            disk.sent_stamp = max(disk.sent_stamp, int(batch.columns.stamps[-1]))
             await self._send_frame(frame, Release(disk.id, ring_id, next_sequence=batch.after))
             chunk = following
         return True

@@ -42,7 +42,7 @@ class SourceDisk:
         self.epoch = 0
         self.cursor = 0
         self.sync_after = 0.0  # no content is read before, by Trio's clock
-        self.sent_stamp = 0  # of the last record sent
+        self.sent_stamp = 0  # of the last record or gap sent
         self.gap_in_flight = 0
         self._gap_before_ring = 0  # a gap that no ring reports: history broken since this stamp
         self._known_ring = 0
@@ -186,6 +186,7 @@ class SourceDisk:
 
     def gap_reported(self, from_ns: int) -> None:
         self.gap_in_flight = from_ns
+        self.sent_stamp = max(self.sent_stamp, from_ns)
         self.state = "gap"
         self.epoch += 1
         self._unsettled = None
