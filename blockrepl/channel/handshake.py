@@ -235,7 +235,7 @@ class _ServerNamePeek:
         self._server_name = (server_name or "").lower()
         return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
 
-    def feed(self, data: bytes) -> str | None:
+    def feed(self, data: bytes | bytearray) -> str | None:
         """The name ("" if none was given), or None while the hello is incomplete."""
         self._incoming.write(data)
         try:
