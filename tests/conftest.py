@@ -80,8 +80,8 @@ def _guard(base: Path) -> Iterator[None]:
     deadline = time.monotonic() + GRACE_SECONDS
     while leaked := sorted(leftovers(base) - before):
         if time.monotonic() > deadline:
+            listed = "\n".join(f"  {kind} {name}{_command(kind, name)}" for kind, name in leaked)
             remove(leaked)
-            listed = "\n".join(f"  {kind} {name}" for kind, name in leaked)
             pytest.fail(f"left behind:\n{listed}", pytrace=False)
         time.sleep(0.02)
 
@@ -89,7 +89,7 @@ def _guard(base: Path) -> Iterator[None]:
 def leftovers(base: Path) -> set[tuple[str, str]]:
     """What this run has alive now, as (kind, name)."""
     return (
-        {("process", f"{process} {_command(process)}") for process in own_processes()}
+        {("process", str(process)) for process in own_processes()}
         | {("mount", target) for target in mounts_below(base)}
         | {("loop", device) for device in loops_below(base)}
         | {("shm", name) for name in own_shared_memory()}
@@ -133,7 +133,7 @@ def remove(leaked: list[tuple[str, str]]) -> None:
     for kind, name in leaked:
         match kind:
             case "process":
-                _kill(int(name.split()[0]))
+                _kill(int(name))
             case "mount":
                 subprocess.run(["umount", "--lazy", name], check=False, capture_output=True)
             case "loop":
@@ -154,8 +154,12 @@ def _all_processes() -> list[int]:
     return [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]
 
 
-def _command(process: int) -> str:
-    return _read(f"/proc/{process}/cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+def _command(kind: str, name: str) -> str:
+    """What a process runs, for the report only: it changes when the process becomes another."""
+    if kind != "process":
+        return ""
+    command = _read(f"/proc/{name}/cmdline").replace(b"\0", b" ").decode(errors="replace")
+    return f" {command.strip()}"
 
 
 def _read(path: str) -> bytes:
