@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,39 +73,72 @@ def export_qcow2(replica: Path, view: View, disk: str, target: Path, progress: P
         if shutil.which(program) is None:
             raise StateError(f"{program} is not installed", hint=f"apt-get install {package}")
     with _replacing(target) as temporary, tempfile.TemporaryFile() as errors:
-        process = None
-        try:
-            process = subprocess.Popen(
-                [
-                    *("nbdkit", "--readonly", "--unix", "-", "python", str(plugin_script("view"))),
-                    *(f"replica={replica}", f"disk={disk}", f"at_ns={view.at_ns}"),
-                    *("--run", 'exec qemu-img convert -p -f raw -O qcow2 "$uri" "$BLOCKREPL_OUT"'),
-                ],
-                env=_environment(temporary),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,
-            )
-            assert process.stdout is not None
-            for percent in _percents(process.stdout):
-                progress(int(size_bytes * percent / 100))
-            status = process.wait()
-        finally:
-            if process is not None:
-                _end(process)
+        arguments = [f"replica={replica}", f"disk={disk}", f"at_ns={view.at_ns}"]
+        with _nbdkit(arguments, errors) as uri:
+            command = ["qemu-img", "convert", "-p", "-f", "raw", "-O", "qcow2", uri, str(temporary)]
+            with _running(command, errors, stdout=subprocess.PIPE) as process:
+                assert process.stdout is not None
+                for percent in _percents(process.stdout):
+                    progress(int(size_bytes * percent / 100))
+                status = process.wait()
         if status:
-            errors.seek(0)
-            raise _failure(errors.read().decode("utf-8", "replace"), status)
+            raise _failure(errors, status)
         progress(size_bytes)
 
 
-def _environment(temporary: Path) -> dict[str, str]:
+@contextmanager
+def _nbdkit(arguments: list[str], errors: IO[bytes]) -> Iterator[str]:
+    """Serve a view on a private socket; yields its URI.
+
+    Not by ``nbdkit --run``: its server would outlive a killed export. This one ends with its
+    parent, and then qemu-img ends for want of a server.
+    """
+    with tempfile.TemporaryDirectory(prefix="blockrepl-export-") as directory:
+        socket, ready = Path(directory, "socket"), Path(directory, "pid")
+        command = [
+            *("nbdkit", "--foreground", "--exit-with-parent", "--readonly"),
+            *("--unix", str(socket), "--pidfile", str(ready)),
+            *("python", str(plugin_script("view")), *arguments),
+        ]
+        with _running(command, errors, env=_environment()) as process:
+            while not ready.exists():
+                if process.poll() is not None:
+                    raise _failure(errors, process.returncode)
+                time.sleep(0.01)
+            yield f"nbd+unix:///?socket={socket}"
+
+
+@contextmanager
+def _running(
+    command: list[str],
+    errors: IO[bytes],
+    *,
+    env: dict[str, str] | None = None,
+    stdout: int = subprocess.DEVNULL,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A program, in a session of its own so that Ctrl-C is ours to handle; ended in any case."""
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=errors,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+
+
+def _environment() -> dict[str, str]:
     """For the Python that nbdkit embeds, which knows nothing of this environment's packages."""
     paths = [str(import_root()), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
     environment.pop("PYTHONHOME", None)
-    return {**environment, "BLOCKREPL_OUT": str(temporary)}
+    return environment
 
 
 def _percents(stream: IO[bytes]) -> Iterator[float]:
@@ -118,14 +152,9 @@ def _percents(stream: IO[bytes]) -> Iterator[float]:
     stream.close()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End nbdkit and qemu-img, whichever of them is left."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-
-
-def _failure(text: str, status: int) -> StorageError | DamageError:
+def _failure(errors: IO[bytes], status: int) -> StorageError | DamageError:
+    errors.seek(0)
+    text = errors.read().decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     for line in lines:
         if line.startswith("blockrepl: "):
