@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Sequence
@@ -21,6 +22,11 @@ class Files:
 
     def sync(self, descriptor: int) -> None:
         os.fdatasync(descriptor)
+
+    def forget(self, descriptor: int, offset: int, size_bytes: int) -> None:
+        """Drop synced bytes from the page cache; a hint, nothing depends on it."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, offset, size_bytes, os.POSIX_FADV_DONTNEED)
 
     def truncate(self, descriptor: int, size_bytes: int) -> None:
         os.ftruncate(descriptor, size_bytes)
