@@ -12,6 +12,7 @@ import itertools
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import threading
@@ -31,7 +32,7 @@ from blockrepl import limits
 from blockrepl.formats.frame import FUA, KIND_MASK, RecordKind
 from blockrepl.storage.clock import open_clock
 from blockrepl.units import KIB, MIB
-from scripts.guest.pair import Pair
+from scripts.guest.pair import COMMAND, Pair
 
 __all__ = ["place"]
 
@@ -378,3 +379,22 @@ def test_a_write_that_the_local_disk_refuses_is_not_a_record(
     assert replay.reader.gap_from() > 0
     assert set(replay.differing_regions(disk.content())) <= {3, 4, 5, 6}
     assert disk.hot_regions() == [0, 3, 4, 5, 6]
+
+
+def test_a_server_outlives_the_shell_that_started_it(place: Pair) -> None:
+    """nbdkit 1.32 by itself ends with its parent, and on SIGHUP."""
+    disk = Disk(place)
+    log = place.directory / "shell.log"
+    words = [str(COMMAND), "--home", str(place.source_home), "disk", "serve", disk.name]
+    shell = f"{shlex.join(words)} > {shlex.quote(str(log))} 2>&1 & echo $!"
+    started = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True)
+    server = int(started.stdout)
+    try:
+        wait_for(lambda: "ready" in log.read_text(), "the server is ready")
+        tool("nbdinfo", disk.uri)
+        os.kill(server, signal.SIGHUP)
+        tool("qemu-io", "-f", "raw", "-c", "write -P 1 0 64k", disk.uri)
+        assert disk.disks.is_serving(disk.entry)
+    finally:
+        os.kill(server, signal.SIGTERM)
+        wait_for(lambda: not disk.disks.is_serving(disk.entry), "the server has ended")

@@ -6,9 +6,19 @@ one disk, so there is one device. Errors: nbdkit wants ``nbdkit.set_error(errno)
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.signal cimport SIG_IGN, signal
 from libc.stdint cimport uint32_t, uint64_t
 
 import os
+
+cdef extern from "signal.h" nogil:
+    enum:
+        SIGHUP
+
+cdef extern from "sys/prctl.h" nogil:
+    enum:
+        PR_SET_PDEATHSIG
+    int prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)
 
 cdef extern from "device.h" nogil:
     struct device:
@@ -46,10 +56,20 @@ def start(int image_fd, int map_fd, int ring_fd, uint64_t size_bytes, uint64_t r
     global served, served_size, set_error
     cdef int rc
     set_error = on_error
+    outlive_parent()
     rc = device_open(&served, image_fd, map_fd, ring_fd, size_bytes, region_bytes)
     if rc:
         raise OSError(-rc, os.strerror(-rc))
     served_size = size_bytes
+
+
+cdef void outlive_parent():
+    """A guest's disk must not go with the shell that started its server.
+
+    nbdkit 1.32 asks for SIGTERM when its parent ends, and takes SIGHUP for an order to quit.
+    """
+    prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)
+    signal(SIGHUP, SIG_IGN)
 
 
 def stop():
