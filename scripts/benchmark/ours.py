@@ -31,6 +31,7 @@ from scripts.benchmark.processes import MeasurementError, Scratch, Service, free
 COMMAND = Path(sys.executable).with_name("blockrepl")
 GROUP = "bench"
 DISK = "disk0"
+DEFAULT_RING = "64M"
 STATUS_PATH = f"/status?group={GROUP}"
 CAUGHT_UP_SECONDS = 300.0  # the first sync, and a resync after a gap, of a 1 GiB disk
 
@@ -160,10 +161,15 @@ def ask_status(connection: http.client.HTTPConnection) -> Status:
 
 
 @contextmanager
-def ours(scratch: Scratch, image: Path) -> Iterator[Ours]:
-    """Start receiver, agent and server for ``image``; yields when the first sync is done."""
-    receiver_home = scratch.directory / "receiver"
-    source_home = scratch.directory / "source"
+def ours(
+    scratch: Scratch, image: Path, *, ring: str = DEFAULT_RING, place: str = ""
+) -> Iterator[Ours]:
+    """Start receiver, agent and server for ``image``; yields when the first sync is done.
+
+    ``place`` tells several stacks in one scratch directory apart.
+    """
+    receiver_home = scratch.directory / f"receiver{place}"
+    source_home = scratch.directory / f"source{place}"
 
     def command(home: Path, *words: str | Path) -> list[str | Path]:
         return [COMMAND, "--home", home, *words]
@@ -185,7 +191,8 @@ def ours(scratch: Scratch, image: Path) -> Iterator[Ours]:
         receiver.wait_ready(lambda: receiver.log.stat().st_size > 0)  # its one line when ready
         token = scratch.run(command(receiver_home, "receiver", "invite")).strip()
         scratch.run(command(source_home, "agent", "join", token))
-        scratch.run(command(source_home, "disk", "add", DISK, image, "--group", GROUP))
+        add = ("disk", "add", DISK, image, "--group", GROUP, "--ring", ring)
+        scratch.run(command(source_home, *add))
         server = start("server", source_home, "disk", "serve", DISK)
         uri = scratch.run(command(source_home, "disk", "show", DISK, "--uri")).strip()
         server.wait_ready(lambda: _answers(uri))

@@ -3,7 +3,9 @@
 Sustained: 64 KiB writes at a rate fio holds; bytes written over the time from the first write until
 the receiver reports all of it durable. The rate searched is the highest that makes no gap: without
 a limit first, then by halving the interval. A figure with a gap would count bytes that never
-arrived, so a round with one counts as nothing.
+arrived, so a round with one counts as nothing. The disk has a ring of 512 MiB instead of 64: source
+and receiver share one disk here, whose fdatasync stalls for up to 0.4 s when two streams write to
+it (with no blockrepl involved, too), and at this rate that is more than the default ring holds.
 
 Lag: 20 MB/s of 4 KiB writes, the receiver's ``lag_seconds`` sampled all the while over its control
 API. Percentiles are of all samples; the range is that of fifths of the run.
@@ -16,13 +18,14 @@ import threading
 from blockrepl.formats import segment
 from scripts.benchmark.bench import Bench
 from scripts.benchmark.load import MEGABYTE, Load, write_nbd
-from scripts.benchmark.ours import Ours, ask_status
+from scripts.benchmark.ours import Ours, ask_status, ours
 from scripts.benchmark.processes import MeasurementError
 from scripts.benchmark.report import Goal, Row, summarise
 from scripts.benchmark.rounds import percentile, slices
 
 SUSTAINED_BLOCK_BYTES = 64 * 1024
 RATE_TRIALS = 4
+WIDE_RING = "512M"
 RATE_SHARE = 1.2  # a limit below what was reached with a gap, above what could be reached without
 LAG_SECONDS = 15.0
 LAG_RATE_BYTES = 20 * MEGABYTE
@@ -53,8 +56,12 @@ def _sustained(bench: Bench, product: Ours, rate_bytes: int | None) -> tuple[flo
 def sustained_replication(bench: Bench) -> list[Row]:
     if bench.peers_only:
         return [summarise("sustained_replication", "MB/s", Goal(">=", 250), [])]
-    product = bench.product()
-    notes: list[str] = []
+    with ours(bench.scratch, bench.image("wide"), ring=WIDE_RING, place="-wide") as product:
+        return [_sustained_row(bench, product)]
+
+
+def _sustained_row(bench: Bench, product: Ours) -> Row:
+    notes = [f"ring of {WIDE_RING}iB"]
     rate, best = _highest_rate(bench, product)
     figures = []
     lost = 0
@@ -68,7 +75,7 @@ def sustained_replication(bench: Bench) -> list[Row]:
     notes.append(f"{limit}, best of the search {best:.0f} MB/s")
     if lost:
         notes.append(f"{lost} of {bench.rounds} rounds had a gap and count as 0")
-    return [summarise("sustained_replication", "MB/s", Goal(">=", 250), figures, notes=notes)]
+    return summarise("sustained_replication", "MB/s", Goal(">=", 250), figures, notes=notes)
 
 
 def _highest_rate(bench: Bench, product: Ours) -> tuple[int | None, float]:
