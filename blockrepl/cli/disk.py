@@ -152,7 +152,10 @@ def remove(home: Path, name: str) -> None:
     disks = _disks(home)
     entry = disks.load(name)
     disks.remove(entry)
-    click.echo(f"disk {name} is no longer protected; its image {entry.image} is untouched")
+    click.echo(
+        f"disk {name} is no longer protected; its image {entry.image} is untouched, its history "
+        f"in group {entry.group} is kept under that name"
+    )
 
 
 @disk.command()

@@ -56,8 +56,9 @@ def attach_disks(
 def _add(directory: Path, catalog: Catalog, source: bytes, disk: AttachDisk) -> None:
     if any(row.name == disk.name for row in catalog.disks(removed=True)):
         raise StateError(
-            f"group {catalog.group_name} already has another disk named {disk.name}",
-            hint="add the disk under another name",
+            f"group {catalog.group_name} already has another disk named {disk.name}, whose history "
+            "is kept",
+            hint=f"at the source: blockrepl disk remove {disk.name}, then add it by another name",
             code="disk-name-taken",
         )
     image = image_path(directory, disk.name)
