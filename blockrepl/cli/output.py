@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import click
 
-from blockrepl.units import KIB, NANOSECONDS_PER_SECOND
+from blockrepl.units import KIB
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -149,13 +149,6 @@ def human_seconds(seconds: float) -> str:
             rest = whole % size // below_size
             return f"{whole // size} {unit} {rest} {below}" if rest else f"{whole // size} {unit}"
     raise AssertionError("a minute or more has a unit")
-
-
-def human_age(stamp_ns: int, now_ns: int | None = None) -> str:
-    """``3 m 20 s ago``; ``in 5 s`` for a stamp ahead of this clock."""
-    now_ns = time.time_ns() if now_ns is None else now_ns
-    seconds = (now_ns - stamp_ns) / NANOSECONDS_PER_SECOND
-    return f"{human_seconds(seconds)} ago" if seconds >= 0 else f"in {human_seconds(-seconds)}"
 
 
 @contextmanager

@@ -11,12 +11,12 @@ import click
 from blockrepl.cli.output import (
     console,
     emit,
-    human_age,
     human_bytes,
     human_seconds,
     json_option,
     pass_home,
 )
+from blockrepl.units import format_instant
 
 WATCH_SECONDS = 1.0
 COLOURS = {"replicating": "green", "error": "bold red", "disconnected": "red"}
@@ -144,7 +144,7 @@ def _render(document: dict[str, Any]) -> Any:
 
     parts: list[Any] = [_headline(document)]
     for group in document["groups"]:
-        parts += [Text(), *_group(group)]
+        parts += [Text(), *_group(group, document["role"])]
     if not document["groups"]:
         parts.append(Text("no groups yet"))
     return Group(*parts)
@@ -164,7 +164,7 @@ def _headline(document: dict[str, Any]) -> Any:
     return line
 
 
-def _group(group: dict[str, Any]) -> list[Any]:
+def _group(group: dict[str, Any], role: Role) -> list[Any]:
     from rich.text import Text
 
     state = group["state"]
@@ -177,20 +177,34 @@ def _group(group: dict[str, Any]) -> list[Any]:
     lines = [head]
     if group.get("problem"):
         lines.append(Text(f"  {group['problem']}", "red"))
-    if group["floor_ns"] is not None and group["latest_ns"] is not None:
-        window = human_seconds((group["latest_ns"] - group["floor_ns"]) / 1e9)
-        lines.append(Text(f"  history {group['floor']} to {group['latest']} ({window})"))
-    else:
-        lines.append(Text("  history none yet: the first sync is not done"))
+    lines.append(Text(f"  history {_history(group)}"))
     if group["journal_bytes"] is not None:
         lines.append(Text(f"  journal {human_bytes(group['journal_bytes'])}"))
     for gap in group["gaps"]:
-        end = human_age(gap["to_ns"]) if gap["to_ns"] is not None else "open"
-        lines.append(Text(f"  gap from {human_age(gap['from_ns'])} to {end}", "yellow"))
-    return [*lines, _disks(group["disks"])]
+        lines.append(Text(f"  gap {_gap(gap)}", "yellow"))
+    return [*lines, _disks(group["disks"], role)]
 
 
-def _disks(disks: list[dict[str, Any]]) -> Any:
+def _history(group: dict[str, Any]) -> str:
+    if group["floor_ns"] is not None and group["latest_ns"] is not None:
+        window = human_seconds((group["latest_ns"] - group["floor_ns"]) / 1e9)
+        return f"{group['floor']} to {group['latest']} ({window})"
+    if group["journal_bytes"] is not None:
+        return "none yet: the first sync is not done"
+    # A source that the receiver has not answered knows nothing of the history.
+    if group["state"] == "disconnected":
+        return "unknown while disconnected"
+    return "unknown: the receiver does not answer"
+
+
+def _gap(gap: dict[str, Any]) -> str:
+    begin = format_instant(gap["from_ns"])
+    if gap["to_ns"] is None:
+        return f"since {begin}"
+    return f"from {begin} to {format_instant(gap['to_ns'])}"
+
+
+def _disks(disks: list[dict[str, Any]], role: Role) -> Any:
     from blockrepl.cli.output import table
 
     rows = []
@@ -208,7 +222,10 @@ def _disks(disks: list[dict[str, Any]]) -> Any:
                 disk["state"],
                 human_bytes(hot) if hot is not None else "-",
                 done,
+                *(["yes" if disk["serving"] else "no"] if role == "source" else []),
                 disk.get("problem") or "",
             ]
         )
-    return table(["  disk", "size", "state", "hot", "sync", ""], rows, right="size hot")
+    served = ["served"] if role == "source" else []
+    headers = ["  disk", "size", "state", "hot", "sync", *served, ""]
+    return table(headers, rows, right="size hot")

@@ -40,6 +40,7 @@ class GroupFacts:
     watermark: int = 0
     journal_bytes: int = 0
     disks: Sequence[DiskRow] = ()
+    floor_ns: int | None = None
     gaps: Sequence[GapRow] = ()
     base_bytes: Mapping[bytes, int] = field(default_factory=dict)
     error: BlockreplError | None = None
@@ -52,6 +53,7 @@ def facts_of(replica: Replica) -> GroupFacts:
         status.watermark,
         status.journal_bytes,
         status.disks,
+        status.floor_ns,
         status.gaps,
         status.base_bytes,
         status.error,
@@ -67,7 +69,7 @@ def describe_group(
     bytes_per_second: float = 0.0,
 ) -> GroupStatus:
     """``connected`` are the sources with a session that has attached the group."""
-    floor = min((disk.ready_ns for disk in facts.disks if disk.ready_ns is not None), default=None)
+    floor = facts.floor_ns
     latest = facts.watermark if floor is not None and facts.watermark >= floor else None
     sources = sorted({disk.source for disk in facts.disks})
     names = {disk.id: disk.name for disk in facts.disks}
@@ -153,6 +155,7 @@ def _facts_at_rest(directory: Path) -> GroupFacts:
                 state.latest_ns,
                 sum(path.stat().st_size for path in (directory / "segments").glob("*.seg")),
                 [disk for disk in state.disks if disk.removed_ns is None],
+                history.history(state).floor_ns,
                 state.gaps,
             )
     except BlockreplError as error:

@@ -76,6 +76,7 @@ class ReplicaStatus:
     watermark: int
     journal_bytes: int
     disks: list[DiskRow]
+    floor_ns: int | None  # of retired disks too: their history stays
     gaps: list[GapRow]
     base_bytes: dict[bytes, int]  # per disk, of the first sync, received by this process
 
@@ -319,7 +320,10 @@ class Replica:
             self.catalog.set_consistent(mark.disk.bytes, mark.at_ns)
 
     def _reload(self) -> None:
-        self._disks = {row.id: row for row in self.catalog.disks()}
+        rows = self.catalog.disks(removed=True)
+        self._disks = {row.id: row for row in rows if row.removed_ns is None}
+        floors = (row.ready_ns for row in rows if row.ready_ns is not None)
+        self._floor_ns = min(floors, default=None)
         self._gaps = self.catalog.gaps()
 
     def _publish(self) -> None:
@@ -362,6 +366,7 @@ class Replica:
             self._watermark,
             self._journal.total_bytes,
             disks,
+            self._floor_ns,
             self._gaps,
             dict(self._base_bytes),
         )

@@ -1,0 +1,87 @@
+"""blockrepl status, as its reader sees it: what is served, what history there is, its gaps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from serving import Disk, place, wait_for
+
+from blockrepl.cli import status
+from blockrepl.cli.output import print_rich
+from scripts.guest.pair import Pair
+
+__all__ = ["place"]
+
+
+def served(place: Pair) -> str:
+    """The cell below the header ``served``."""
+    lines = place.source("status", quiet=True).splitlines()
+    header = next(line for line in lines if "served" in line)
+    row = next(line for line in lines if line.startswith("  d1"))
+    return row[header.index("served") :].split()[0]
+
+
+def test_each_side_says_what_it_knows_of_the_history(place: Pair) -> None:
+    disk = Disk(place)
+    place.receiver("receiver", "init", quiet=True)
+    place.start_receiver()
+    place.join()
+    place.start_agent()
+    place.wait_replicating("g")
+    assert served(place) == "no"
+    disk.start()
+    assert served(place) == "yes"
+    floor = place.group("g")["floor"]
+    assert f"history {floor} to " in place.source("status", quiet=True)
+
+    disk.stop()
+    place.source("disk", "remove", "d1", quiet=True)
+    wait_for(lambda: not place.group("g")["disks"], "the disk is retired")
+    assert f"history {floor} to " in place.receiver("status", quiet=True)
+    Disk(place, "d2")
+    wait_for(
+        lambda: [one["name"] for one in place.group("g")["disks"]] == ["d2"], "the other's turn"
+    )
+    assert f"history {floor} to " in place.receiver("status", quiet=True)
+
+    place.stop("receiver")
+    assert f"history {floor} to " in place.receiver("status", quiet=True)
+    wait_for(lambda: not place.source_json("status")["connected"], "the source notices")
+    told = place.source("status", quiet=True)
+    assert "history unknown while disconnected" in told
+    assert "none yet" not in told
+
+
+def group(**changes: Any) -> dict[str, Any]:
+    plain = {
+        "name": "g",
+        "state": "replicating",
+        "lag_seconds": 0.1,
+        "floor": None,
+        "floor_ns": None,
+        "latest": None,
+        "latest_ns": None,
+        "gaps": [],
+        "journal_bytes": 0,
+        "disks": [],
+    }
+    return plain | changes
+
+
+def shown(capsys: pytest.CaptureFixture[str], **changes: Any) -> str:
+    print_rich(status._render({"role": "receiver", "name": "vault", "groups": [group(**changes)]}))
+    return capsys.readouterr().out
+
+
+def test_a_gap_is_told_by_its_instants(capsys: pytest.CaptureFixture[str]) -> None:
+    first, last = 1_250_000_000, 2_000_000_000
+    closed = shown(capsys, gaps=[{"disk": "d1", "from_ns": first, "to_ns": last}])
+    assert "gap from 1970-01-01T00:00:01.250000000Z to 1970-01-01T00:00:02." in closed
+    assert "gap since 1970-01-01T00:00:01.250000000Z" in shown(
+        capsys, gaps=[{"disk": "d1", "from_ns": first, "to_ns": None}]
+    )
+
+
+def test_before_the_first_sync_there_is_no_history(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "history none yet: the first sync is not done" in shown(capsys)
