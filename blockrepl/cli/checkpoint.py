@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blockrepl.cli.output import emit, json_option, pass_home, table
-from blockrepl.cli.point import complete_group, complete_point, resolve
+from blockrepl.cli.point import complete_checkpoint, complete_group, complete_point, resolve
 from blockrepl.errors import StateError, UsageError
+from blockrepl.model.points import check_checkpoint_name
 from blockrepl.storage.home import Home, check_name, exclusive_lock
 from blockrepl.units import format_instant
 
@@ -57,7 +58,7 @@ def create(home: Path, group: str, name: str, keep: bool, at: str | None, json_m
     On the source: every write the guest knows to be done by now is in it, and the command returns
     when it is durable at the receiver.
     """
-    check_name(name, "checkpoint")
+    check_checkpoint_name(check_name(name, "checkpoint"))
     if _is_replica(home, group):
         row = _create_on_replica(home, group, name, keep, at)
     elif at is not None:
@@ -118,7 +119,7 @@ def list_checkpoints(home: Path, group: str, json_mode: bool) -> None:
 
 @checkpoint.command(epilog="Example: blockrepl checkpoint remove web before-upgrade")
 @click.argument("group", shell_complete=complete_group)
-@click.argument("name")
+@click.argument("name", shell_complete=complete_checkpoint)
 @json_option
 @pass_home
 def remove(home: Path, group: str, name: str, json_mode: bool) -> None:

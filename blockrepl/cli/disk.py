@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from blockrepl import limits
 from blockrepl.cli.output import emit, human_bytes, json_option, pass_home, table
+from blockrepl.cli.point import completion_home
 from blockrepl.units import GIB, KIB, MIB
 
 if TYPE_CHECKING:
@@ -34,6 +36,16 @@ class SizeType(click.ParamType[int]):
         return int(match[1]) * _UNITS[match[2]]
 
 
+def complete_disk(
+    context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    from blockrepl.storage.home import Home
+    from blockrepl.storage.source import SourceDisks
+
+    names = SourceDisks(Home(completion_home(context))).names()  # none where nothing is
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
 @click.group()
 def disk() -> None:
     """Protect disks: raw image files or block devices.
@@ -55,8 +67,7 @@ def disk() -> None:
     "--ring",
     type=SizeType(),
     default=limits.RING_BYTES_DEFAULT,
-    show_default="64M",
-    help="Shared memory between server and agent.",
+    help="Shared memory between server and agent. [default: 64M; 16M to 16G]",
 )
 @json_option
 @pass_home
@@ -140,7 +151,7 @@ def _table(data: list[dict[str, Any]]) -> Table:
 
 
 @disk.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_disk)
 @pass_home
 def remove(home: Path, name: str) -> None:
     """Take a disk out of protection. Its image and its history at the receiver stay.
@@ -159,7 +170,7 @@ def remove(home: Path, name: str) -> None:
 
 
 @disk.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_disk)
 @pass_home
 def serve(home: Path, name: str) -> None:
     """Serve a disk to its guest over NBD, in the foreground.
@@ -178,7 +189,7 @@ def serve(home: Path, name: str) -> None:
 
 
 @disk.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_disk)
 @click.option("--qemu", "form", flag_value="qemu", help="QEMU's options, ready to paste.")
 @click.option("--libvirt", "form", flag_value="libvirt", help="libvirt's <disk> element.")
 @click.option("--uri", "form", flag_value="uri", help="The NBD URI.")

@@ -5,6 +5,8 @@ What each command that takes a point says of it, and completes, is here too.
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import time
 from pathlib import Path
 
@@ -23,26 +25,46 @@ def complete_group(
 ) -> list[CompletionItem]:
     from blockrepl.storage.history import groups
 
-    return [CompletionItem(name) for name in groups(_home(context)) if name.startswith(incomplete)]
+    return [
+        CompletionItem(name)
+        for name in groups(completion_home(context))
+        if name.startswith(incomplete)
+    ]
 
 
 def complete_point(
     context: click.Context, _parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """The fixed words, and the group's checkpoints."""
-    from blockrepl.storage.history import ReplicaHistory
-
     words = {"latest": "the newest instant", "flush": "the last guest flush", "-5m": "before now"}
-    try:
-        with ReplicaHistory.open(_home(context), context.params["group"]) as replica:
-            for row in replica.catalog.checkpoints():
-                words[f"tag:{row.name}"] = format_instant(row.at_ns)
-    except (BlockreplError, KeyError, OSError):
-        pass  # completion never complains
+    for name, at in _checkpoints(context).items():
+        words[f"tag:{name}"] = at
     return [CompletionItem(w, help=h) for w, h in words.items() if w.startswith(incomplete)]
 
 
-def _home(context: click.Context) -> Path:
+def complete_checkpoint(
+    context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    known = _checkpoints(context)
+    return [CompletionItem(n, help=at) for n, at in known.items() if n.startswith(incomplete)]
+
+
+def _checkpoints(context: click.Context) -> dict[str, str]:
+    """The group's checkpoints and their instants, where its replica is here."""
+    from blockrepl.storage.history import ReplicaHistory
+
+    # Before an option's value, click has left the arguments where they are.
+    group = context.params.get("group") or next(iter(context.args), None)
+    if group is not None:
+        with contextlib.suppress(BlockreplError, OSError, sqlite3.Error):  # never complains
+            with ReplicaHistory.open(completion_home(context), group) as replica:
+                rows = replica.catalog.checkpoints()
+            return {row.name: format_instant(row.at_ns) for row in rows}
+    return {}
+
+
+def completion_home(context: click.Context) -> Path:
+    """The home of a command line that is being completed: nothing has been run yet."""
     invocation = context.find_object(Invocation) or Invocation()
     given = context.find_root().params.get("home")
     return given if isinstance(given, Path) else invocation.home
@@ -51,12 +73,15 @@ def _home(context: click.Context) -> Path:
 def explain(resolved: Resolved) -> str:
     """One line: the instant, and how far it is from what was asked."""
     distance = resolved.distance_seconds
-    if distance == 0:
+    base, _, back = resolved.asked.partition("~")
+    if back.strip("0 "):
+        how_far = f"{int(back)} record{'s'[: int(back) > 1]} before {base}"
+    elif distance == 0:
         how_far = "exactly as asked"
     else:
         side = "before" if distance < 0 else "after"
         how_far = f"{human_seconds(abs(distance))} {side} what was asked"
-        if resolved.asked in ("latest", "flush", "@flush"):
+        if base.strip() in ("latest", "flush", "@flush"):
             how_far = f"{human_seconds(abs(distance))} {'ago' if distance < 0 else 'ahead of now'}"
     return f"{format_instant(resolved.at_ns)} ({resolved.asked}: {how_far})"
 
@@ -70,9 +95,9 @@ def resolve(home: Path, group: str, text: str) -> Resolved:
         return replica.resolve(point, time.time_ns())
 
 
-# Unknown options are arguments here, so that -5m can be typed as it is.
+# Unknown options are arguments here, so that -5m can be typed as it is; -1h30m is no call for help.
 @click.command(
-    context_settings={"ignore_unknown_options": True},
+    context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]},
     epilog="Examples: blockrepl point web latest~3;  blockrepl point web -5m;  "
     "blockrepl point web 2026-11-22T10:31:07.25Z",
 )

@@ -153,6 +153,21 @@ def parse(text: str, *, zone: tzinfo | None = None) -> Point:
     return Point(text, _parse_base(text, base_text, zone), count)
 
 
+def check_checkpoint_name(name: str) -> str:
+    """Refuse what means something else as a point: it would never be the checkpoint's name."""
+    try:
+        base = parse(name).base
+    except UsageError:
+        base = None  # shaped like a time, and none (2026-13-01); or no name at all
+    if base != Tag(name):
+        raise UsageError(
+            f"{name!r} cannot be a checkpoint's name: as a point it means something else",
+            hint="choose another name, such as before-upgrade",
+            code="checkpoint-name",
+        )
+    return name
+
+
 def _parse_base(
     text: str, base: str, zone: tzinfo | None
 ) -> Latest | Flush | Relative | Instant | Tag:
@@ -236,7 +251,10 @@ def resolve(point: Point, *, now_ns: int, history: History) -> Resolved:
         if back_ns is None or (history.floor_ns is not None and back_ns < history.floor_ns):
             raise _refused(
                 point,
-                f"history has no {point.records_back} records before {format_instant(at_ns)}",
+                f"history has fewer than {point.records_back} records before "
+                f"{format_instant(at_ns)}"
+                if point.records_back > 1
+                else f"history has no record before {format_instant(at_ns)}",
                 None,
                 history.floor_ns,
             )
