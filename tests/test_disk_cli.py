@@ -154,7 +154,7 @@ def test_images_that_cannot_be_disks(home: Path, tmp_path: Path) -> None:
     ("words", "said"),
     [
         (("--size", "0"), "512"),
-        (("--size", "1000"), "512"),
+        (("--size", "1000"), ". use a multiple of 512"),
         (("--size", "ten"), "not a size"),
         (("--size", "-1"), "not a size"),
         (("--size", "1M", "--ring", "1M"), "ring"),
@@ -238,3 +238,19 @@ def test_show_prints_what_guests_need(home: Path, image: Path) -> None:
     assert host.get("socket") == socket
     uri = blockrepl(home, "disk", "show", "vm1", "--uri").stdout.strip()
     assert uri == f"nbd+unix:///?socket={socket}"
+    table = blockrepl(home, "disk", "show", "vm1").stdout.splitlines()
+    facts = {line.split()[0]: line.split(maxsplit=1)[1].strip() for line in table if " " in line}
+    assert (facts["size"], facts["ring"], facts["serving"]) == ("1 MiB", "64 MiB", "no")
+
+
+@pytest.mark.parametrize(
+    "forms", [("--json", "--uri"), ("--qemu", "--libvirt"), ("--uri", "--qemu")]
+)
+def test_show_has_one_form_at_a_time(home: Path, image: Path, forms: tuple[str, str]) -> None:
+    assert add(home, "vm1", image).returncode == 0
+    refused(blockrepl(home, "disk", "show", "vm1", *forms), 2, "one of them")
+
+
+def test_the_ring_has_limits_in_the_help(home: Path) -> None:
+    told = " ".join(blockrepl(home, "disk", "add", "--help").stdout.split())
+    assert "[default: 64M; 16M to 16G]" in told

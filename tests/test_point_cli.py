@@ -28,9 +28,9 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 
 def completions(home: Path, *words: str) -> set[str]:
     """What TAB offers after ``words``, of which the last is being typed."""
-    *before, incomplete = ["--home", str(home), *words]
+    before = ["--home", str(home), *words[:-1]]
     shell = ShellComplete(cli, {}, "blockrepl", "_BLOCKREPL_COMPLETE")
-    return {item.value for item in shell.get_completions(before, incomplete)}
+    return {item.value for item in shell.get_completions(before, words[-1])}
 
 
 def test_points_are_completed_where_the_group_is_known(journal: Journal) -> None:

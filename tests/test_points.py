@@ -133,6 +133,9 @@ def test_records_back_leaves_out_that_many_records() -> None:
     with pytest.raises(PointError) as caught:
         resolve("latest~1000", PLAIN)
     assert caught.value.nearest_after_ns == PLAIN.floor_ns
+    assert "fewer than 1000 records before" in str(caught.value)
+    with pytest.raises(PointError, match="has no record before"):
+        resolve("latest~1", history_of([NOW], [], floor_ns=NOW, latest_ns=NOW))
 
 
 def test_the_epoch_counts_the_gaps_that_have_ended() -> None:
@@ -163,6 +166,9 @@ def test_what_cannot_be_reached_is_refused_with_its_neighbours(
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(PointError, match="no checkpoint"):
         resolve("nope", PLAIN)
+    with pytest.raises(PointError) as caught:
+        resolve("nope", History(floor_ns=0, latest_ns=NOW, group="web"))
+    assert caught.value.hint.endswith("blockrepl checkpoint list web")
 
 
 def test_a_group_whose_first_sync_is_not_done_has_no_points() -> None:

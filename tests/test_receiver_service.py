@@ -28,7 +28,7 @@ from blockrepl.channel.enrolment import Identity
 from blockrepl.channel.framing import MessageStream
 from blockrepl.channel.handshake import RECEIVER_SERVER_NAME, connect
 from blockrepl.cli import main as cli
-from blockrepl.errors import BlockreplError, StateError
+from blockrepl.errors import BlockreplError, StateError, UsageError
 from blockrepl.formats import messages
 from blockrepl.formats.messages import (
     Attach,
@@ -585,6 +585,17 @@ async def test_status_of_a_receiver_at_rest_is_read_from_its_files(
         assert part in shown
     assert cli.run(["--home", home, "status", "other", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["code"] == "no-group"
+
+
+@pytest.mark.parametrize("address", ["foo", ":7420", "vault:0", "vault:x"])
+def test_an_invitation_needs_an_address_that_can_be_reached(tmp_path: Path, address: str) -> None:
+    home = Home.create(tmp_path / "home")
+    receiver_home.initialise(home, None)
+    with pytest.raises(UsageError, match="not an address to reach") as caught:
+        receiver_home.invite(home, expires_seconds=60, groups=[], address=address)
+    assert caught.value.hint == "write HOST:PORT"
+    with pytest.raises(UsageError, match="not an address to listen on"):
+        receiver_home.split_listen("foo")
 
 
 def start_command(home: Path, *arguments: str) -> subprocess.Popen[str]:

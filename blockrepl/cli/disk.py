@@ -190,12 +190,12 @@ def serve(home: Path, name: str) -> None:
 
 @disk.command()
 @click.argument("name", shell_complete=complete_disk)
-@click.option("--qemu", "form", flag_value="qemu", help="QEMU's options, ready to paste.")
-@click.option("--libvirt", "form", flag_value="libvirt", help="libvirt's <disk> element.")
-@click.option("--uri", "form", flag_value="uri", help="The NBD URI.")
+@click.option("--qemu", is_flag=True, help="QEMU's options, ready to paste.")
+@click.option("--libvirt", is_flag=True, help="libvirt's <disk> element.")
+@click.option("--uri", is_flag=True, help="The NBD URI.")
 @json_option
 @pass_home
-def show(home: Path, name: str, form: str | None, json_mode: bool) -> None:
+def show(home: Path, name: str, qemu: bool, libvirt: bool, uri: bool, json_mode: bool) -> None:
     """Show a disk, and how a guest reaches it.
 
     \b
@@ -204,16 +204,22 @@ def show(home: Path, name: str, form: str | None, json_mode: bool) -> None:
       blockrepl disk show vm1 --libvirt
       nbdinfo "$(blockrepl disk show vm1 --uri)"
     """
+    from blockrepl.errors import UsageError
     from blockrepl.services import guest_options
 
+    if qemu + libvirt + uri + json_mode > 1:
+        raise UsageError(
+            "--qemu, --libvirt, --uri and --json are forms of one answer",
+            hint="give one of them",
+        )
     disks = _disks(home)
     entry = disks.load(name)
     socket = disks.socket_path(entry)
-    if form == "qemu":
+    if qemu:
         click.echo(guest_options.qemu(entry.name, socket))
-    elif form == "libvirt":
+    elif libvirt:
         click.echo(guest_options.libvirt(entry.name, socket))
-    elif form == "uri":
+    elif uri:
         click.echo(guest_options.uri(socket))
     else:
         data = {
@@ -226,8 +232,18 @@ def show(home: Path, name: str, form: str | None, json_mode: bool) -> None:
             "id": str(entry.id),
             "ring_bytes": entry.ring_bytes,
         }
-        rows = [(key.replace("_", " "), str(value)) for key, value in data.items()]
-        emit(data, json_mode, lambda _: table(("what", "value"), rows))
+        emit(data, json_mode, _facts)
+
+
+def _facts(data: dict[str, Any]) -> Table:
+    told = {
+        **data,
+        "size_bytes": human_bytes(data["size_bytes"]),
+        "ring_bytes": human_bytes(data["ring_bytes"]),
+        "serving": "yes" if data["serving"] else "no",
+    }
+    rows = [(key.removesuffix("_bytes"), str(value)) for key, value in told.items()]
+    return table(("what", "value"), rows)
 
 
 def _disks(home: Path) -> SourceDisks:

@@ -115,6 +115,7 @@ class History:
     checkpoints: Mapping[str, int] = field(default_factory=dict)
     last_flush: Callable[[int], int | None] = lambda _at: None
     records_back: Callable[[int, int], int | None] = lambda _at, _count: None
+    group: str = ""  # for what is said of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +279,7 @@ def _base_instant(point: Point, now_ns: int, history: History) -> tuple[int, int
         if at_ns is None:
             raise PointError(
                 f"point {point.text!r}: no checkpoint has the name {base.name}",
-                hint="see them: blockrepl checkpoint list GROUP",
+                hint=f"see them: blockrepl checkpoint list {history.group or 'GROUP'}",
                 code="point-unknown",
             )
         return at_ns, at_ns

@@ -103,10 +103,18 @@ def open_trust(home: Home) -> TrustStore:
 
 def split_listen(listen: str) -> tuple[str, int]:
     """HOST:PORT, port 0 for any. UsageError."""
-    host, colon, port = listen.rpartition(":")
+    return _split(listen, "to listen on")
+
+
+def _split(address: str, purpose: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
     if not (colon and port.isascii() and port.isdecimal() and int(port) < 1 << 16):
-        raise UsageError(f"{listen!r} is not an address to listen on", hint="write HOST:PORT")
+        raise _no_address(address, purpose)
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _no_address(address: str, purpose: str) -> UsageError:
+    return UsageError(f"{address!r} is not an address {purpose}", hint="write HOST:PORT")
 
 
 def invite(home: Home, *, expires_seconds: float, groups: list[str], address: str | None) -> str:
@@ -118,7 +126,9 @@ def invite(home: Home, *, expires_seconds: float, groups: list[str], address: st
         host, port = split_listen(configuration.listen)
         host = socket.gethostname() if host in ANY_HOSTS else host
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    split_listen(address)
+    host, port = _split(address, "to reach")
+    if not host or not port:
+        raise _no_address(address, "to reach")
     authority = load_authority(home)
     now = time.time_ns()
     with closing(open_trust(home)) as trust:

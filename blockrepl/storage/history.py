@@ -161,6 +161,7 @@ class ReplicaHistory:
             checkpoints={row.name: row.at_ns for row in now.checkpoints.values()},
             last_flush=lambda at_ns: self._last_flush(now, at_ns),
             records_back=lambda at_ns, count: self._records_back(now, at_ns, count),
+            group=self.group,
         )
 
     def resolve(self, point: Point, now_ns: int, state: State | None = None) -> Resolved:

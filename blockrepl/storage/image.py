@@ -60,11 +60,13 @@ def image_size(path: Path) -> int:
     return size
 
 
-def check_size(size: int, what: str) -> None:
+def check_size(size: int, what: str, *, exists: bool = True) -> None:
     if size <= 0 or size % SECTOR_BYTES:
         raise UsageError(
             f"{what} has {size} bytes, which is no positive multiple of {SECTOR_BYTES}",
-            hint=f"use a size that is one: truncate --size=%{SECTOR_BYTES} rounds a file up",
+            hint=f"use a size that is one: truncate --size=%{SECTOR_BYTES} rounds a file up"
+            if exists
+            else f"use a multiple of {SECTOR_BYTES}",
             code="image-size",
         )
     if size > DISK_BYTES_MAX:

@@ -311,7 +311,7 @@ class SourceDisks:
 
 
 def _create_image(image: Path, size_bytes: int) -> bool:
-    check_size(size_bytes, "--size")
+    check_size(size_bytes, "--size", exists=False)
     try:
         descriptor = os.open(image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
