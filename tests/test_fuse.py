@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -166,6 +167,8 @@ def test_damage_is_an_input_output_error_told_once(journal: Journal, tmp_path: P
     assert len(told) == 1
     assert path.name in told[0]
     assert f"offset {place}" in told[0]
+    # As the services' lines: when, how grave, who.
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} [A-Z]+ blockrepl\.[a-z.]+: ", told[0])
 
 
 def test_several_mounts_serve_many_readers_at_once(journal: Journal, tmp_path: Path) -> None:
@@ -276,6 +279,8 @@ def test_a_foreground_mount_ends_with_a_signal(journal: Journal, tmp_path: Path)
     )  # fmt: skip
     assert process.stdout is not None
     assert "latest~2" in process.stdout.readline()
+    hint = [process.stdout.readline() for _ in range(4)]
+    assert "/dev/loopN itself when the image has no partition table" in hint[3]
     assert set(digests(directory)) == {"root.img", "data.img"}
     process.terminate()
     assert process.wait(20) == 0

@@ -20,10 +20,13 @@ from blockrepl.errors import UsageError
 from blockrepl.model.points import Resolved
 from blockrepl.units import format_instant
 
+log = logging.getLogger(__name__)
+
 HOW_TO_USE = """\
 The disks are read-only files. To mount the file system inside one:
   losetup --find --show --read-only --partscan --direct-io=on {image}
   mount -o ro,noload /dev/loopNp1 /mnt      ext4 (XFS: ro,norecovery)
+or /dev/loopN itself when the image has no partition table
 (the image is as after a power cut, and its journal cannot be replayed on a read-only device)"""
 
 
@@ -68,7 +71,7 @@ def mount(
     if ready_descriptor is not None:
         _serve_for(ready_descriptor, home, group, directory, at)
     elif foreground:
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+        _log(logging.WARNING)
         from blockrepl.views import serving
 
         serving.serve(home, group, directory, at, tell)
@@ -78,14 +81,19 @@ def mount(
         tell(mounting.start(home.absolute(), group, directory, at))
 
 
+def _log(level: int) -> None:
+    """As the services do."""
+    from blockrepl.services.foreground import LOG_FORMAT, LOG_TIME
+
+    logging.basicConfig(level=level, format=LOG_FORMAT, datefmt=LOG_TIME)
+
+
 def _serve_for(descriptor: int, home: Path, group: str, directory: Path, at: str | None) -> None:
     """Serve on behalf of a ``mount`` that waits at the other end of a pipe."""
     from blockrepl.views import serving
 
     os.set_inheritable(descriptor, False)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s"
-    )
+    _log(logging.INFO)
     logging.captureWarnings(True)
     answered = False
 
@@ -99,7 +107,7 @@ def _serve_for(descriptor: int, home: Path, group: str, directory: Path, at: str
         fields = None
         if resolved is not None:
             fields = {name: getattr(resolved, name) for name in Resolved.__slots__}
-        logging.info("serving %s on %s", group, directory)
+        log.info("serving %s on %s", group, directory)
         answer({"resolved": fields})
 
     try:
@@ -109,7 +117,7 @@ def _serve_for(descriptor: int, home: Path, group: str, directory: Path, at: str
         if failure is not None and not answered:
             answer({**json.loads(failure.as_json()), "exit_status": failure.exit_status})
         raise
-    logging.info("unmounted %s from %s", group, directory)
+    log.info("unmounted %s from %s", group, directory)
 
 
 def _tell(group: str, directory: Path, resolved: Resolved | None, json_mode: bool) -> None:

@@ -15,16 +15,15 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+LOG_TIME = "%Y-%m-%dT%H:%M:%S%z"
+
 Notify = Callable[[], None]
 
 
 def run_foreground(service: Callable[[Notify], Awaitable[None]]) -> None:
     """Run ``service(ready)`` until it ends or a signal comes. Raises what the service raises."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S%z",
-    )
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt=LOG_TIME)
     for quiet in ("hypercorn", "httpx"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
     trio.run(_until_signal, service)
