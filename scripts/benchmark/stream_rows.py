@@ -14,6 +14,7 @@ API. Percentiles are of all samples; the range is that of fifths of the run.
 from __future__ import annotations
 
 import threading
+import time
 
 from blockrepl.formats import segment
 from scripts.benchmark.bench import Bench
@@ -100,8 +101,12 @@ def _highest_rate(bench: Bench, product: Ours) -> tuple[int | None, float]:
 
 
 def _lag_samples(bench: Bench, product: Ours) -> tuple[list[float], Load]:
-    """Milliseconds of lag while the load runs, and the load."""
-    samples: list[float] = []
+    """Milliseconds of lag while the load runs, and the load.
+
+    What was sampled before fio's first write does not count: the watermark of an idle group moves
+    once a second.
+    """
+    samples: list[tuple[float, float]] = []  # wall clock in seconds, lag in ms
     failures: list[Exception] = []
     done = threading.Event()
 
@@ -112,7 +117,7 @@ def _lag_samples(bench: Bench, product: Ours) -> tuple[list[float], Load]:
                     lag_seconds = ask_status(connection).lag_seconds
                     if lag_seconds is None:
                         raise MeasurementError("the receiver knows no lag")
-                    samples.append(lag_seconds * 1000)
+                    samples.append((time.time(), lag_seconds * 1000))
         except (MeasurementError, OSError) as error:
             failures.append(error)
 
@@ -127,7 +132,8 @@ def _lag_samples(bench: Bench, product: Ours) -> tuple[list[float], Load]:
         sampler.join()
     if failures:
         raise MeasurementError(f"the lag was not told: {failures[0]}")
-    return samples, load
+    began = load.ended_seconds - load.runtime_seconds
+    return [lag for at, lag in samples if began <= at <= load.ended_seconds], load
 
 
 def lag_and_journal(bench: Bench) -> list[Row]:
