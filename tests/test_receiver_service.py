@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import signal
 import socket
@@ -345,6 +346,20 @@ async def test_strangers_are_dropped_without_harm(
                 nursery.start_soon(stranger, data)
         await peer.send(agent.writes())
         await peer.acknowledged(1)
+
+
+async def test_a_dropped_connection_is_logged_with_its_address(
+    vault: Vault, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    transport = await enrolment.open_transport(vault.address)
+    host, port = transport.socket.getsockname()
+    async with transport:
+        await transport.send_all(GARBAGE["plain text"])
+        with trio.fail_after(WAIT_SECONDS):
+            while not any("dropped" in line for line in caplog.messages):
+                await trio.sleep(0.01)
+    assert any(f"connection of {host}:{port} dropped: " in line for line in caplog.messages)
 
 
 async def test_connections_that_never_say_who_they_are_cannot_lock_others_out(

@@ -173,7 +173,7 @@ async def _drive(
             # The alert tells the peer why. It is small: a peer that does not take it loses it.
             with contextlib.suppress(trio.BrokenResourceError):
                 await transport.send_all(outgoing.read())
-            raise _handshake_failure(error) from error
+            raise _handshake_failure(error, by_source=tls.server_side) from error
         if outgoing.pending:
             await transport.send_all(outgoing.read())
         if not wants_more:
@@ -189,7 +189,7 @@ async def _drive(
         incoming.write(data)
 
 
-def _handshake_failure(error: ssl.SSLError) -> PeerError | TrustError:
+def _handshake_failure(error: ssl.SSLError, *, by_source: bool) -> PeerError | TrustError:
     if isinstance(error, ssl.SSLCertVerificationError):
         return TrustError(
             f"the peer's certificate is not acceptable: {error.verify_message}",
@@ -199,7 +199,7 @@ def _handshake_failure(error: ssl.SSLError) -> PeerError | TrustError:
     if error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
         return TrustError("the peer shows no certificate", code="certificate")
     reason = (error.reason or "unknown").replace("_", " ").lower()
-    return rejection_of(error) or PeerError(
+    return rejection_of(error, by_source=by_source) or PeerError(
         f"the peer does not speak our TLS 1.3 ({reason})",
         hint="check that the address is that of a blockrepl receiver",
     )
@@ -244,5 +244,5 @@ class _ServerNamePeek:
             return None
         except ssl.SSLError as error:
             if self._server_name is None:
-                raise _handshake_failure(error) from error
+                raise _handshake_failure(error, by_source=True) from error
         return self._server_name

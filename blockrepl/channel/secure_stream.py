@@ -196,7 +196,7 @@ class SecureStream(trio.abc.Stream):
             return 0
         except ssl.SSLError as error:
             self._receive_broken = True
-            rejection = rejection_of(error)
+            rejection = rejection_of(error, by_source=self._tls.server_side)
             if rejection is not None:
                 raise rejection from error
             raise trio.BrokenResourceError(f"the TLS connection is broken: {error}") from error
@@ -254,7 +254,7 @@ class SecureStream(trio.abc.Stream):
             raise trio.BrokenResourceError("an earlier receive failed")
 
 
-def rejection_of(error: ssl.SSLError) -> TrustError | None:
+def rejection_of(error: ssl.SSLError, *, by_source: bool = False) -> TrustError | None:
     """What the peer's alert says about our certificate; None if it is about something else.
 
     In TLS 1.3 a client has finished its handshake before the server looks at the certificate, so
@@ -264,6 +264,12 @@ def rejection_of(error: ssl.SSLError) -> TrustError | None:
     if "ALERT" not in reason or not any(mark in reason for mark in REJECTION_MARKS):
         return None
     why = reason.partition("ALERT_")[2].replace("_", " ").lower()
+    if by_source:
+        return TrustError(
+            f"the source does not accept this receiver's certificate ({why})",
+            hint="if the receiver was set up anew, its sources have to join it again",
+            code="rejected",
+        )
     return TrustError(
         f"the receiver does not accept this source's certificate ({why})",
         hint="join again with a new token: `blockrepl receiver invite` there, "

@@ -76,17 +76,18 @@ class Receiver:
         if self._handshakes >= limits.HANDSHAKES_MAX:
             await trio.aclose_forcefully(transport)
             return
+        peer = _peer_address(transport)  # known while it is connected only
         try:
             stream = await self._let_in(transport)
             if stream is not None:
                 async with MessageStream(stream, RECEIVER_ACCEPTS) as messages:
                     await self._serve_source(stream, messages)
         except BlockreplError as error:
-            logger.info("connection dropped: %s", error)
+            logger.info("connection of %s dropped: %s", peer, error)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            logger.info("connection lost: %s", error)
+            logger.info("connection of %s lost: %s", peer, error)
         except Exception:
-            logger.exception("connection dropped: a defect of ours")
+            logger.exception("connection of %s dropped: a defect of ours", peer)
         finally:
             await trio.aclose_forcefully(transport)
 
@@ -253,5 +254,15 @@ async def _listen(host: str, port: int) -> list[trio.SocketListener]:
 
 
 def _address(listener: trio.SocketListener) -> str:
-    host, port = listener.socket.getsockname()[:2]
+    return _written(*listener.socket.getsockname()[:2])
+
+
+def _peer_address(transport: trio.SocketStream) -> str:
+    try:
+        return _written(*transport.socket.getpeername()[:2])
+    except OSError:
+        return "a peer that has gone"
+
+
+def _written(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
