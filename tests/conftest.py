@@ -75,7 +75,8 @@ def _test_leaves_nothing(
 
 
 def _guard(base: Path) -> Iterator[None]:
-    before = leftovers(base)
+    # All processes, whosever they are: one that is just becoming another has no environment.
+    before = leftovers(base) | {("process", str(process)) for process in _all_processes()}
     yield
     deadline = time.monotonic() + GRACE_SECONDS
     while leaked := sorted(leftovers(base) - before):
