@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from uuid import UUID
 
 import trio
@@ -57,10 +57,7 @@ class WantedCheckpoint:
     name: str
     kept: bool
     at_ns: int = 0
-    durable: trio.Event = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        self.durable = trio.Event()
+    durable: trio.Event = field(default_factory=trio.Event)
 
 
 @dataclass(frozen=True, slots=True)
