@@ -28,6 +28,10 @@ CONTROL_MESSAGE_BYTES_MAX = 1 * MIB  # JSON messages
 DISKS_PER_SOURCE_MAX = 1024
 GROUPS_PER_SESSION_MAX = 256
 
+COMPARE_BLOCK_BYTES = 64 * KIB  # digested as one: the least that a difference costs to send
+COMPARE_BYTES_MAX = 16 * MIB  # of a disk in one comparison: its digests take 4 KiB
+COMPARISONS_MAX = 4  # at work in the receiver per session: then its reader waits
+
 WINDOW_FRAMES = 256  # frames sent and not yet acknowledged, per group
 WINDOW_BYTES = 32 * MIB
 
@@ -60,3 +64,5 @@ assert MESSAGE_BYTES_MAX > FRAME_BODY_BYTES_MAX
 assert RING_BYTES_MIN >= 2 * REQUEST_BYTES_MAX
 assert WINDOW_BYTES >= FRAME_BODY_BYTES_MAX
 assert FRAME_PAYLOAD_BYTES_MAX % BLOCK_BYTES == 0
+assert REGION_BYTES % COMPARE_BLOCK_BYTES == 0
+assert COMPARE_BYTES_MAX % REGION_BYTES == 0

@@ -28,11 +28,12 @@ from blockrepl.formats.messages import (
     Refusal,
     Request,
     Response,
+    Verify,
     Welcome,
 )
 
 ID = str(UUID(int=9))
-MODELS: list[type[Message]] = [Hello, Welcome, Attach, Attached, Refusal, Request, Response]
+MODELS: list[type[Message]] = [Hello, Welcome, Attach, Attached, Refusal, Request, Response, Verify]
 
 
 def type_table() -> list[tuple[int, str, str]]:
@@ -76,6 +77,7 @@ SAMPLES: list[Message] = [
     Refusal(code="taken", error="why", hint="what", group="web"),
     Request(id=1, verb="checkpoint-remove", group="web", name="x"),
     Response(id=1, data={"a": [1, 2]}),
+    Verify(group="web"),
 ]
 
 
@@ -193,7 +195,7 @@ def test_what_is_out_of_bounds_is_refused(model: type[Message], content: object)
 
 def test_no_verb_shortens_or_rewrites_history() -> None:
     verbs = Request.model_fields["verb"].annotation.__args__  # type: ignore[union-attr]
-    assert set(verbs) == {"checkpoint-list", "checkpoint-remove", "group-status"}
+    assert set(verbs) == {"checkpoint-list", "checkpoint-remove", "group-status", "verify"}
 
 
 # --- acknowledgements

@@ -18,6 +18,9 @@ type  name       from      payload
 9     ERROR      both      JSON Refusal; closes the session, or one group of it when it names one
 10    ATTACH     agent     JSON Attach: a group and all disks this source has in it
 11    ATTACHED   receiver  JSON Attached: where to go on
+12    COMPARE    agent     binary (comparison.py): digests of a range, in the order of DATA
+13    VERDICT    receiver  binary (comparison.py): which blocks of it differ
+14    VERIFY     receiver  JSON Verify: begin a scrub pass of the group now
 ====  =========  ========  ==================================================================
 
 Types 32 to 63 belong to enrolment. After ATTACHED, DATA for the group starts counting at 1 again.
@@ -34,6 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blockrepl import limits
 from blockrepl.errors import PeerError
+from blockrepl.formats.comparison import COMPARE_MESSAGE_BYTES_MAX, VERDICT_MESSAGE_BYTES_MAX
 from blockrepl.formats.marks import NameField, StampField
 
 PROTOCOL_VERSION = 1
@@ -52,6 +56,9 @@ class MessageType(IntEnum):
     ERROR = 9
     ATTACH = 10
     ATTACHED = 11
+    COMPARE = 12
+    VERDICT = 13
+    VERIFY = 14
 
 
 CONTROL = limits.CONTROL_MESSAGE_BYTES_MAX
@@ -63,6 +70,7 @@ RECEIVER_ACCEPTS: dict[int, int] = {  # type -> largest payload
     MessageType.PONG: 0,
     MessageType.ERROR: CONTROL,
     MessageType.ATTACH: CONTROL,
+    MessageType.COMPARE: COMPARE_MESSAGE_BYTES_MAX,
 }
 AGENT_ACCEPTS: dict[int, int] = {
     MessageType.WELCOME: CONTROL,
@@ -72,6 +80,8 @@ AGENT_ACCEPTS: dict[int, int] = {
     MessageType.PONG: 0,
     MessageType.ERROR: CONTROL,
     MessageType.ATTACHED: CONTROL,
+    MessageType.VERDICT: VERDICT_MESSAGE_BYTES_MAX,
+    MessageType.VERIFY: CONTROL,
 }
 
 
@@ -115,6 +125,8 @@ class AttachedDisk(Message):
     state: Literal["empty", "ready", "gap"]  # empty: the first sync is not done
     ring_id: Annotated[int, Field(ge=0, lt=1 << 64)]  # of its last durable frame; 0: none
     next_sequence: PositionField  # in that ring: the first record that is not durable here
+    # The base image is known to be all zeros: nothing to compare a first sync with.
+    blank: bool = False
 
 
 class Attached(Message):
@@ -123,6 +135,10 @@ class Attached(Message):
     next_number: Annotated[StampField, Field(ge=1)]
     watermark: PositionField  # last durable one of this source
     disks: list[AttachedDisk]
+
+
+class Verify(Message):
+    group: NameField
 
 
 class Refusal(Message):
@@ -134,7 +150,7 @@ class Refusal(Message):
 
 class Request(Message):
     id: int
-    verb: Literal["checkpoint-list", "checkpoint-remove", "group-status"]
+    verb: Literal["checkpoint-list", "checkpoint-remove", "group-status", "verify"]
     group: NameField
     name: NameField | None = None
 

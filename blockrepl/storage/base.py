@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import errno
 import os
 from pathlib import Path
 
-from blockrepl.errors import PeerError
+from blockrepl.errors import PeerError, StorageError
 from blockrepl.formats.frame import (
     KIND_MASK,
     FrameHeader,
@@ -44,6 +45,23 @@ def create_image(path: Path, size_bytes: int) -> None:
     finally:
         os.close(descriptor)
     sync_directory(path.parent)
+
+
+def is_blank(path: Path) -> bool:
+    """Whether an image is one hole: known to be all zeros, without reading it. StorageError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.lseek(descriptor, 0, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return True
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    return False
 
 
 class BaseImage:

@@ -46,7 +46,7 @@ from blockrepl.storage import catalog as catalogs
 from blockrepl.storage import durable as durables
 from blockrepl.storage.admission import Mark, check_content, check_header, read_mark
 from blockrepl.storage.attachment import attach_disks, image_path
-from blockrepl.storage.base import BaseImage
+from blockrepl.storage.base import BaseImage, is_blank
 from blockrepl.storage.catalog import Catalog, CheckpointRow, DiskRow, GapRow, SourceRow
 from blockrepl.storage.durable import Durable, DurableFile, read_durable
 from blockrepl.storage.files import Files, failure
@@ -178,6 +178,7 @@ class Replica:
             state=state,
             ring_id=disk.ring_id,
             next_sequence=disk.next_sequence,
+            blank=disk.ready_ns is None and is_blank(image_path(self.directory, disk.name)),
         )
 
     def append(self, source: bytes, header: FrameHeader, frame: memoryview) -> Admission:
