@@ -35,6 +35,7 @@ int main(void)
     HEADER(payload_bytes); HEADER(clock_offset); HEADER(stale_marks); HEADER(head); HEADER(busy);
     HEADER(last_stamp); HEADER(gap_from); HEADER(dropped); HEADER(written_bytes);
     HEADER(hot_regions); HEADER(writer_pid); HEADER(flushed); HEADER(tail);
+    HEADER(durable);
     INFLIGHT(start); INFLIGHT(end); INFLIGHT(generation); INFLIGHT(pad);
     SLOT(stamp); SLOT(offset); SLOT(position); SLOT(length); SLOT(kind);
     NUMBER(sizeof(struct ring_header)); NUMBER(sizeof(struct ring_inflight));
@@ -70,6 +71,7 @@ FIELDS = {
     "writer_pid": ("writer's process id", layout.WRITER_AT),
     "flushed": ("records before this sequence are on the local disk", layout.FLUSHED_AT),
     "tail": ("tail", layout.TAIL_AT),
+    "durable": ("durable", layout.DURABLE_AT),
 }
 
 
@@ -152,6 +154,8 @@ def test_the_packed_header_is_the_struct(compiled: dict[str, str]) -> None:
     complete = bytearray(data)
     complete[layout.COMPLETE_AT] = 1
     assert layout.decode_geometry(bytes(complete)) == ring
+    complete[int(compiled["header.version"])] = 1
+    assert layout.decode_geometry(bytes(complete)) is None  # of an earlier version: like none
 
 
 def test_slots_and_ranges_in_flight(compiled: dict[str, str]) -> None:

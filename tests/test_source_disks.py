@@ -400,6 +400,7 @@ def ring(disks: SourceDisks, entry: DiskEntry, clock: SourceClock) -> RingReader
     found = open_ring(disks, entry, clock)
     RingWriter(found.path).write(MIB, b"x" * 512)
     found.release(1)
+    found.set_durable(1)
     set_hot(disks, entry, 1)
     return found
 

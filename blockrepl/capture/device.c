@@ -197,7 +197,7 @@ static int is_synced(struct device *d, uint64_t region)
 static void cool(struct device *d, uint64_t flushed)
 {
     uint32_t now = (uint32_t)(monotonic() / 1000000000u);
-    uint64_t durable = ring_load(&d->ring->tail), low = UINT64_MAX, high = 0;
+    uint64_t durable = ring_load(&d->ring->durable), low = UINT64_MAX, high = 0;
     if (durable > flushed)
         durable = flushed;
     pthread_mutex_lock(&d->hot_lock);

@@ -13,9 +13,11 @@
  *   payload     payload_bytes bytes: the data of the write records, in order, wrapping
  *
  * The writer is one process at a time (it holds a lock on the image), the reader is the agent.
- * `head` is stored last (release), so a killed writer leaves no half record. `tail` is stored by
- * the reader once records are durable at the receiver. The payload in use follows from the slots:
- * there is no second pair of counters to fall out of step.
+ * `head` is stored last (release), so a killed writer leaves no half record. The reader stores
+ * `tail` once the agent needs records no more (they are durable at the receiver, or in the spool):
+ * their room may be used again. It stores `durable` once the receiver has them for good: only then
+ * may their regions cool. So tail >= durable while a spool holds the difference. The payload in use
+ * follows from the slots: there is no second pair of counters to fall out of step.
  */
 #ifndef BLOCKREPL_RING_H
 #define BLOCKREPL_RING_H
@@ -23,7 +25,7 @@
 #include <stdint.h>
 
 #define RING_MAGIC "BRRING01"
-#define RING_VERSION 1
+#define RING_VERSION 2
 #define RING_HEADER_BYTES 4096
 #define RING_INFLIGHT_SLOTS 128
 #define RING_PAGE 4096
@@ -58,8 +60,10 @@ struct ring_header {
     uint64_t flushed;         /* 192: all records before this sequence are in the local disk */
     uint8_t pad1[56];
     /* written by the agent */
-    uint64_t tail;            /* 256: records before this are durable at the receiver */
-    uint8_t pad2[RING_HEADER_BYTES - 264];
+    uint64_t tail;            /* 256: records before this may be overwritten */
+    uint64_t durable;         /* 264: records before this are durable at the receiver, or their
+                                      regions are stale */
+    uint8_t pad2[RING_HEADER_BYTES - 272];
 };
 
 struct ring_inflight {

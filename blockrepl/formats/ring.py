@@ -7,7 +7,7 @@ begins on a page. What the parts mean and who writes what is told in ring.h.
 offset  size  header field
 ======  ====  ===========================================================================
 0       8     magic ``BRRING01``
-8       4     version, 1
+8       4     version, 2
 12      4     1 once the file is fully set up
 16      8     ring id
 24      16    disk id
@@ -27,7 +27,8 @@ offset  size  header field
 176     8     hot regions
 184     8     writer's process id
 192     8     records before this sequence are on the local disk
-256     8     tail: records before this sequence are durable at the receiver
+256     8     tail: records before this sequence may be overwritten
+264     8     durable: records before this sequence are durable at the receiver
 ======  ====  ===========================================================================
 """
 
@@ -39,7 +40,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MAGIC = b"BRRING01"
-VERSION = 1
+VERSION = 2  # 1 had no durable
 HEADER = struct.Struct("<8sIIQ16sQQQQQq")
 HEADER_BYTES = 4096
 PAGE_BYTES = 4096
@@ -57,6 +58,7 @@ HOT_REGIONS_AT = 176
 WRITER_AT = 184
 FLUSHED_AT = 192
 TAIL_AT = 256
+DURABLE_AT = 264
 
 INFLIGHT = np.dtype([("start", "<u8"), ("end", "<u8"), ("generation", "<u8"), ("reserved", "<u8")])
 SLOT = np.dtype(

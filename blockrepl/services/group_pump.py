@@ -139,6 +139,7 @@ class GroupPump:
             return  # of a ring that is no more
         if release.next_sequence:
             disk.ring.release(release.next_sequence)
+            disk.ring.set_durable(release.next_sequence)
         for region in release.regions:
             disk.ring.end_sync(region)
         if release.consistent:

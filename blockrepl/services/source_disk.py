@@ -106,6 +106,8 @@ class SourceDisk:
         self.entry = self._disks.note_rings(self.entry, stale_ring=stale_ring, base_ring=base_ring)
         self.cursor = cursor
         ring.release(plan.cursor)
+        if plan.mark_all_stale or known.ring_id == ring_id:  # skipped for content, or known to it
+            ring.set_durable(plan.cursor)
 
     def refresh(self, watermark: int) -> None:
         """Notice a ring that was made, or made anew, since the last look.

@@ -129,6 +129,10 @@ class RingReader:
     def tail(self) -> int:
         return self._words.load(layout.TAIL_AT)
 
+    def durable(self) -> int:
+        """Records before this sequence are durable at the receiver."""
+        return self._words.load(layout.DURABLE_AT)
+
     def gap_from(self) -> int:
         """First stamp that was not kept; 0 when there is no gap to report."""
         return self._words.load(layout.GAP_FROM_AT)
@@ -210,9 +214,18 @@ class RingReader:
         return b"".join((self._payload[at:], self._payload[: size - part]))
 
     def release(self, sequence: int) -> None:
-        """Records before ``sequence`` are durable at the receiver; their room may be reused."""
+        """Records before ``sequence`` are not needed here any more; their room may be reused."""
         if sequence > self.tail():
             self._words.store(layout.TAIL_AT, sequence)
+
+    def set_durable(self, sequence: int) -> None:
+        """Records before ``sequence`` are durable at the receiver: their regions may cool.
+
+        Never goes back, and never passes the head: what is not there yet cannot be durable.
+        """
+        sequence = min(sequence, self.head())
+        if sequence > self.durable():
+            self._words.store(layout.DURABLE_AT, sequence)
 
     # --- regions to send again
 

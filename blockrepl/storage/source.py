@@ -284,7 +284,7 @@ class SourceDisks:
                     return False  # what another ring holds is not known here
                 if ring.needs_sync() or ring.is_syncing() or ring.gap_from():
                     return False
-                if ring.head() != ring.tail():
+                if ring.head() != ring.durable():
                     return False
                 os.fsync(descriptor)
                 cold = hot_map.encode(
