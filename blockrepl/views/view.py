@@ -4,31 +4,21 @@ Why it never changes: frames that come later carry later stamps. (A resync's car
 began at, which lies in the gap it ends; no view can be of an instant in a gap.) So whatever the
 receiver appends or seals meanwhile, the same entries are selected by "stamp up to the instant".
 
-Opening one reads no payload and no index. A disk is resolved window by window, on first touch, and
-the windows resolved are cached under a limit. A window is as large as keeps its entries few: where
-the guest wrote often it is small.
-
-=======  ================================================================
-shows    is read from
-=======  ================================================================
-data     the frame's payload, each 64 KiB block proven (storage/payload.py)
-zero     nothing: zero and trim records read as zeros
-base     the base image; what lies beyond its end reads as zeros
-=======  ================================================================
+Opening one reads no payload and no index. A disk is resolved window by window (storage/content.py),
+on first touch, and the windows resolved are cached under a limit. A window is as large as keeps its
+entries few: where the guest wrote often it is small.
 """
 
 from __future__ import annotations
 
 import threading
-from array import array
-from bisect import bisect_right
 from dataclasses import dataclass
 from errno import EAGAIN
 from pathlib import Path
 
 from blockrepl.errors import StateError, UsageError
+from blockrepl.storage.content import ContentReader, Extent, Window, add_extent
 from blockrepl.storage.history import ReplicaHistory, State
-from blockrepl.storage.index import SHOWS_BASE, SHOWS_DATA, Shown
 from blockrepl.storage.reading import Cache
 from blockrepl.units import KIB, MIB
 
@@ -47,36 +37,12 @@ class ViewDisk:
     image: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    offset: int
-    length: int
-    is_data: bool  # else it reads as zeros
-
-
-class _Window:
-    """A resolved window. Plain arrays: bisecting them costs a tenth of what numpy's search does."""
-
-    __slots__ = ("bounds", "frames", "kinds", "positions", "segments")
-
-    def __init__(self, shown: Shown, end: int) -> None:
-        self.bounds = array("Q", shown.starts.tobytes())
-        self.bounds.append(end)
-        self.kinds = shown.kinds.tobytes()
-        self.segments = array("I", shown.segments.tobytes())
-        self.frames = array("I", shown.frames.tobytes())
-        self.positions = array("I", shown.positions.tobytes())
-
-    def cost(self) -> int:
-        return 512 + 21 * len(self.bounds)
-
-
-Windows = Cache[tuple[int, bytes, int, int], _Window]
+Windows = Cache[tuple[int, bytes, int, int], Window]
 
 
 def window_cache() -> Windows:
     """A cache that all views of one process share."""
-    return Cache(WINDOW_CACHE_BYTES, _Window.cost)
+    return Cache(WINDOW_CACHE_BYTES, Window.cost)
 
 
 class View:
@@ -92,6 +58,7 @@ class View:
             for row in state.disks_at(at_ns)
         }
         self._replica = replica
+        self._content = ContentReader(replica.index, replica.payload, replica.files)
         self._windows = window_cache() if windows is None else windows
         self._sizes: dict[tuple[bytes, int], int] = {}
         self._lock = threading.Lock()
@@ -127,25 +94,11 @@ class View:
         at = offset
         while at < end:
             window = self._window(disk, at, wait)
-            place = bisect_right(window.bounds, at) - 1
-            while at < end and place < len(window.kinds):
-                stop = min(end, window.bounds[place + 1])
-                part = target[at - offset : stop - offset]
-                self._fill(disk, window, place, at, part, wait)
-                at, place = stop, place + 1
+            stop = min(end, window.end)
+            part = target[at - offset : stop - offset]
+            self._content.read_into(disk.image, window, at, part, wait=wait)
+            at = stop
         return buffer
-
-    def _fill(
-        self, disk: ViewDisk, window: _Window, place: int, at: int, part: memoryview, wait: bool
-    ) -> None:
-        kind = window.kinds[place]
-        if kind == SHOWS_BASE:
-            self._replica.files.read_into(disk.image, part, at, wait=wait)
-        elif kind == SHOWS_DATA:
-            position = window.positions[place] + at - window.bounds[place]
-            self._replica.payload.read_into(
-                part, window.segments[place], window.frames[place], position, wait=wait
-            )
 
     def extents(self, name: str, offset: int, length: int, *, grain: int = 1) -> list[Extent]:
         """What of a range is data and what reads as zeros; ascending, without holes.
@@ -162,25 +115,12 @@ class View:
         at = offset
         while at < end:
             window = self._window(disk, at, True)
-            place = bisect_right(window.bounds, at) - 1
-            while at < end and place < len(window.kinds):
-                stop = min(end, window.bounds[place + 1])
-                kind = window.kinds[place]
-                if kind == SHOWS_BASE:
-                    self._add_base(pieces, disk, at, stop)
-                else:
-                    _add(pieces, at, stop, kind == SHOWS_DATA)
-                at, place = stop, place + 1
+            stop = min(end, window.end)
+            self._content.add_extents(pieces, disk.image, window, at, stop)
+            at = stop
         return pieces
 
-    def _add_base(self, pieces: list[Extent], disk: ViewDisk, at: int, end: int) -> None:
-        for first, last in self._replica.files.data_ranges(disk.image, at, end):
-            _add(pieces, at, first, False)
-            _add(pieces, first, last, True)
-            at = last
-        _add(pieces, at, end, False)
-
-    def _window(self, disk: ViewDisk, at: int, wait: bool) -> _Window:
+    def _window(self, disk: ViewDisk, at: int, wait: bool) -> Window:
         size = self._sizes.get((disk.id, at // WINDOW_BYTES_MAX))
         if size is not None:
             key = (self.at_ns, disk.id, size, at // size)
@@ -191,7 +131,7 @@ class View:
             raise BlockingIOError(EAGAIN, "not resolved yet")
         return self._resolve(disk, at)
 
-    def _resolve(self, disk: ViewDisk, at: int) -> _Window:
+    def _resolve(self, disk: ViewDisk, at: int) -> Window:
         index = self._replica.index
         with self._lock:
             area = at // WINDOW_BYTES_MAX
@@ -208,7 +148,7 @@ class View:
             if window is None:
                 first = at // size * size
                 last = min(first + size, disk.size_bytes)
-                window = _Window(index.resolve(disk.id, first, last, self.at_ns), last)
+                window = self._content.resolve(disk.id, first, last, self.at_ns)
                 self._windows.put(key, window)
             return window
 
@@ -220,21 +160,11 @@ def _coarse(pieces: list[Extent], grain: int, size_bytes: int) -> list[Extent]:
     for piece in pieces:
         end = piece.offset + piece.length
         if piece.is_data:
-            _add(coarse, piece.offset, end, True)
+            add_extent(coarse, piece.offset, end, True)
             continue
         first = min(end, -(-piece.offset // grain) * grain)
         last = end if end == size_bytes else max(first, end // grain * grain)
-        _add(coarse, piece.offset, first, True)
-        _add(coarse, first, last, False)
-        _add(coarse, last, end, True)
+        add_extent(coarse, piece.offset, first, True)
+        add_extent(coarse, first, last, False)
+        add_extent(coarse, last, end, True)
     return coarse
-
-
-def _add(pieces: list[Extent], first: int, last: int, is_data: bool) -> None:
-    if last <= first:
-        return
-    if pieces and pieces[-1].is_data == is_data:
-        before = pieces.pop()
-        pieces.append(Extent(before.offset, before.length + last - first, is_data))
-    else:
-        pieces.append(Extent(first, last - first, is_data))
