@@ -235,6 +235,40 @@ def test_a_first_sync_fills_a_sparse_base_and_ends_with_the_floor(tmp_path: Path
     replica.close()
 
 
+def test_a_base_image_is_durable_before_the_mark_that_ends_its_first_sync(tmp_path: Path) -> None:
+    # Guards _write_base's "seeded": content that a comparison found in place came in no frame.
+    files = FaultyFiles()
+    replica, agent = start(tmp_path / "web", files)
+    with (tmp_path / "web" / "base" / "root.img").open("r+b") as image:
+        image.write(b"seed")
+    before = files.syncs
+    put(replica, agent.consistent())
+    assert files.syncs == before + 2  # of the image, then of the segment
+    put(replica, agent.gap(), agent.consistent())
+    assert files.syncs == before + 3
+    replica.close()
+
+
+def test_a_base_image_is_called_blank_until_anything_is_in_it(tmp_path: Path) -> None:
+    replica, agent = start(tmp_path / "web")
+    assert attach(replica).disks[0].blank
+    put(replica, agent.base(0, b"x" * 4096))
+    assert not attach(replica).disks[0].blank
+    put(replica, agent.base(0, b"", RecordKind.ZERO), agent.consistent())
+    assert not attach(replica).disks[0].blank  # it has a history
+    replica.close()
+
+
+def test_proofs_are_written_when_a_replica_is_closed(tmp_path: Path) -> None:
+    replica, agent = start(tmp_path / "web")
+    put(replica, agent.consistent())
+    replica.proofs.prove(DISK.bytes, DISK_BYTES, 0, DISK_BYTES, 5)
+    replica.close()
+    replica, _ = start(tmp_path / "web")
+    assert replica.proofs.proven(DISK.bytes, DISK_BYTES).is_whole
+    replica.close()
+
+
 def test_a_repeated_first_sync_punches_what_became_zero(opened: tuple[Replica, Agent]) -> None:
     replica, agent = opened
     image = replica.directory / "base" / "root.img"

@@ -109,9 +109,9 @@ class BaseImage:
                 raise OSError(number, os.strerror(number), str(self.path))
             offset = hole
 
-    def sync(self) -> None:
-        """Make what was written durable. OSError."""
-        if self._unsynced:
+    def sync(self, *, always: bool = False) -> None:
+        """Make what was written durable; with ``always``, by whomever. OSError."""
+        if self._unsynced or always:
             self._files.sync(self._descriptor)
             self._unsynced = False
 

@@ -23,7 +23,7 @@ Rules:
    removed checkpoint stays removed.
 2. What the catalog does not say (frames after ``last_number``) is in the unsealed segments.
 3. WAL mode and synchronous=FULL: a returned transaction is durable, and other processes read while
-   the receiver writes. ``user_version`` is the format's version; others are refused.
+   the receiver writes. ``user_version`` is the format's version (storage/catalog_file.py).
 4. Integers of foreign origin are unsigned 64-bit; SQLite's are signed: ring ids are folded.
 
 One connection may be used by several threads: a lock serialises them.
@@ -37,35 +37,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import quote
+from typing import Any
 
-from blockrepl.errors import DamageError, StateError, StorageError
+from blockrepl.storage import catalog_file
+from blockrepl.storage.catalog_file import translated
 
 FILE_NAME = "catalog.sqlite"
-VERSION = 1
-BUSY_SECONDS = 10.0  # a reader may hold up a checkpoint of the write-ahead log for a moment
-SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE sources (
-    id TEXT PRIMARY KEY, last_number INTEGER NOT NULL, watermark INTEGER NOT NULL) STRICT;
-CREATE TABLE disks (
-    id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, size_bytes INTEGER NOT NULL,
-    source TEXT NOT NULL REFERENCES sources (id), ready_ns INTEGER,
-    epoch INTEGER NOT NULL, ring_id INTEGER NOT NULL, next_sequence INTEGER NOT NULL,
-    removed_ns INTEGER) STRICT;
-CREATE TABLE gaps (
-    disk TEXT NOT NULL REFERENCES disks (id), from_ns INTEGER NOT NULL, to_ns INTEGER,
-    PRIMARY KEY (disk, from_ns)) STRICT;
-CREATE TABLE checkpoints (
-    name TEXT PRIMARY KEY, at_ns INTEGER NOT NULL, kind TEXT NOT NULL,
-    kept INTEGER NOT NULL) STRICT;
-CREATE INDEX checkpoints_by_instant ON checkpoints (at_ns);
-CREATE TABLE segments (
-    number INTEGER PRIMARY KEY, created_ns INTEGER NOT NULL, first_stamp INTEGER NOT NULL,
-    last_stamp INTEGER NOT NULL, sealed INTEGER NOT NULL, bytes INTEGER NOT NULL,
-    frames INTEGER NOT NULL) STRICT;
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,17 +93,15 @@ class SegmentRow:
     frames: int
 
 
-Row = TypeVar("Row")
-
-
 class Catalog:
     """An open catalog. ``group_name`` and ``group_id`` never change."""
 
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+    def __init__(self, connection: sqlite3.Connection, path: Path, version: int) -> None:
         self._connection = connection
         self._lock = threading.RLock()
         self.path = path
-        meta = dict(self._rows("SELECT key, value FROM meta"))
+        self.version = version  # what is not in it yet is empty
+        meta = dict(self.rows("SELECT key, value FROM meta"))
         self.group_name = str(meta["group_name"])
         self.group_id = bytes.fromhex(meta["group_id"])
         self.created_ns = int(meta["created_ns"])
@@ -134,35 +109,35 @@ class Catalog:
     @classmethod
     def create(cls, path: Path, group_name: str, group_id: bytes, created_ns: int) -> Catalog:
         """Make a catalog where there is none yet."""
-        connection = _connect(path, "rwc")
-        with _translated(path):
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            # One transaction, so that a crash leaves an empty file (made again) or a whole catalog.
-            connection.executescript(
-                f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION};"
-                f"INSERT INTO meta VALUES ('group_name', '{group_name}'),"
-                f"('group_id', '{group_id.hex()}'), ('created_ns', '{created_ns}'); COMMIT;"
-            )
-        return cls(connection, path)
+        connection = catalog_file.connect(path, "rwc")
+        meta = {
+            "group_name": group_name,
+            "group_id": group_id.hex(),
+            "created_ns": str(created_ns),
+        }
+        catalog_file.create(connection, path, meta)
+        return cls(connection, path, catalog_file.VERSION)
 
     @classmethod
     def open(cls, path: Path) -> Catalog:
-        """Open for writing (the receiver only)."""
-        connection = _connect(path, "rw")
-        _check_version(connection, path)
-        with _translated(path):
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA foreign_keys = ON")
-        return cls(connection, path)
+        """Open for writing (the receiver only). An older version is upgraded."""
+        connection = catalog_file.connect(path, "rw")
+        try:
+            catalog_file.open_to_write(connection, path)
+            return cls(connection, path, catalog_file.VERSION)
+        except BaseException:
+            connection.close()
+            raise
 
     @classmethod
     def open_readonly(cls, path: Path) -> Catalog:
         """Open beside a receiver that may be writing. StateError when there is no catalog."""
-        connection = _connect(path, "ro")
-        _check_version(connection, path)
-        return cls(connection, path)
+        connection = catalog_file.connect(path, "ro")
+        try:
+            return cls(connection, path, catalog_file.read_version(connection, path))
+        except BaseException:
+            connection.close()
+            raise
 
     def close(self) -> None:
         with self._lock:
@@ -171,7 +146,7 @@ class Catalog:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All changes made inside become durable together, or none. May be nested."""
-        with self._lock, _translated(self.path):
+        with self._lock, translated(self.path):
             if self._connection.in_transaction:
                 yield
                 return
@@ -188,18 +163,19 @@ class Catalog:
     @contextmanager
     def snapshot(self) -> Iterator[None]:
         """All reads made inside see one state of the catalog."""
-        with self._lock, _translated(self.path):
+        with self._lock, translated(self.path):
             self._connection.execute("BEGIN")
             try:
                 yield
             finally:
                 self._connection.execute("ROLLBACK")
 
-    def _rows(self, query: str, *values: object) -> list[Any]:
-        with self._lock, _translated(self.path):
+    def rows(self, query: str, *values: object) -> list[Any]:
+        """What a query finds. StorageError."""
+        with self._lock, translated(self.path):
             return self._connection.execute(query, values).fetchall()
 
-    def _change(self, query: str, *values: object) -> int:
+    def change(self, query: str, *values: object) -> int:
         """Run a statement; the number of rows it changed."""
         with self.transaction():
             return self._connection.execute(query, values).rowcount
@@ -207,11 +183,11 @@ class Catalog:
     # Sources and disks
 
     def sources(self) -> list[SourceRow]:
-        rows = self._rows("SELECT id, last_number, watermark FROM sources ORDER BY id")
+        rows = self.rows("SELECT id, last_number, watermark FROM sources ORDER BY id")
         return [SourceRow(bytes.fromhex(i), number, watermark) for i, number, watermark in rows]
 
     def put_source(self, row: SourceRow) -> None:
-        self._change(
+        self.change(
             "INSERT INTO sources VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
             "last_number = excluded.last_number, watermark = excluded.watermark",
             row.id.hex(),
@@ -221,9 +197,7 @@ class Catalog:
 
     def disks(self, *, removed: bool = False) -> list[DiskRow]:
         """The disks by name; with ``removed``, the retired ones too."""
-        rows = self._rows(
-            "SELECT * FROM disks WHERE removed_ns IS NULL OR ? ORDER BY name", removed
-        )
+        rows = self.rows("SELECT * FROM disks WHERE removed_ns IS NULL OR ? ORDER BY name", removed)
         return [
             DiskRow(
                 bytes.fromhex(i),
@@ -239,7 +213,7 @@ class Catalog:
         ]
 
     def add_disk(self, row: DiskRow) -> None:
-        self._change(
+        self.change(
             "INSERT INTO disks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             row.id.hex(),
             row.name,
@@ -254,7 +228,7 @@ class Catalog:
 
     def set_position(self, disk: bytes, ring_id: int, next_sequence: int) -> None:
         """Records of ``ring_id`` before ``next_sequence`` are journaled."""
-        self._change(
+        self.change(
             "UPDATE disks SET ring_id = ?, next_sequence = ? WHERE id = ?",
             _fold(ring_id),
             next_sequence,
@@ -268,25 +242,25 @@ class Catalog:
                 for row in self.disks(removed=True):
                     if row.id == disk and row.removed_ns is not None:
                         self.begin_gap(disk, row.removed_ns)
-            self._change("UPDATE disks SET removed_ns = ? WHERE id = ?", at_ns, disk.hex())
+            self.change("UPDATE disks SET removed_ns = ? WHERE id = ?", at_ns, disk.hex())
 
     # History
 
     def gaps(self) -> list[GapRow]:
-        rows = self._rows("SELECT disk, from_ns, to_ns FROM gaps ORDER BY from_ns, disk")
+        rows = self.rows("SELECT disk, from_ns, to_ns FROM gaps ORDER BY from_ns, disk")
         return [GapRow(bytes.fromhex(disk), begin, end) for disk, begin, end in rows]
 
     def begin_gap(self, disk: bytes, from_ns: int) -> bool:
         """Open a gap and an epoch, unless one is open or there is no history to interrupt."""
         with self.transaction():
-            changed = self._change(
+            changed = self.change(
                 "UPDATE disks SET epoch = epoch + 1 WHERE id = ?1 AND ready_ns IS NOT NULL "
                 "AND NOT EXISTS (SELECT 1 FROM gaps WHERE disk = ?1 AND to_ns IS NULL)",
                 disk.hex(),
             )
             if changed:
                 # The same instant twice is one gap that has not ended after all.
-                self._change(
+                self.change(
                     "INSERT INTO gaps VALUES (?, ?, NULL) "
                     "ON CONFLICT (disk, from_ns) DO UPDATE SET to_ns = NULL",
                     disk.hex(),
@@ -297,19 +271,25 @@ class Catalog:
     def set_consistent(self, disk: bytes, at_ns: int) -> None:
         """From ``at_ns`` on the replica equals the disk: its floor, or the end of its gap."""
         with self.transaction():
-            if self._change(
+            if self.change(
                 "UPDATE disks SET ready_ns = ? WHERE id = ? AND ready_ns IS NULL", at_ns, disk.hex()
             ):
                 return
-            self._change(
+            self.change(
                 "UPDATE gaps SET to_ns = max(from_ns, ?) WHERE disk = ? AND to_ns IS NULL",
+                at_ns,
+                disk.hex(),
+            )
+            self.change(
+                "UPDATE mismatches SET healed_ns = max(at_ns, ?1) "
+                "WHERE disk = ?2 AND healed_ns IS NULL",
                 at_ns,
                 disk.hex(),
             )
 
     def checkpoints(self) -> list[CheckpointRow]:
         """All, by instant."""
-        rows = self._rows("SELECT name, at_ns, kind, kept FROM checkpoints ORDER BY at_ns, name")
+        rows = self.rows("SELECT name, at_ns, kind, kept FROM checkpoints ORDER BY at_ns, name")
         return [CheckpointRow(name, at_ns, kind, bool(kept)) for name, at_ns, kind, kept in rows]
 
     def checkpoint(self, name: str) -> CheckpointRow | None:
@@ -318,7 +298,7 @@ class Catalog:
     def add_checkpoint(self, row: CheckpointRow) -> bool:
         """False, and no change, when the name is taken."""
         return (
-            self._change(
+            self.change(
                 "INSERT INTO checkpoints VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
                 row.name,
                 row.at_ns,
@@ -330,19 +310,19 @@ class Catalog:
 
     def remove_checkpoint(self, name: str) -> bool:
         """False when there is none of that name."""
-        return self._change("DELETE FROM checkpoints WHERE name = ?", name) > 0
+        return self.change("DELETE FROM checkpoints WHERE name = ?", name) > 0
 
     # The journal
 
     def segments(self) -> list[SegmentRow]:
-        rows = self._rows("SELECT * FROM segments ORDER BY number")
+        rows = self.rows("SELECT * FROM segments ORDER BY number")
         return [
             SegmentRow(number, created, first, last, bool(sealed), size, frames)
             for number, created, first, last, sealed, size, frames in rows
         ]
 
     def put_segment(self, row: SegmentRow) -> None:
-        self._change(
+        self.change(
             "INSERT OR REPLACE INTO segments VALUES (?, ?, ?, ?, ?, ?, ?)",
             row.number,
             row.created_ns,
@@ -360,46 +340,3 @@ def _fold(value: int) -> int:
 
 def _unfold(value: int) -> int:
     return value + (1 << 64) if value < 0 else value
-
-
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    if mode != "rwc" and not path.exists():
-        raise StateError(f"there is no catalog at {path}", code="no-catalog")
-    with _translated(path):
-        return sqlite3.connect(
-            f"file:{quote(str(path.absolute()))}?mode={mode}",
-            uri=True,
-            isolation_level=None,
-            check_same_thread=False,
-            timeout=BUSY_SECONDS,
-        )
-
-
-def _check_version(connection: sqlite3.Connection, path: Path) -> None:
-    with _translated(path):
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version != VERSION:
-        connection.close()
-        if version == 0:
-            raise StateError(f"the catalog {path} is empty", code="no-catalog")
-        raise StateError(
-            f"the catalog {path} is of format {version}, this blockrepl knows {VERSION}",
-            hint="use the blockrepl version that made it",
-            code="catalog-version",
-        )
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """SQLite's errors as ours."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        name = getattr(error, "sqlite_errorname", "")
-        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-            raise DamageError(
-                f"the catalog {path} is damaged: {error}",
-                hint="restore it, and the files beside it, from a copy of the replica",
-            ) from error
-        code = "full" if name == "SQLITE_FULL" else None
-        raise StorageError(f"the catalog {path} cannot be used: {error}", code=code) from error

@@ -2,7 +2,9 @@
 
 Per commit, each step done before the next:
 
-1. base frames into the base images, journal frames into the open segment; fdatasync of each
+1. base frames into the base images, journal frames into the open segment; fdatasync of each. A
+   base image is synced also before the mark that ends its first sync: what a comparison found in
+   place there, left by a commit that failed or by a seed, is nowhere else
 2. the catalog, when marks came or a segment was begun or sealed: marks, sources, disks as of 1
 3. the durable record (a hint, not synced)
 4. the caller acknowledges
@@ -40,7 +42,7 @@ from uuid import UUID, uuid4
 
 from blockrepl.errors import DamageError, PeerError, StateError, StorageError
 from blockrepl.formats.frame import FrameHeader, FrameKind
-from blockrepl.formats.marks import CheckpointMark, GapMark
+from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
 from blockrepl.formats.messages import AttachDisk, Attached, AttachedDisk
 from blockrepl.storage import catalog as catalogs
 from blockrepl.storage import durable as durables
@@ -52,6 +54,7 @@ from blockrepl.storage.durable import Durable, DurableFile, read_durable
 from blockrepl.storage.files import Files, failure
 from blockrepl.storage.home import make_directory
 from blockrepl.storage.journal import DIRECTORY_NAME, Journal
+from blockrepl.storage.proofs import Proofs
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,7 @@ class ReplicaStatus:
     floor_ns: int | None  # of retired disks too: their history stays
     gaps: list[GapRow]
     base_bytes: dict[bytes, int]  # per disk, of the first sync, received by this process
+    sources: dict[bytes, SourceRow]  # what of each source is durable
 
 
 class Replica:
@@ -91,6 +95,7 @@ class Replica:
         self.catalog = catalog
         self.name = catalog.group_name
         self.group_id = catalog.group_id
+        self.proofs = Proofs(catalog)
         self.error: StorageError | None = None
         self._files = files
         self._clock = clock
@@ -267,10 +272,12 @@ class Replica:
                 image.write(header, body)
             except OSError as error:
                 raise failure(error, f"cannot write {image.path}") from error
-        for disk in {header.disk for header, _ in self._staged_base}:
-            image = self._images[disk]
+        ready = {m.disk.bytes for m in self._marks if isinstance(m, ConsistentMark)}
+        seeded = {disk for disk in ready if self._disks[disk].ready_ns is None}
+        for disk in {header.disk for header, _ in self._staged_base} | seeded:
+            image = self._image(self._disks[disk])
             try:
-                image.sync()
+                image.sync(always=disk in seeded)
             except OSError as error:
                 raise StorageError(f"cannot sync {image.path}: {error.strerror}") from error
         for header, _ in self._staged_base:
@@ -370,6 +377,7 @@ class Replica:
             self._floor_ns,
             self._gaps,
             dict(self._base_bytes),
+            self._sources,
         )
 
     def close(self) -> None:
@@ -378,6 +386,7 @@ class Replica:
         rows = self._journal.close()
         if self.error is None or self.error.code == "full":
             try:
+                self.proofs.write()
                 with self.catalog.transaction():
                     self._write_catalog()
                     for row in rows:
