@@ -99,6 +99,9 @@ static inline void ring_store_byte(uint8_t *p, uint8_t v)
     __atomic_store_n(p, v, __ATOMIC_SEQ_CST);
 }
 
+/* What was read before is not read after what follows. */
+static inline void ring_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
 /* `busy` goes odd, visibly to all, before the clock is read. Elsewhere than on x86, where the store
  * above is a full barrier, the clock may be read before an earlier store is seen. */
 static inline void ring_begin_busy(uint64_t *busy)

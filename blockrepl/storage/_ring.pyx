@@ -9,6 +9,7 @@ cdef extern from "ring.h" nogil:
     void ring_store(uint64_t *p, uint64_t v)
     int ring_swap(uint64_t *p, uint64_t expected, uint64_t desired)
     void ring_store_byte(uint8_t *p, uint8_t v)
+    void ring_fence()
 
 
 cdef class Words:
@@ -36,6 +37,10 @@ cdef class Words:
     def swap(self, uint64_t offset, uint64_t expected, uint64_t desired):
         """Compare and swap; True when the word held ``expected``."""
         return bool(ring_swap(<uint64_t *>self.at(offset, 8), expected, desired))
+
+    def fence(self):
+        """Everything read before, numpy's reads too, is older than what is read after."""
+        ring_fence()
 
     def store_byte(self, uint64_t offset, uint8_t value):
         ring_store_byte(<uint8_t *>self.at(offset, 1), value)

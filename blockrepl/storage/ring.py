@@ -95,6 +95,14 @@ class Batch:
     payload: Buffer
 
 
+@dataclass(frozen=True, slots=True)
+class Position:
+    """An instant in a ring, to hold what is read of the image against. See `is_quiet`."""
+
+    sequence: int  # all records before it are in the image
+    dropped: int
+
+
 class RingReader:
     """A mapped ring. One reader at a time; the agent's own lock sees to that."""
 
@@ -154,12 +162,21 @@ class RingReader:
 
     def used_bytes(self, head: int) -> int:
         """Payload bytes that wait in the ring up to ``head``."""
-        tail = self.tail()
-        if tail == head:
+        return self.payload_bytes(self.tail(), head)
+
+    def payload_bytes(self, first: int, head: int) -> int:
+        """Payload bytes of records [first, head), which the ring holds."""
+        if first == head:
             return 0
         last = self._slots[(head - 1) % self.geometry.slot_count]
-        first = self._slots[tail % self.geometry.slot_count]
-        return int(last["position"]) + _payload_length(last) - int(first["position"])
+        start = self._slots[first % self.geometry.slot_count]
+        return int(last["position"]) + _payload_length(last) - int(start["position"])
+
+    def fill(self) -> float:
+        """How full it is, 0 to 1, by payload or by slots."""
+        head = self.head()
+        slots = (head - self.tail()) / self.geometry.slot_count
+        return max(slots, self.used_bytes(head) / self.geometry.payload_bytes)
 
     def quiesce(self, patience_seconds: float = 0.002) -> bool:
         """Wait until an append under way is published. False when it takes too long."""
@@ -172,6 +189,59 @@ class RingReader:
                 return False
             os.sched_yield()
         return True
+
+    def position(self) -> Position:
+        """Now. What is dropped between the two looks counts as later, which is the safe side."""
+        dropped = self.dropped()
+        return Position(self.head(), dropped)
+
+    def is_quiet(self, start: int, end: int, since: Position) -> bool:
+        """Whether bytes [start, end) of the image, read since then and before this call, are
+        exactly what the records before ``since`` (and content sent before it) made of them.
+
+        A write takes its slot in flight before it touches the image, and gives it back once its
+        record is published or its gap marked. So one that began before the read was over is
+        either in flight now, or it has left a record at or after ``since``, a drop counted, or
+        nothing but what was in the image at ``since`` already. For that, the slots must be looked
+        at before the head and the drops, and all of it after the read.
+
+        Answers False when it cannot know: the ring has gone round meanwhile. A region that is
+        being synced does not matter here; whether its content was sent is the caller's to know.
+        """
+        words = self._words
+        words.fence()  # the image was read before
+        generations = self._inflight["generation"].copy()
+        words.fence()  # a range that is replaced after this look belongs to a later write
+        under_way = (
+            (generations % 2 == 1)
+            & (self._inflight["start"] < end)
+            & (self._inflight["end"] > start)
+        )
+        if under_way.any():
+            return False
+        words.fence()
+        region_bytes = self.geometry.region_bytes
+        regions = slice(start // region_bytes, (end - 1) // region_bytes + 1)
+        if self.dropped() != since.dropped or self.stale[regions].any():
+            return False
+        if self._has_record(start, end, since.sequence, self.head()):
+            return False
+        words.fence()
+        # a slot is written anew before the head shows it
+        return self.head() - since.sequence < self.geometry.slot_count
+
+    def _has_record(self, start: int, end: int, first: int, after: int) -> bool:
+        """Whether one of the records [first, after) touches bytes [start, end)."""
+        count = self.geometry.slot_count
+        first = max(first, after - count)
+        while first < after:
+            at = first % count
+            slots = self._slots[at : min(at + after - first, count)]
+            offsets, lengths = slots["offset"], slots["length"]
+            if ((lengths > 0) & (offsets < end) & (offsets + lengths > start)).any():
+                return True
+            first += len(slots)
+        return False
 
     def writes_in_flight(self) -> frozenset[tuple[int, int]]:
         """(slot, generation) of each write under way, to see later whether it has ended."""
@@ -293,6 +363,7 @@ class RingReader:
                 self.stale[first : last + 1] = 1
                 words.store(layout.STALE_MARKS_AT, self.stale_marks() + 1)
                 words.swap(layout.GAP_FROM_AT, 0, max(stamp, self.last_stamp() + 1))
+            words.store(layout.DROPPED_AT, self.dropped() + 1)
             at = geometry.inflight_at + int(slot) * layout.INFLIGHT.itemsize + 16
             words.store(at, words.load(at) + 1)
 
