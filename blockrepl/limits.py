@@ -50,6 +50,11 @@ CLOSE_SECONDS = 2.0  # to hand a close_notify to a peer that may not be reading
 ENROLMENT_MESSAGE_BYTES_MAX = 64 * KIB  # a certificate, a request or a refusal, as JSON
 TOKEN_CHARACTERS_MAX = 4096  # an invitation token; real ones stay under 400
 
+SPOOL_BYTES_DEFAULT = 10 * GIB  # an outage of 10 minutes at 17 MB/s
+SPOOL_FREE_SHARE = 0.2  # of the free space, where that is less than the default
+SPOOL_RESERVE_BYTES_DEFAULT = 1 * GIB  # left free for everybody else on the spool's file system
+SPOOL_FILE_BYTES = 64 * MIB  # given back one at a time
+
 WATERMARK_SECONDS = 1.0  # an idle group's watermark moves at least this often
 COMMIT_SECONDS = 0.003  # frames that arrive within it share one fdatasync
 

@@ -17,16 +17,19 @@ from ring_writer import RingWriter
 from blockrepl import limits
 from blockrepl.formats import frame as frames
 from blockrepl.formats import hot_map
+from blockrepl.formats.comparison import DIGEST_BYTES, Compare, Verdict, decode_compare
 from blockrepl.formats.frame import Buffer, FrameHeader, FrameKind, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, decode_mark
-from blockrepl.formats.messages import Attached, AttachedDisk
+from blockrepl.formats.messages import AttachDisk, Attached, AttachedDisk, MessageType
 from blockrepl.services.group_pump import GroupPump
 from blockrepl.services.source_disk import SourceDisk
-from blockrepl.session.sender import GroupSender
+from blockrepl.session.known import Known
 from blockrepl.storage.clock import open_clock
+from blockrepl.storage.digests import digest_blocks
 from blockrepl.storage.home import Home
 from blockrepl.storage.ring import read_geometry, ring_path
 from blockrepl.storage.source import DiskEntry, SourceDisks
+from blockrepl.storage.spool import Spool, SpoolLimits
 
 SOURCE, REPLICA = bytes(range(16)), UUID(int=99)
 PATIENCE_SECONDS = 20.0
@@ -49,10 +52,15 @@ class Receiver:
     pump: GroupPump | None = None
     at_once: bool = True
     frames: list[Received] = field(default_factory=list)
+    earlier: int = 0  # frames of sessions before this one
+    compared: list[Compare] = field(default_factory=list)
     arrived: Callable[[Received], None] | None = None
 
-    async def send(self, buffers: tuple[Buffer, ...]) -> None:
+    async def send(self, message: MessageType, buffers: tuple[Buffer, ...]) -> None:
         data = b"".join(bytes(buffer) for buffer in buffers)
+        if message is MessageType.COMPARE:
+            self.compare(decode_compare(data))
+            return
         header = frames.decode_header(data)
         body = data[frames.HEADER_BYTES :]
         frames.check_body(header, body)
@@ -77,7 +85,23 @@ class Receiver:
         assert self.pump is not None
         count = len(self.frames) if count is None else count
         number = max((frame.header.number for frame in self.frames[:count]), default=0)
-        self.pump.acknowledged(count, number)
+        self.pump.outbox.acknowledged(count - self.earlier, number)
+
+    def compare(self, compare: Compare) -> None:
+        """Answer as it is asked: what was received up to the stamp against the digests."""
+        assert self.pump is not None
+        self.compared.append(compare)
+        end = compare.offset + compare.length
+        content = replay(self.frames, compare.disk, end, compare.stamp)[compare.offset :]
+        mine, size = digest_blocks(content), DIGEST_BYTES
+        differing = tuple(
+            block
+            for block in range(compare.block_count)
+            if mine[block * size : (block + 1) * size]
+            != compare.digests[block * size : (block + 1) * size]
+        )
+        verdict = Verdict(compare.group, compare.token, compare.block_count, differing)
+        self.pump.verdict(verdict)
 
     def of(self, kind: FrameKind) -> list[Received]:
         return [frame for frame in self.frames if frame.header.kind == kind]
@@ -186,6 +210,57 @@ def known(
     )
 
 
+def attach(
+    source: Source, *answers: AttachedDisk, next_number: int = 1, watermark: int = 0
+) -> Attached:
+    return Attached(
+        group="web",
+        group_id=REPLICA,
+        next_number=next_number,
+        watermark=watermark or source.watermark,
+        disks=list(answers),
+    )
+
+
+def make_pump(source: Source, answer: Attached, *, bounds: SpoolLimits | None = None) -> GroupPump:
+    """The pump of a group that a receiver has just answered for."""
+    entries = {entry.id: entry for entry in source.disks.all()}
+    disks = [SourceDisk(source.disks, entries[disk.id], source.clock) for disk in answer.disks]
+    for disk, told in zip(disks, answer.disks, strict=True):
+        disk.attach(told, REPLICA, answer.watermark)
+    named = [
+        AttachDisk(id=disk.entry.id, name=disk.entry.name, size_bytes=disk.entry.size_bytes)
+        for disk in disks
+    ]
+    spool = Spool.open(source.directory / "spool", bounds or SpoolLimits(1 << 30, 0))
+    known = Known.of(answer)
+    return GroupPump(disks, known, known.copy(), named, spool, SOURCE, source.clock)
+
+
+async def shape(size_bytes: int) -> None:
+    """No limit."""
+
+
+@asynccontextmanager
+async def linked(
+    pump: GroupPump,
+    receiver: Receiver,
+    answer: Attached,
+    window_messages: int = limits.WINDOW_FRAMES,
+    window_bytes: int = limits.WINDOW_BYTES,
+) -> AsyncIterator[None]:
+    """A link until the block ends."""
+    receiver.pump, receiver.earlier = pump, len(receiver.frames)
+    await pump.outbox.connect(answer, window_messages, window_bytes)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pump.outbox.serve, receiver.send, shape)
+            yield
+            nursery.cancel_scope.cancel()
+    finally:
+        pump.outbox.disconnect()
+
+
 @asynccontextmanager
 async def pumping(
     source: Source,
@@ -195,28 +270,20 @@ async def pumping(
     window_bytes: int = limits.WINDOW_BYTES,
 ) -> AsyncIterator[GroupPump]:
     """A session that pumps until the block ends."""
-    answer = Attached(
-        group="web",
-        group_id=REPLICA,
-        next_number=1,
-        watermark=source.watermark,
-        disks=list(answers),
-    )
-    entries = {entry.id: entry for entry in source.disks.all()}
-    disks = [SourceDisk(source.disks, entries[disk.id], source.clock) for disk in answers]
+    answer = attach(source, *answers)
+    pump = make_pump(source, answer)
     try:
-        for disk, told in zip(disks, answers, strict=True):
-            disk.attach(told, REPLICA, answer.watermark)
-        sender = GroupSender.attached(answer, window_messages, window_bytes)
-        pump = GroupPump(disks, sender, SOURCE, source.clock, receiver.send)
-        receiver.pump = pump
-        async with trio.open_nursery() as nursery:
+        async with (
+            linked(pump, receiver, answer, window_messages, window_bytes),
+            trio.open_nursery() as nursery,
+        ):
             nursery.start_soon(pump.run)
             yield pump
             nursery.cancel_scope.cancel()
     finally:
-        for disk in disks:
+        for disk in pump.disks:
             disk.close()
+        pump.outbox.spool.close()
 
 
 async def until(happened: Callable[[], object]) -> None:
@@ -261,8 +328,10 @@ def check_stream(received: list[Received], watermark: int = 0) -> None:
             watermark = header.watermark
 
 
-def replay(received: list[Received], disk: bytes, size_bytes: int) -> bytes:
-    """The disk's content after all of it: base below, then by stamp, later frames over earlier."""
+def replay(
+    received: list[Received], disk: bytes, size_bytes: int, until_ns: int = 1 << 63
+) -> bytes:
+    """The disk's content at an instant: base below, then by stamp, later frames over earlier."""
     content = bytearray(size_bytes)
     parts: list[tuple[int, int, int, int, bytes]] = []
     for order, frame in enumerate(received):
@@ -273,12 +342,12 @@ def replay(received: list[Received], disk: bytes, size_bytes: int) -> bytes:
             data = bytes(length)
             if kind & frames.KIND_MASK == RecordKind.WRITE:
                 data, at = frame.payload[at : at + length], at + length
-            if kind & frames.KIND_MASK != RecordKind.FLUSH:
+            if kind & frames.KIND_MASK != RecordKind.FLUSH and stamp <= until_ns:
                 level = 0 if frame.header.kind == FrameKind.BASE else stamp
                 parts.append((level, order, offset, length, data))
     for _, _, offset, length, data in sorted(parts, key=lambda part: part[:2]):
         content[offset : offset + length] = data
-    return bytes(content)
+    return bytes(content[:size_bytes])
 
 
 def random_bytes(size: int, seed: int = 1) -> bytes:

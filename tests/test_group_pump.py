@@ -23,6 +23,7 @@ from pumping import (
     a_round,
     check_stream,
     known,
+    linked,
     pumping,
     random_bytes,
     replay,
@@ -35,13 +36,14 @@ from blockrepl.formats.frame import FrameKind, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
 from blockrepl.formats.messages import Attached
 from blockrepl.services import group_pump
-from blockrepl.services.agent_session import AgentSession, GroupSession
 from blockrepl.services.group_pump import WantedCheckpoint
+from blockrepl.services.group_replication import GroupReplication
 from blockrepl.services.source_disk import SourceDisk
 from blockrepl.storage.clock import open_clock
 from blockrepl.storage.image import lock_image
 from blockrepl.storage.pieces import Piece, read_piece
 from blockrepl.storage.ring import ring_path
+from blockrepl.storage.spool import SpoolLimits
 from blockrepl.units import KIB, MIB
 
 SIZE = 8 * MIB
@@ -386,7 +388,7 @@ async def test_a_new_ring_with_stale_regions_is_a_gap_since_the_last_watermark(
 ) -> None:
     entry = source.add("root", SIZE, hot=True)
     async with pumping(source, receiver, known(entry, ring_id=5, next_sequence=7)) as pump:
-        durable = pump.sender.durable_watermark
+        durable = pump.outbox.known.watermark
         await until(lambda: len(receiver.marks()) == 2)
     assert receiver.frames[0].mark == GapMark(disk=entry.id, from_ns=durable + 1)
     check_stream(receiver.frames, durable)
@@ -619,15 +621,12 @@ async def test_no_watermark_passes_what_a_disk_that_cannot_be_opened_holds(
         watermark=source.watermark,
         disks=[known(entry), known(other, "gap")],
     )
-    # No receiver answers: only how the group is taken up matters here.
-    session = AgentSession(None, SOURCE, source.disks, source.clock)  # type: ignore[arg-type]
-    group = GroupSession("web", source.disks.all())
-    session._open_disks(group, told)
+    group = GroupReplication("web", source.disks, SOURCE, source.clock, SpoolLimits())
+    group.entries = source.disks.all()
+    await group._start_from(told)
     assert list(group.errors) == ["root"]
     assert group.pump is not None
-    group.pump._send = receiver.send
-    receiver.pump = group.pump
-    async with trio.open_nursery() as nursery:
+    async with linked(group.pump, receiver, told), trio.open_nursery() as nursery:
         nursery.start_soon(group.pump.run)
         busy.write(0, b"y" * 512)
         await until(lambda: receiver.records(other.id.bytes))
@@ -783,7 +782,7 @@ async def test_a_checkpoint_waits_for_a_writer_stopped_in_the_middle(
 # --- window
 
 
-async def test_a_full_window_stops_the_building_of_frames(
+async def test_a_full_window_stops_the_sending_of_frames(
     source: Source, receiver: Receiver
 ) -> None:
     entry = source.add("root", SIZE)
@@ -792,12 +791,12 @@ async def test_a_full_window_stops_the_building_of_frames(
         guest.write(i * MIB, random_bytes(MIB, i))
     receiver.at_once = False
     async with pumping(source, receiver, known(entry), window_messages=2) as pump:
-        disk, ring = pump.disks[0], pump.disks[0].ring
+        ring = pump.disks[0].ring
         assert ring is not None
         await until(lambda: len(receiver.frames) == 2)
         await trio.sleep(0.05)
         assert len(receiver.frames) == 2
-        assert (disk.cursor, ring.tail(), pump.sender.next_number) == (2, 0, 3)
+        assert ring.tail() == 0
         receiver.acknowledge(1)
         await until(lambda: len(receiver.frames) == 3)
         assert ring.tail() == 1
@@ -817,7 +816,8 @@ async def test_the_window_counts_bytes_too(source: Source, receiver: Receiver) -
         await until(lambda: len(receiver.frames) == 3)
         await trio.sleep(0.05)
         assert len(receiver.frames) == 3
-        assert pump.sender.in_flight_bytes <= 4 * MIB
+        assert pump.outbox.window is not None
+        assert pump.outbox.window.size_bytes <= 4 * MIB
 
 
 async def test_a_watermark_waits_for_the_window_too(
@@ -880,7 +880,9 @@ async def test_payload_that_waits_for_the_window_is_not_overwritten(
         ring = pump.disks[0].ring
         assert ring is not None
         for i in range(12, 40):
-            await until(lambda: pump.sender.in_flight_messages == 1)
+            await until(
+                lambda: pump.outbox.window is not None and len(pump.outbox.window.items) == 1
+            )
             receiver.acknowledge()
             guest.write(i * MIB, random_bytes(MIB, i))
         receiver.at_once = True
@@ -920,7 +922,7 @@ async def test_a_receiver_that_lies_ends_the_session_and_frees_nothing(
         assert ring is not None
         for messages, number in ((len(receiver.frames) + 1, 1), (1, 1 << 40)):
             with pytest.raises(PeerError):
-                pump.acknowledged(messages, number)
+                pump.outbox.acknowledged(messages, number)
         assert ring.tail() == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from uuid import UUID
 
 import pytest
@@ -9,124 +10,91 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockrepl.errors import PeerError
-from blockrepl.formats.messages import Attached, AttachedDisk
-from blockrepl.session.sender import (
-    DiskState,
-    GroupSender,
-    Release,
-    Resume,
-    RingState,
-    resume,
-)
-
-GROUP = UUID(int=3)
+from blockrepl.formats.messages import AttachedDisk
+from blockrepl.session.sender import DiskState, Resume, RingState, SendWindow, resume
 
 
-def sender(window_messages: int = 4, window_bytes: int = 100, next_number: int = 10) -> GroupSender:
-    answer = Attached(group="web", group_id=GROUP, next_number=next_number, watermark=50, disks=[])
-    return GroupSender.attached(answer, window_messages, window_bytes)
+@dataclass(frozen=True)
+class Message:
+    number: int
+    size_bytes: int = 10
 
 
-def send(group: GroupSender, size_bytes: int = 10, watermark: int = 60, name: str = "") -> int:
-    number = group.take_number()
-    group.sent(size_bytes, watermark, Release(checkpoint=name))
-    return number
-
-
-# --- numbers
-
-
-def test_numbers_go_on_where_the_receiver_asks_without_gaps() -> None:
-    group = sender()
-    assert group.group == GROUP.bytes
-    assert [group.take_number() for _ in range(3)] == [10, 11, 12]
+def window(window_messages: int = 4, window_bytes: int = 100) -> SendWindow[Message]:
+    return SendWindow(window_messages, window_bytes)
 
 
 # --- window
 
 
 def test_the_window_is_full_by_messages() -> None:
-    group = sender(window_messages=2, window_bytes=1000)
-    send(group)
-    assert group.has_room(10)
-    send(group)
-    assert not group.has_room(10)
-    group.acknowledged(1, 10)
-    assert group.has_room(10)
+    sent = window(window_messages=2, window_bytes=1000)
+    sent.sent(Message(10))
+    assert sent.has_room(10)
+    sent.sent(Message(11))
+    assert not sent.has_room(10)
+    sent.acknowledged(1, 10)
+    assert sent.has_room(10)
 
 
 def test_the_window_is_full_by_bytes() -> None:
-    group = sender(window_messages=100, window_bytes=100)
-    send(group, size_bytes=60)
-    assert group.has_room(40)
-    assert not group.has_room(41)
-    send(group, size_bytes=40)
-    assert not group.has_room(1)
-    group.acknowledged(1, 10)
-    assert group.has_room(60)
-    assert group.in_flight_bytes == 40
+    sent = window(window_messages=100, window_bytes=100)
+    sent.sent(Message(10, 60))
+    assert sent.has_room(40)
+    assert not sent.has_room(41)
+    sent.sent(Message(11, 40))
+    assert not sent.has_room(1)
+    sent.acknowledged(1, 10)
+    assert sent.has_room(60)
+    assert sent.size_bytes == 40
 
 
 @given(st.lists(st.integers(1, 40)), st.lists(st.integers(0, 5)))
 def test_the_window_is_never_passed_and_all_that_is_sent_comes_free_once_in_order(
     sizes: list[int], answers: list[int]
 ) -> None:
-    group = sender(window_messages=4, window_bytes=100)
-    waiting = list(enumerate(sizes))
-    freed: list[str] = []
-    in_flight: list[int] = []
+    sent = window(window_messages=4, window_bytes=100)
+    waiting = [Message(number, size) for number, size in enumerate(sizes, 1)]
+    everything = list(waiting)
+    freed: list[Message] = []
+    in_flight: list[Message] = []
     acknowledged = 0
     for answer in [*answers, *[4] * len(sizes)]:
-        while waiting and group.has_room(waiting[0][1]):
-            index, size = waiting.pop(0)
-            send(group, size, name=str(index))
-            in_flight.append(size)
-        assert len(in_flight) == group.in_flight_messages <= 4
-        assert sum(in_flight) == group.in_flight_bytes <= 100
+        while waiting and sent.has_room(waiting[0].size_bytes):
+            in_flight.append(waiting[0])
+            sent.sent(waiting.pop(0))
+        assert len(in_flight) == len(sent.items) <= 4
+        assert sum(one.size_bytes for one in in_flight) == sent.size_bytes <= 100
         count = min(answer, len(in_flight))
         acknowledged += count
         del in_flight[:count]
-        freed += [
-            release.checkpoint
-            for release in group.acknowledged(acknowledged, group.next_number - 1)
-        ]
-    assert freed == [str(index) for index in range(len(sizes))]
+        freed += sent.acknowledged(acknowledged, acknowledged)
+    assert freed == everything
 
 
 # --- acknowledgements
 
 
 def test_nothing_is_free_before_it_is_acknowledged() -> None:
-    group = sender()
-    send(group, watermark=70)
-    assert group.acknowledged(0, 9) == []
-    assert group.in_flight_messages == 1
-    assert group.durable_watermark == 50
+    sent = window()
+    sent.sent(Message(10))
+    assert sent.acknowledged(0, 9) == []
+    assert len(sent.items) == 1
 
 
 def test_an_acknowledgement_covers_all_before_it_in_order() -> None:
-    group = sender()
-    for name in ("a", "b", "c"):
-        send(group, name=name)
-    assert [release.checkpoint for release in group.acknowledged(2, 11)] == ["a", "b"]
-    assert [release.checkpoint for release in group.acknowledged(3, 12)] == ["c"]
+    sent = window()
+    for number in (10, 11, 12):
+        sent.sent(Message(number))
+    assert sent.acknowledged(2, 11) == [Message(10), Message(11)]
+    assert sent.acknowledged(3, 12) == [Message(12)]
 
 
 def test_the_same_acknowledgement_twice_frees_nothing_more() -> None:
-    group = sender()
-    send(group)
-    assert len(group.acknowledged(1, 10)) == 1
-    assert group.acknowledged(1, 10) == []
-
-
-def test_the_durable_watermark_follows_and_never_goes_back() -> None:
-    group = sender()
-    send(group, watermark=90)
-    send(group, watermark=80)  # a base frame carries the watermark before it
-    group.acknowledged(1, 10)
-    assert group.durable_watermark == 90
-    group.acknowledged(2, 11)
-    assert group.durable_watermark == 90
+    sent = window()
+    sent.sent(Message(10))
+    assert len(sent.acknowledged(1, 10)) == 1
+    assert sent.acknowledged(1, 10) == []
 
 
 @pytest.mark.parametrize(
@@ -135,19 +103,19 @@ def test_the_durable_watermark_follows_and_never_goes_back() -> None:
     ids=["more-than-sent", "far-more", "goes-back", "number-not-sent", "far-number"],
 )
 def test_a_receiver_that_acknowledges_what_cannot_be_lies(messages: int, number: int) -> None:
-    group = sender()
-    send(group)
-    send(group)
-    group.acknowledged(1, 10)
+    sent = window()
+    sent.sent(Message(10))
+    sent.sent(Message(11))
+    sent.acknowledged(1, 10)
     with pytest.raises(PeerError):
-        group.acknowledged(messages, number)
-    assert group.in_flight_messages == 1
+        sent.acknowledged(messages, number)
+    assert len(sent.items) == 1
 
 
 def test_base_frames_are_acknowledged_without_a_number_of_their_own() -> None:
-    group = sender()
-    group.sent(10, 50, Release(regions=(1, 2)))
-    assert [release.regions for release in group.acknowledged(1, 9)] == [(1, 2)]
+    sent = window()
+    sent.sent(Message(0))
+    assert sent.acknowledged(1, 9) == [Message(0)]
 
 
 # --- where to go on: the table, row by row

@@ -11,6 +11,7 @@ import click
 
 from blockrepl import limits
 from blockrepl.cli.output import pass_home
+from blockrepl.cli.sizes import SizeType
 
 
 @click.group()
@@ -51,22 +52,39 @@ def join(home: Path, token: str, name: str | None) -> None:
 
 
 @agent.command()
+@click.option(
+    "--spool-size",
+    type=SizeType(),
+    help="Most that a group's spool may take. [default: 10G, or a fifth of the free space]",
+)
+@click.option(
+    "--spool-reserve",
+    type=SizeType(),
+    default="1G",
+    show_default=True,
+    help="Free space that spools leave to others.",
+)
 @pass_home
-def run(home: Path) -> None:
+def run(home: Path, spool_size: int | None, spool_reserve: int) -> None:
     """Run the agent in the foreground, until SIGTERM or Ctrl-C.
 
     It takes up disks that are added or removed while it runs, and survives restarts of the
-    receiver, of the disks' servers and of itself.
+    receiver, of the disks' servers and of itself. While the receiver is away or slow, what the
+    guests write waits in spools beside the home's other files: no point of history is lost as long
+    as they have room.
 
     \b
-    Example:
+    Examples:
       blockrepl agent run &
+      blockrepl agent run --spool-size 50G --spool-reserve 5G
     """
-    from blockrepl.services.agent import Agent, run_agent
+    from blockrepl.services.agent import Agent, AgentOptions, run_agent
     from blockrepl.services.foreground import run_foreground
     from blockrepl.storage.home import Home
+    from blockrepl.storage.spool import SpoolLimits
 
     opened = Home.open(home)
+    options = AgentOptions(spool=SpoolLimits(spool_size, spool_reserve))
 
     async def service(notify: Callable[[], None]) -> None:
         def ready(running: Agent) -> None:
@@ -76,7 +94,7 @@ def run(home: Path) -> None:
             )
             notify()
 
-        await run_agent(opened, ready=ready)
+        await run_agent(opened, options, ready=ready)
 
     run_foreground(service)
 

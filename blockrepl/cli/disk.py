@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,28 +11,12 @@ from click.shell_completion import CompletionItem
 from blockrepl import limits
 from blockrepl.cli.output import emit, human_bytes, json_option, pass_home, table
 from blockrepl.cli.point import completion_home
-from blockrepl.units import GIB, KIB, MIB
+from blockrepl.cli.sizes import SizeType
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from blockrepl.storage.source import SourceDisks
-
-_UNITS = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1024 * GIB}
-
-
-class SizeType(click.ParamType[int]):
-    """Bytes, with an optional K, M, G or T (powers of 1024)."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d{1,15})([kmgt]?)(?:i?b)?", str(value).strip().lower())
-        if not match:
-            self.fail(f"{value!r} is not a size; write 10G, 512M or a number of bytes", param, ctx)
-        return int(match[1]) * _UNITS[match[2]]
 
 
 def complete_disk(

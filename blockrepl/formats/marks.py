@@ -49,15 +49,16 @@ class ConsistentMark(_Mark):
     at_ns: StampField
 
 
-Mark = Annotated[CheckpointMark | GapMark | ConsistentMark, Field(discriminator="mark")]
-_ADAPTER: TypeAdapter[CheckpointMark | GapMark | ConsistentMark] = TypeAdapter(Mark)
+Mark = CheckpointMark | GapMark | ConsistentMark
+_ADAPTER: TypeAdapter[Mark] = TypeAdapter(Annotated[Mark, Field(discriminator="mark")])
 
 
-def encode_mark(mark: CheckpointMark | GapMark | ConsistentMark) -> bytes:
+def encode_mark(mark: Mark) -> bytes:
     return mark.model_dump_json().encode()
 
 
-def decode_mark(data: bytes) -> CheckpointMark | GapMark | ConsistentMark:
+def decode_mark(data: bytes) -> Mark:
+    """Raises PeerError."""
     try:
         return _ADAPTER.validate_json(data)
     except ValidationError as error:

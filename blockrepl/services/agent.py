@@ -1,15 +1,18 @@
-"""The agent: keeps a session with the receiver, for as long as it runs, and answers for itself.
+"""The agent: replicates its groups, keeps a session with the receiver, and answers for itself.
 
-It holds no state that matters. What was written and is not yet durable at the receiver is in the
-rings, what may differ is in the hot maps, how far things are is at the receiver: so it may be
-killed at any instant, and a lost session is simply begun anew, with back-off.
+It may be killed at any instant. What was written and is not yet durable at the receiver is in the
+rings and spools, what may differ is in the hot maps, how far things are the receiver says: a lost
+session is simply begun anew, with back-off. Groups and disks may come and go while it runs: `disk
+add` and `disk remove` change files, which are looked at again every half second.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from uuid import UUID
 
 import trio
@@ -20,29 +23,106 @@ from blockrepl.channel.handshake import RECEIVER_SERVER_NAME, connect
 from blockrepl.errors import BlockreplError, StateError
 from blockrepl.formats.messages import AGENT_ACCEPTS, RECEIVER_ACCEPTS
 from blockrepl.services.agent_session import AgentSession
-from blockrepl.storage.clock import open_clock
+from blockrepl.services.group_replication import GroupReplication
+from blockrepl.storage.clock import SourceClock, open_clock
 from blockrepl.storage.home import Home, exclusive_lock
-from blockrepl.storage.source import SourceDisks
+from blockrepl.storage.source import DiskEntry, SourceDisks
+from blockrepl.storage.spool import SpoolLimits
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS_MIN = 0.2
 RETRY_SECONDS_MAX = 5.0
+FENCED_SECONDS = 60.0  # until an agent that was replaced by a later one looks again
+CONFIGURATION_SECONDS = 0.5
+
+Connect = Callable[[], Awaitable[MessageStream]]
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOptions:
+    spool: SpoolLimits = field(default_factory=SpoolLimits)
 
 
 class Agent:
-    """The running agent. ``session`` is None while there is none; ``problem`` says why."""
+    """The running agent. ``session`` is None while there is none; ``problem`` says why.
 
-    def __init__(self, home: Home) -> None:
+    ``connect`` and ``clock`` replace the network and the host's clock.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        options: AgentOptions | None = None,
+        *,
+        connect: Connect | None = None,
+        clock: SourceClock | None = None,
+    ) -> None:
         self.home = home
+        self.options = options or AgentOptions()
         self.identity: Identity = load_identity(home.source_directory / "identity")
-        self.clock = open_clock(home.source_directory)
+        self.clock = clock or open_clock(home.source_directory)
         self.disks = SourceDisks(home)
+        self.groups: dict[str, GroupReplication] = {}
         self.session: AgentSession | None = None
         self.problem: BlockreplError | None = StateError("not yet connected")
+        self._connect = connect or self._connect_receiver
+        self._source = UUID(self.identity.source_id).bytes
+        self._started_ns = time.time_ns()
 
     async def run(self) -> None:
-        """Keep a session until cancelled."""
+        """Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._follow_configuration, nursery)
+            nursery.start_soon(self._keep_session)
+
+    # --- groups
+
+    async def _follow_configuration(
+        self,
+        nursery: trio.Nursery,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        told = ""
+        while True:
+            try:
+                self._follow_groups(nursery)
+                told = ""
+            except (BlockreplError, OSError) as error:
+                if str(error) != told:
+                    log.error("the disks cannot be looked at: %s", error)
+                told = str(error)
+            task_status.started()
+            task_status = trio.TASK_STATUS_IGNORED
+            await trio.sleep(CONFIGURATION_SECONDS)
+
+    def _follow_groups(self, nursery: trio.Nursery) -> None:
+        wanted: dict[str, list[DiskEntry]] = {}
+        for entry in self.disks.all():
+            wanted.setdefault(entry.group, []).append(entry)
+        spooled = self.home.source_directory / "spool"
+        names = wanted.keys() | {path.parent.name for path in spooled.glob("*/state.json")}
+        for name in names | self.groups.keys():
+            self._follow_group(nursery, name, wanted.get(name, []))
+
+    def _follow_group(self, nursery: trio.Nursery, name: str, entries: list[DiskEntry]) -> None:
+        group = self.groups.get(name)
+        if group is not None and group.finished:
+            group.end()
+            del self.groups[name]
+            group = None
+        if group is None:
+            if not entries and not (self.home.source_directory / "spool" / name).exists():
+                return
+            group = GroupReplication(name, self.disks, self._source, self.clock, self.options.spool)
+            self.groups[name] = group
+            group.entries = entries
+            nursery.start_soon(group.run)
+        group.entries = entries
+
+    # --- the session
+
+    async def _keep_session(self) -> None:
         pause_seconds = RETRY_SECONDS_MIN
         while True:
             started = trio.current_time()
@@ -56,28 +136,34 @@ class Agent:
                 self.session = None
             if trio.current_time() - started > RETRY_SECONDS_MAX:
                 pause_seconds = RETRY_SECONDS_MIN
+            if self.problem is not None and self.problem.code == "fenced":
+                pause_seconds = FENCED_SECONDS
             await trio.sleep(pause_seconds * random.uniform(0.5, 1.0))
             pause_seconds = min(pause_seconds * 2, RETRY_SECONDS_MAX)
 
-    async def _one_session(self) -> None:
+    async def _connect_receiver(self) -> MessageStream:
         transport = await open_transport(self.identity.address)
         stream = await connect(transport, self.identity.context(), RECEIVER_SERVER_NAME)
-        async with stream:
-            messages = MessageStream(stream, {**AGENT_ACCEPTS, **RECEIVER_ACCEPTS})
-            source = UUID(self.identity.source_id).bytes
-            self.session = AgentSession(messages, source, self.disks, self.clock)
+        return MessageStream(stream, {**AGENT_ACCEPTS, **RECEIVER_ACCEPTS})
+
+    async def _one_session(self) -> None:
+        async with await self._connect() as messages:
+            self.session = AgentSession(messages, self.groups, self._shape)
             self.problem = None
             log.info("connected to %s", self.identity.address)
             await self.session.run()
 
+    async def _shape(self, size_bytes: int) -> None:
+        """Wait until so many bytes of data may be sent."""
 
-async def run_agent(home: Home, *, ready: Callable[[Agent], None]) -> None:
+
+async def run_agent(home: Home, options: AgentOptions, *, ready: Callable[[Agent], None]) -> None:
     """Run the agent of a home until cancelled. StateError when one runs already."""
     from blockrepl.services.agent_api import agent_application
     from blockrepl.services.control import serve_control
 
     with exclusive_lock(home.run_directory / "agent.lock", f"the source at {home.path}"):
-        agent = Agent(home)
+        agent = Agent(home, options)
         async with trio.open_nursery() as nursery:
             await nursery.start(serve_control, agent_application(agent), home.agent_socket)
             ready(agent)

@@ -26,9 +26,10 @@ from blockrepl import limits
 from blockrepl.errors import BlockreplError, StateError, UsageError
 from blockrepl.formats.marks import NameField
 from blockrepl.services.agent import Agent
-from blockrepl.services.agent_session import AgentSession, GroupSession
+from blockrepl.services.agent_session import AgentSession
 from blockrepl.services.control import control_application
 from blockrepl.services.group_pump import WantedCheckpoint
+from blockrepl.services.group_replication import GroupReplication
 from blockrepl.storage.source import DiskEntry
 from blockrepl.units import NANOSECONDS_PER_SECOND, format_instant
 
@@ -75,7 +76,7 @@ def _session(agent: Agent, group: str) -> AgentSession:
             hint="`blockrepl disk list` shows the groups",
             code="unknown-group",
         )
-    if agent.session is None or group not in agent.session.groups:
+    if agent.session is None:
         raise StateError(
             f"there is no session with the receiver: {agent.problem or 'connecting'}",
             hint="see `blockrepl status`; try again when it is back",
@@ -93,9 +94,11 @@ async def _take_checkpoint(agent: Agent, group: str, wanted: _WantedCheckpoint) 
             hint="choose another name, or remove that one first",
             code="taken",
         )
-    pump = session.groups[group].pump
-    if pump is None:
-        raise session.groups[group].error or StateError("the group does not replicate")
+    replication = agent.groups.get(group)
+    if replication is None or replication.pump is None:
+        error = replication.error if replication else None
+        raise error or StateError("the group does not replicate yet", hint="see `blockrepl status`")
+    pump = replication.pump
     checkpoint = WantedCheckpoint(wanted.name, wanted.keep)
     pump.want_checkpoint(checkpoint)
     with trio.move_on_after(CHECKPOINT_SECONDS) as scope:
@@ -135,19 +138,16 @@ async def _status(agent: Agent) -> dict[str, Any]:
 
 
 async def _group_status(agent: Agent, name: str, entries: list[DiskEntry]) -> dict[str, Any]:
-    session = agent.session
-    group = session.groups.get(name) if session else None
-    pump = group.pump if group else None
+    group = agent.groups.get(name)
+    outbox = group.pump.outbox if group and group.pump else None
     remote: dict[str, Any] = {}
-    error = agent.problem
-    if group is not None:
-        error = group.error
-    if session and pump:
+    error = (group.error if group else None) or agent.problem
+    if agent.session and group and group.is_linked:
         try:
-            remote = await session.request("group-status", name)
+            remote = await agent.session.request("group-status", name)
         except BlockreplError as failure:
             error = failure
-    durable_ns = pump.sender.durable_watermark if pump else None
+    durable_ns = outbox.known.watermark if outbox else None
     now = agent.clock.now()
     return {
         "name": name,
@@ -160,31 +160,48 @@ async def _group_status(agent: Agent, name: str, entries: list[DiskEntry]) -> di
         "gaps": remote.get("gaps", []),
         "journal_bytes": remote.get("journal_bytes"),
         "problem": str(error) if error else None,
-        "sent_bytes": pump.sent_bytes if pump else 0,
-        "in_flight_bytes": pump.sender.in_flight_bytes if pump else 0,
+        "sent_bytes": outbox.sent_bytes if outbox else 0,
+        "in_flight_bytes": outbox.waiting_bytes if outbox else 0,
+        "spool": _spool_status(group),
         "disks": [_disk_status(agent, entry, group) for entry in entries],
     }
 
 
-def _group_state(group: GroupSession | None) -> str:
+def _spool_status(group: GroupReplication | None) -> dict[str, Any]:
+    """Bytes that wait on the disk; ``drain_seconds`` null while it does not get less."""
     if group is None:
-        return "disconnected"
-    if group.error or group.errors or group.pump is None:
+        return {"waiting_bytes": 0, "limit_bytes": None, "drain_seconds": None}
+    waiting = group.spool.unread_bytes()
+    return {
+        "waiting_bytes": waiting,
+        "limit_bytes": group.spool.limit_bytes(),
+        "drain_seconds": group.drain_seconds() if waiting else 0.0,
+    }
+
+
+def _group_state(group: GroupReplication | None) -> str:
+    if group is None or group.pump is None:
+        return "error" if group and group.error else "disconnected"
+    if group.error or group.errors:
         return "error"
+    if group.spool.has_unread():
+        return "spooling"
+    if not group.is_linked:
+        return "disconnected"
     states = {disk.state for disk in group.disks}
     if "empty" in states:
         return "initial-sync"
     return "resync" if "gap" in states else "replicating"
 
 
-def _disk_status(agent: Agent, entry: DiskEntry, group: GroupSession | None) -> dict[str, Any]:
+def _disk_status(agent: Agent, entry: DiskEntry, group: GroupReplication | None) -> dict[str, Any]:
     disk = next((d for d in group.disks if d.entry.name == entry.name), None) if group else None
     ring = disk.ring if disk else None
     problem = group.errors.get(entry.name) if group else None
     state = "disconnected"
     if problem:
         state = "error"
-    elif disk:
+    elif disk and group and group.is_linked:
         state = {"empty": "initial-sync", "gap": "resync", "ready": "replicating"}[disk.state]
     stale = int((ring.stale | ring.syncing).sum()) if ring else 0
     hot = int(agent.disks.hot_regions(entry).sum())

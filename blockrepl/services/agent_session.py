@@ -1,15 +1,13 @@
-"""One session of the agent with its receiver: hello, attach the groups, pump, and hear answers.
+"""One session of the agent with its receiver: hello, attach the groups, send, and hear answers.
 
-A session has one reader task, and per group one task that attaches it and runs its pump. Groups and
-disks may come and go while it lasts: `disk add` and `disk remove` change files, which are looked at
-again every half second; a group that changed is stopped, attached anew, and goes on where the
-receiver says. The session ends with the connection; nothing it knows is needed by the next one.
+A session has one reader task, and per group one task that attaches it and lends it the stream. The
+groups outlive it (group_replication.py): nothing that a session knows is needed by the next one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Mapping
 from importlib.metadata import version
 from itertools import count
 from typing import Any
@@ -18,53 +16,30 @@ import trio
 
 from blockrepl import limits
 from blockrepl.channel.framing import MessageStream
-from blockrepl.errors import BlockreplError, PeerError, StateError, StorageError
+from blockrepl.errors import BlockreplError, DamageError, PeerError, StateError
 from blockrepl.formats import messages
+from blockrepl.formats.comparison import decode_verdict
 from blockrepl.formats.frame import Buffer
 from blockrepl.formats.messages import MessageType
-from blockrepl.services.group_pump import GroupPump
-from blockrepl.services.source_disk import SourceDisk
-from blockrepl.session.sender import GroupSender
-from blockrepl.storage.clock import SourceClock
-from blockrepl.storage.source import DiskEntry, SourceDisks
+from blockrepl.services.error_groups import ours_of
+from blockrepl.services.group_replication import RETRY_SECONDS, GroupReplication, Link
+from blockrepl.services.outbox import LostError, Shape
 
 log = logging.getLogger(__name__)
 
-CONFIGURATION_SECONDS = 0.5
-RETIRE_SECONDS = 1.0
-RETRY_SECONDS = 5.0  # a group that was refused, or a disk whose image was missing
+CONFIGURATION_SECONDS = 0.2
 ANSWER_SECONDS = 30.0
-
-
-class GroupSession:
-    """One group of a session. ``pump`` is there while it replicates, ``error`` when it does not."""
-
-    def __init__(self, name: str, entries: list[DiskEntry]) -> None:
-        self.name = name
-        self.entries = entries
-        self.disks: list[SourceDisk] = []
-        self.errors: dict[str, BlockreplError] = {}  # per disk
-        self.error: BlockreplError | None = None
-        self.pump: GroupPump | None = None
-        self.retry_at = trio.current_time() + RETRY_SECONDS
-
-    def is_outdated(self, entries: list[DiskEntry]) -> bool:
-        mine = [(entry.id, entry.size_bytes, entry.image) for entry in self.entries]
-        if mine != [(entry.id, entry.size_bytes, entry.image) for entry in entries]:
-            return True
-        return bool(self.error or self.errors) and trio.current_time() > self.retry_at
 
 
 class AgentSession:
     def __init__(
-        self, stream: MessageStream, source: bytes, disks: SourceDisks, clock: SourceClock
+        self, stream: MessageStream, groups: Mapping[str, GroupReplication], shape: Shape
     ) -> None:
-        self.groups: dict[str, GroupSession] = {}
         self.receiver = ""
+        self.started_ns = 0
         self._stream = stream
-        self._source = source
-        self._disks = disks
-        self._clock = clock
+        self._groups = groups
+        self._shape = shape
         self._window = (limits.WINDOW_FRAMES, limits.WINDOW_BYTES)
         self._attached: dict[str, trio.MemorySendChannel[messages.Attached | BlockreplError]] = {}
         self._answers: dict[int, trio.MemorySendChannel[messages.Response]] = {}
@@ -81,16 +56,9 @@ class AgentSession:
                 self.receiver = welcome.receiver
                 nursery.start_soon(self._read)
                 nursery.start_soon(self._keep_alive)
-                nursery.start_soon(self._follow_configuration, nursery)
-        except BaseExceptionGroup as group:  # not except*: what it raises comes out in a group
-            ours, others = group.split((BlockreplError, OSError))
-            if ours is None or others is not None:
-                raise
-            raise _first(ours) from group
-        finally:
-            for session in self.groups.values():
-                for disk in session.disks:
-                    disk.close()
+                nursery.start_soon(self._serve_groups, nursery)
+        except BaseExceptionGroup as group:
+            raise ours_of(group) from group
 
     async def request(self, verb: str, group: str, name: str | None = None) -> Any:
         """Ask the receiver; its data. Raises what the receiver refuses with, or PeerError."""
@@ -139,6 +107,10 @@ class AgentSession:
                 response = messages.decode(messages.Response, payload)
                 if waiting := self._answers.get(response.id):
                     await waiting.send(response)
+            elif kind == MessageType.VERDICT:
+                verdict = decode_verdict(payload)
+                for group in self._groups.values():
+                    group.verdict(verdict)
             elif kind == MessageType.PING:
                 await self._stream.send(MessageType.PONG)
             elif kind == MessageType.ERROR:
@@ -151,15 +123,14 @@ class AgentSession:
 
     def _acknowledge(self, payload: memoryview) -> None:
         group, count_of_messages, number = messages.decode_ack(payload)
-        for session in self.groups.values():
-            if session.pump is not None and session.pump.sender.group == group:
-                session.pump.acknowledged(count_of_messages, number)
+        for replication in self._groups.values():
+            replication.acknowledged(group, count_of_messages, number)
 
     async def _deliver(self, group: str, answer: messages.Attached | BlockreplError) -> None:
         if waiting := self._attached.pop(group, None):
             await waiting.send(answer)
-        elif isinstance(answer, BlockreplError):
-            raise answer  # a group of ours failed at the receiver: begin anew
+        elif isinstance(answer, BlockreplError) and group in self._groups:
+            self._groups[group].refuse(answer)
 
     async def _keep_alive(self) -> None:
         while True:
@@ -170,54 +141,35 @@ class AgentSession:
 
     # --- groups
 
-    async def _follow_configuration(self, nursery: trio.Nursery) -> None:
+    async def _serve_groups(self, nursery: trio.Nursery) -> None:
+        served: set[GroupReplication] = set()
         while True:
-            wanted: dict[str, list[DiskEntry]] = {}
-            for entry in self._disks.all():
-                wanted.setdefault(entry.group, []).append(entry)
-            for name in wanted.keys() | self.groups.keys():
-                session = self.groups.get(name)
-                if session is None or session.is_outdated(wanted.get(name, [])):
-                    await self._restart_group(nursery, name, wanted.get(name, []))
+            for group in list(self._groups.values()):
+                if group not in served:
+                    served.add(group)
+                    nursery.start_soon(self._serve_group, group)
             await trio.sleep(CONFIGURATION_SECONDS)
 
-    async def _restart_group(
-        self, nursery: trio.Nursery, name: str, entries: list[DiskEntry]
-    ) -> None:
-        old = self.groups.get(name)
-        if old is not None and old.pump is not None:
-            await old.pump.stop()
-        session = GroupSession(name, entries)
-        try:
-            attached = await self._attach(session)
-        except PeerError:
-            raise
-        except BlockreplError as error:
-            log.error("group %s: %s", name, error)
-            session.error = error
-            attached = None
-        if old is not None:
-            for disk in old.disks:
-                disk.close()
-        if attached is not None:
-            self._open_disks(session, attached)
-        self.groups[name] = session
-        if not entries:
-            del self.groups[name]
-        elif session.pump is not None:
-            nursery.start_soon(session.pump.run)
-            nursery.start_soon(self._retire_rings, session)
+    async def _serve_group(self, group: GroupReplication) -> None:
+        link = Link(self._send, self._shape, *self._window)
+        while not group.finished:
+            try:
+                attached = await self._attach(group.name, await group.attach_disks())
+                await group.serve(attached, link)
+            except PeerError:
+                raise
+            except (LostError, DamageError) as error:
+                log.error("group %s: %s", group.name, error)
+            except BlockreplError as error:
+                if str(error) != str(group.error):
+                    log.error("group %s: %s", group.name, error)
+                group.error = error
+                await trio.sleep(RETRY_SECONDS)
 
-    async def _attach(self, session: GroupSession) -> messages.Attached:
+    async def _attach(self, name: str, disks: list[messages.AttachDisk]) -> messages.Attached:
         answer_to, answer_from = trio.open_memory_channel[messages.Attached | BlockreplError](1)
-        self._attached[session.name] = answer_to
-        attach = messages.Attach(
-            group=session.name,
-            disks=[
-                messages.AttachDisk(id=entry.id, name=entry.name, size_bytes=entry.size_bytes)
-                for entry in session.entries
-            ],
-        )
+        self._attached[name] = answer_to
+        attach = messages.Attach(group=name, disks=disks)
         await self._stream.send(MessageType.ATTACH, messages.encode(attach))
         try:
             with trio.fail_after(ANSWER_SECONDS):
@@ -228,58 +180,9 @@ class AgentSession:
             raise answer
         return answer
 
-    def _open_disks(self, session: GroupSession, attached: messages.Attached) -> None:
-        known = {disk.id: disk for disk in attached.disks}
-        for entry in session.entries:
-            disk = SourceDisk(self._disks, entry, self._clock)
-            try:
-                disk.attach(known[entry.id], attached.group_id, attached.watermark)
-            except KeyError as error:
-                raise PeerError(f"the receiver leaves out disk {entry.name}") from error
-            except (BlockreplError, OSError) as error:
-                if isinstance(error, PeerError):
-                    raise
-                log.error("disk %s: %s", entry.name, error)
-                session.errors[entry.name] = (
-                    error if isinstance(error, BlockreplError) else StateError(str(error))
-                )
-                continue
-            session.disks.append(disk)
-        sender = GroupSender.attached(attached, *self._window)
-        session.pump = GroupPump(
-            session.disks,
-            sender,
-            self._source,
-            self._clock,
-            self._sending(),
-            held=bool(session.errors),
-        )
-
-    def _sending(self) -> Callable[[tuple[Buffer, ...]], Awaitable[None]]:
-        async def send(buffers: tuple[Buffer, ...]) -> None:
-            await self._stream.send(MessageType.DATA, *buffers)
-
-        return send
-
-    async def _retire_rings(self, session: GroupSession) -> None:
-        """Give back the rings of disks that nobody serves any more."""
-        while self.groups.get(session.name) is session:
-            await trio.sleep(RETIRE_SECONDS)
-            for disk in session.disks:
-                if session.pump and disk.ring and not self._disks.is_serving(disk.entry):
-                    async with session.pump.between_rounds:
-                        await trio.to_thread.run_sync(disk.retire)
+    async def _send(self, kind: MessageType, buffers: tuple[Buffer, ...]) -> None:
+        await self._stream.send(kind, *buffers)
 
 
 def refused(refusal: messages.Refusal) -> StateError:
     return StateError(refusal.error, hint=refusal.hint, code=refusal.code)
-
-
-def _first(group: BaseExceptionGroup[Exception]) -> BlockreplError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    if isinstance(error, OSError):
-        return StorageError(str(error), hint="the agent tries again by itself")
-    assert isinstance(error, BlockreplError)
-    return error

@@ -126,11 +126,23 @@ class GroupCommitter:
         self._budget = budget
         self._queue: deque[Arrival | _Job] = deque()
         self._work = trio.Event()
+        self._submitted = 0  # frames, ever
+        self._finished = 0  # of them, committed or refused
+        self._progress = trio.Event()
 
     def submit(self, arrival: Arrival) -> None:
         """Queue a frame whose bytes have been taken from the budget; they are given back."""
         self._queue.append(arrival)
+        self._submitted += 1
         self._work.set()
+
+    async def settled(self) -> None:
+        """Wait until every frame submitted so far is durable, or refused. No commit ends earlier
+        for it, as one would for a job.
+        """
+        due = self._submitted
+        while self._finished < due:
+            await self._progress.wait()
 
     async def perform(self, call: Callable[[], Result]) -> Result:
         """Run a blocking call on the replica, after all that is queued. Raises what it raises."""
@@ -191,6 +203,9 @@ class GroupCommitter:
         else:
             self._acknowledge(batch, commit)
         finally:
+            self._finished += len(arrivals)
+            self._progress.set()
+            self._progress = trio.Event()
             with trio.CancelScope(shield=True):
                 await self._budget.give_back(sum(a.frame.nbytes for a in arrivals))
 

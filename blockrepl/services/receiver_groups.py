@@ -14,9 +14,11 @@ from typing import Any
 import trio
 
 from blockrepl.channel.certificates import PeerIdentity
-from blockrepl.errors import BlockreplError, StateError
+from blockrepl.errors import BlockreplError, StateError, StorageError
+from blockrepl.formats.comparison import Compare, Verdict
 from blockrepl.formats.messages import Request
 from blockrepl.model.points import Instant, Point
+from blockrepl.services.comparison import PROOF_SECONDS, Comparisons
 from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
 from blockrepl.services.receiver_api import Checkpoint, NewCheckpoint
 from blockrepl.storage.catalog import CheckpointRow
@@ -43,6 +45,7 @@ class ReceiverGroups:
         self._trust = trust
         self._nursery = nursery
         self._opening = trio.Lock()
+        self.comparisons = Comparisons()
 
     async def open_all(self) -> None:
         """Open what is in the home; failures are kept and logged."""
@@ -53,6 +56,7 @@ class ReceiverGroups:
                 logger.error("group %s cannot be used: %s", name, error)
 
     async def close_all(self) -> None:
+        self.comparisons.close()
         for committer in self.committers.values():
             await trio.to_thread.run_sync(committer.replica.close)
 
@@ -63,6 +67,20 @@ class ReceiverGroups:
 
     async def answer(self, committer: GroupCommitter, request: Request) -> Any:
         return await self.answer_with(committer, request)
+
+    async def compare(self, committer: GroupCommitter, source: bytes, compare: Compare) -> Verdict:
+        return await self.comparisons.compare(committer, source, compare)
+
+    async def write_proofs(self) -> None:
+        """Write what has been proven, every few seconds, beside commits; until cancelled."""
+        while True:
+            await trio.sleep(PROOF_SECONDS)
+            for committer in list(self.committers.values()):
+                replica = committer.replica
+                try:
+                    await trio.to_thread.run_sync(replica.proofs.write)
+                except StorageError as error:
+                    logger.warning("group %s: proofs are not written: %s", replica.name, error)
 
     def find(self, group: str) -> GroupCommitter:
         """A group in use. StateError."""

@@ -1,9 +1,10 @@
 """One session of the receiver: reads messages into the state machine, carries out its effects.
 
-Two tasks: the reader takes messages and waits where it must (for memory, for an answer), which
-holds back its own peer and nobody else; the writer sends what commits have made true. Of the
-acknowledgements of a group only the newest waits to be sent, so a peer that does not read costs
-nothing.
+Two tasks, and one per comparison: the reader takes messages and waits where it must (for memory,
+for an answer), which holds back its own peer and nobody else; the writer sends what commits have
+made true. Of the acknowledgements of a group only the newest waits to be sent, so a peer that does
+not read costs nothing. A comparison is answered before another may take its place, for the same
+reason.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 import trio
 
+from blockrepl import limits
 from blockrepl.channel.certificates import PeerIdentity
 from blockrepl.channel.framing import MessageStream
 from blockrepl.errors import BlockreplError, PeerError, StorageError
 from blockrepl.formats import messages
+from blockrepl.formats.comparison import Compare, Verdict
 from blockrepl.formats.messages import MessageType, Refusal, Request, Response
 from blockrepl.services.group_committer import Arrival, GroupCommitter, MemoryBudget
 from blockrepl.session.receiver import (
@@ -26,6 +30,7 @@ from blockrepl.session.receiver import (
     Append,
     AttachGroup,
     Closed,
+    CompareRange,
     ReceiverSession,
     Send,
 )
@@ -41,6 +46,10 @@ class Groups(Protocol):
     async def attach(self, identity: PeerIdentity, group: str) -> GroupCommitter: ...
 
     async def answer(self, committer: GroupCommitter, request: Request) -> Any: ...
+
+    async def compare(
+        self, committer: GroupCommitter, source: bytes, compare: Compare
+    ) -> Verdict: ...
 
 
 def refusal_of(error: BlockreplError, group: str | None = None) -> Refusal:
@@ -73,6 +82,8 @@ class SourceSession:
         self._committers: dict[str, GroupCommitter] = {}
         self._reason: BlockreplError | None = None
         self._scope = trio.CancelScope()
+        self._tasks: trio.Nursery
+        self._comparing = trio.Semaphore(limits.COMPARISONS_MAX)
         self._acks: dict[str, Send] = {}
         self._others: list[Send] = []
         self._to_send = trio.Event()
@@ -82,6 +93,7 @@ class SourceSession:
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
+                    self._tasks = nursery
                     nursery.start_soon(self._guarded, self._write)
                     await self._guarded(self._read)
                     nursery.cancel_scope.cancel()
@@ -124,6 +136,9 @@ class SourceSession:
             match effect:
                 case Append():
                     await self._append(effect)
+                case CompareRange():
+                    await self._comparing.acquire()
+                    self._tasks.start_soon(self._guarded, partial(self._compare, effect))
                 case Send():
                     await self._stream.send(effect.type, effect.payload)
                 case AttachGroup():
@@ -140,6 +155,21 @@ class SourceSession:
         # No checkpoint from here on: a frame that was paid for is always queued.
         arrival = Arrival(self, effect.generation, effect.header, effect.frame)
         self._committers[effect.group].submit(arrival)
+
+    async def _compare(self, effect: CompareRange) -> None:
+        """Answer a comparison: one of COMPARISONS_MAX at a time."""
+        group, generation = effect.group, effect.generation
+        try:
+            committer = self._committers[group]
+            verdict = await self._groups.compare(committer, self.source, effect.compare)
+            send = self._machine.compared(group, generation, verdict)
+            if send is not None:
+                await self._stream.send(send.type, send.payload)
+        except StorageError as error:
+            logger.error("group %s cannot be compared: %s", group, error)
+            self.refused(group, generation, error)
+        finally:
+            self._comparing.release()
 
     async def _attach(self, effect: AttachGroup) -> None:
         group, generation = effect.attach.group, effect.generation
@@ -191,6 +221,14 @@ class SourceSession:
                 self._others.append(ack)
             self._others.append(send)
             self._to_send.set()
+
+    def verify(self, group: str) -> bool:
+        """Ask for a scrub pass of a group now; False when it is not attached."""
+        send = self._machine.verify(group)
+        if send is not None and send not in self._others:
+            self._others.append(send)
+            self._to_send.set()
+        return send is not None
 
     def has_group(self, group: str) -> bool:
         return group in self._committers

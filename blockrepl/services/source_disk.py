@@ -20,7 +20,8 @@ from __future__ import annotations
 import os
 from uuid import UUID
 
-import trio
+import numpy as np
+import numpy.typing as npt
 
 from blockrepl.errors import StateError
 from blockrepl.formats.messages import AttachedDisk
@@ -44,16 +45,24 @@ class SourceDisk:
         self.sync_after = 0.0  # no content is read before, by Trio's clock
         self.sent_stamp = 0  # of the last record or gap sent
         self.gap_in_flight = 0
+        self.must_compare = True  # the replica may hold content already: ask before sending
+        self.durable = (0, 0)  # ring, and its records before which all are durable at the receiver
         self._gap_before_ring = 0  # a gap that no ring reports: history broken since this stamp
         self._known_ring = 0
         self._unsettled: frozenset[tuple[int, int]] | None = None
 
     # --- opening
 
-    def attach(self, known: AttachedDisk, replica: UUID, watermark: int) -> None:
-        """Take up what the receiver knows of the disk. StateError when the image is not there."""
+    def attach(
+        self, known: AttachedDisk, replica: UUID, watermark: int, *, has_lost: bool = False
+    ) -> None:
+        """Take up what the receiver knows of the disk. StateError when the image is not there.
+
+        ``has_lost``: the receiver has lost frames that were durable there once.
+        """
         same_replica = self.entry.replica == replica
         self.state = known.state
+        self.must_compare = not known.blank
         self.epoch = known.epoch
         self.gap_in_flight = 0
         self._gap_before_ring = 0
@@ -63,6 +72,7 @@ class SourceDisk:
             self._disks.check_served_ring(self.entry, self._clock)
             if (
                 not same_replica
+                or has_lost
                 or known.state != "ready"
                 or self.entry.stale_ring
                 or ring_path(self.id).exists()  # of another clock, perhaps
@@ -72,18 +82,25 @@ class SourceDisk:
         self._open_ring()
         if self.ring is not None:
             self.ring.restart_syncs()
-            self._resume(self.ring, known, watermark, same_replica=same_replica)
+            self._resume(self.ring, known, watermark, same_replica=same_replica, has_lost=has_lost)
         if not same_replica:
             # Bound only now: stale marks come first, or a crash between would lose them.
             self.entry = self._disks.bind_replica(self.entry, replica)
 
     def _resume(
-        self, ring: RingReader, known: AttachedDisk, watermark: int, *, same_replica: bool
+        self,
+        ring: RingReader,
+        known: AttachedDisk,
+        watermark: int,
+        *,
+        same_replica: bool,
+        has_lost: bool = False,
     ) -> None:
         ring_id = ring.geometry.ring_id
         stale_ring, base_ring = self.entry.stale_ring, self.entry.base_ring
         state = RingState(ring_id, ring.tail(), ring.head(), ring.needs_sync())
-        plan = resume(known, state, same_replica=same_replica and stale_ring in (0, ring_id))
+        same_replica = same_replica and stale_ring in (0, ring_id)
+        plan = resume(known, state, same_replica=same_replica, has_lost=has_lost)
         if plan.mark_all_stale:
             ring.mark_all_stale()
             stale_ring, base_ring = ring_id, 0
@@ -106,7 +123,7 @@ class SourceDisk:
         self.entry = self._disks.note_rings(self.entry, stale_ring=stale_ring, base_ring=base_ring)
         self.cursor = cursor
         ring.release(plan.cursor)
-        if plan.mark_all_stale or known.ring_id == ring_id:  # skipped for content, or known to it
+        if plan.mark_all_stale:  # skipped for content, which no region cools without
             ring.set_durable(plan.cursor)
 
     def refresh(self, watermark: int) -> None:
@@ -199,13 +216,15 @@ class SourceDisk:
         if self.ring is not None:
             self.ring.clear_gap(self.ring.gap_from())
 
-    def may_sync(self) -> bool:
-        """Whether there is content to send, and the image can be read."""
-        return (
-            self.ring is not None
-            and self.ring.needs_sync()
-            and trio.current_time() >= self.sync_after
-        )
+    def kept(self, ring_id: int, sequence: int) -> None:
+        """Records of that ring before ``sequence`` are held elsewhere: their room may be reused."""
+        if self.ring is not None and sequence and self.ring.geometry.ring_id == ring_id:
+            self.ring.release(sequence)
+
+    def note_durable(self, ring_id: int, sequence: int) -> None:
+        """The source will remember that the receiver has these records: their regions may cool."""
+        if self.ring is not None and self.ring.geometry.ring_id == ring_id:
+            self.ring.set_durable(sequence)
 
     def may_use_base(self) -> bool:
         """Whether content may go straight into the base image.
@@ -232,6 +251,21 @@ class SourceDisk:
             self._unsettled = ring.writes_in_flight()
         self._unsettled &= ring.writes_in_flight()
         return not self._unsettled
+
+    def doubt(self, regions: npt.NDArray[np.intp], from_ns: int) -> None:
+        """The replica may lack these regions' content, whatever the hot map says: sync them."""
+        with self._disks.lock(self.entry):
+            self._disks.ensure_ring(self.entry, self._clock)
+        self.refresh(from_ns)
+        assert self.ring is not None
+        # Before the marks: were the ring lost with them, nothing else would know of these regions.
+        self.entry = self._disks.note_rings(
+            self.entry, stale_ring=self.ring.geometry.ring_id, base_ring=self.entry.base_ring
+        )
+        self.ring.stale[regions] = 1
+        if self.state == "ready":
+            self._gap_before_ring = min(self._gap_before_ring or from_ns, from_ns)
+        self._unsettled = None
 
     def became_consistent(self) -> None:
         self.state = "ready"

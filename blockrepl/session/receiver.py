@@ -12,9 +12,11 @@ ATTACHING   accepted      ATTACHED    ATTACHED is sent; DATA counts from 1
 ATTACHING   refused       REFUSED     ERROR that names the group is sent
 ATTACHED    DATA          ATTACHED    it is appended; the window shrinks
 ATTACHED    committed     ATTACHED    ACK is sent; the window grows
+ATTACHED    COMPARE       ATTACHED    answered with VERDICT
 ATTACHED    refused       REFUSED     as above: what was not acknowledged must be sent again
 ATTACHED    ATTACH        ATTACHING
 REFUSED     DATA          REFUSED     dropped: it was on its way when the ERROR was sent
+REFUSED     COMPARE       REFUSED     the same
 REFUSED     ATTACH        ATTACHING
 ==========  ============  ==========  ===========================================================
 
@@ -30,8 +32,17 @@ from dataclasses import dataclass
 from blockrepl import limits
 from blockrepl.errors import PeerError
 from blockrepl.formats import messages
+from blockrepl.formats.comparison import Compare, Verdict, decode_compare, encode_verdict
 from blockrepl.formats.frame import FrameHeader, decode_header
-from blockrepl.formats.messages import Attach, Attached, MessageType, Refusal, Request, Response
+from blockrepl.formats.messages import (
+    Attach,
+    Attached,
+    MessageType,
+    Refusal,
+    Request,
+    Response,
+    Verify,
+)
 
 
 class GroupState(enum.Enum):
@@ -46,6 +57,7 @@ class GroupInput(enum.Enum):
     ACCEPTED = "accepted"
     REFUSED = "refused"
     COMMITTED = "committed"
+    COMPARE = "compare"
 
 
 TRANSITIONS: dict[tuple[GroupState | None, GroupInput], GroupState] = {
@@ -54,9 +66,11 @@ TRANSITIONS: dict[tuple[GroupState | None, GroupInput], GroupState] = {
     (GroupState.ATTACHING, GroupInput.REFUSED): GroupState.REFUSED,
     (GroupState.ATTACHED, GroupInput.DATA): GroupState.ATTACHED,
     (GroupState.ATTACHED, GroupInput.COMMITTED): GroupState.ATTACHED,
+    (GroupState.ATTACHED, GroupInput.COMPARE): GroupState.ATTACHED,
     (GroupState.ATTACHED, GroupInput.REFUSED): GroupState.REFUSED,
     (GroupState.ATTACHED, GroupInput.ATTACH): GroupState.ATTACHING,
     (GroupState.REFUSED, GroupInput.DATA): GroupState.REFUSED,
+    (GroupState.REFUSED, GroupInput.COMPARE): GroupState.REFUSED,
     (GroupState.REFUSED, GroupInput.ATTACH): GroupState.ATTACHING,
 }
 
@@ -88,6 +102,15 @@ class Append:
 
 
 @dataclass(frozen=True, slots=True)
+class CompareRange:
+    """When all appended before is durable, compare; then ``compared`` with this generation."""
+
+    group: str
+    generation: int
+    compare: Compare
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """Answer this request, then call ``answered``."""
 
@@ -101,7 +124,7 @@ class Closed:
     refusal: Refusal
 
 
-Effect = Send | AttachGroup | Append | Answer | Closed
+Effect = Send | AttachGroup | Append | CompareRange | Answer | Closed
 
 
 @dataclass(slots=True)
@@ -146,6 +169,8 @@ class ReceiverSession:
         match kind:
             case MessageType.DATA:
                 return self._data(payload)
+            case MessageType.COMPARE:
+                return self._compare(decode_compare(payload))
             case MessageType.PING:
                 return Send(MessageType.PONG, b"")
             case MessageType.PONG:
@@ -189,12 +214,15 @@ class ReceiverSession:
         group.waiting_frames = group.waiting_bytes = 0
         return AttachGroup(attach, group.generation)
 
+    def _attached_group(self, group_id: bytes, what: str) -> tuple[str, _Group]:
+        name = self._names.get(group_id)
+        if name is None:
+            raise PeerError(f"{what} for a group that is not attached")
+        return name, self._groups[name]
+
     def _data(self, payload: memoryview) -> Effect | None:
         header = decode_header(payload)
-        name = self._names.get(header.group)
-        if name is None:
-            raise PeerError("data for a group that is not attached")
-        group = self._groups[name]
+        name, group = self._attached_group(header.group, "data")
         group.step(GroupInput.DATA)
         if group.state is GroupState.REFUSED:
             return None
@@ -203,6 +231,13 @@ class ReceiverSession:
         if group.waiting_frames > self._window_frames or group.waiting_bytes > self._window_bytes:
             raise PeerError("the window is overrun")
         return Append(name, group.generation, header, payload)
+
+    def _compare(self, compare: Compare) -> Effect | None:
+        name, group = self._attached_group(compare.group, "comparison")
+        group.step(GroupInput.COMPARE)
+        if group.state is GroupState.REFUSED:
+            return None
+        return CompareRange(name, group.generation, compare)
 
     def _error(self, refusal: Refusal) -> Effect | None:
         if refusal.group is None:
@@ -249,6 +284,18 @@ class ReceiverSession:
         return Send(
             MessageType.ACK, messages.encode_ack(group.group_id, group.acknowledged, number)
         )
+
+    def compared(self, name: str, generation: int, verdict: Verdict) -> Send | None:
+        if not self.is_current(name, generation):
+            return None
+        return Send(MessageType.VERDICT, encode_verdict(verdict))
+
+    def verify(self, name: str) -> Send | None:
+        """Ask the source for a scrub pass of a group now; None when it is not attached."""
+        group = self._groups.get(name)
+        if group is None or group.state is not GroupState.ATTACHED:
+            return None
+        return Send(MessageType.VERIFY, messages.encode(Verify(group=name)))
 
     def answered(self, response: Response) -> Send:
         return Send(MessageType.RESPONSE, messages.encode(response))

@@ -43,11 +43,20 @@ class SourceClock:
         return time.monotonic_ns() + self._content.offset_ns
 
     def renew(self) -> None:
-        """Move the high-water mark ahead of now when it comes near. Called often, writes rarely."""
+        """Move the high-water mark ahead of now when it comes near. Called often, writes rarely.
+
+        OSError only when the mark is behind now: until then a full disk does no harm.
+        """
         now = self.now()
         if self._content.high_water_ns - now < LEASE_NS - RENEW_NS:
-            self._content = self._content.model_copy(update={"high_water_ns": now + LEASE_NS})
-            write_atomically(self._path, self._content.model_dump_json().encode())
+            content = self._content.model_copy(update={"high_water_ns": now + LEASE_NS})
+            try:
+                write_atomically(self._path, content.model_dump_json().encode())
+            except OSError:
+                if now >= self._content.high_water_ns:
+                    raise
+                return
+            self._content = content
 
 
 def open_clock(source_directory: Path) -> SourceClock:

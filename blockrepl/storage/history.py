@@ -14,13 +14,13 @@ and the newest instant is the least of the sources' watermarks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from blockrepl.errors import StateError
+from blockrepl.errors import StateError, StorageError
 from blockrepl.formats.frame import KIND_MASK, U64, Columns, FrameHeader, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
 from blockrepl.formats.segment import file_name
@@ -31,7 +31,7 @@ from blockrepl.storage.catalog import Catalog, CheckpointRow, DiskRow, GapRow, S
 from blockrepl.storage.durable import Durable
 from blockrepl.storage.home import Home
 from blockrepl.storage.index import JournalIndex
-from blockrepl.storage.payload import PayloadReader
+from blockrepl.storage.payload import BLOCK_CACHE_BYTES, PayloadReader
 from blockrepl.storage.reading import ReadFiles
 from blockrepl.storage.segment_reader import Known, SegmentReader
 
@@ -63,13 +63,14 @@ class State:
 class ReplicaHistory:
     """A group's replica, read-only: its points, and the way to the content of its disks."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, block_cache_bytes: int = BLOCK_CACHE_BYTES) -> None:
         self.directory = directory
         self.files = ReadFiles()
         self.catalog = Catalog.open_readonly(directory / catalogs.FILE_NAME)
         self.group = self.catalog.group_name
+        self._seen: Durable | None = None
         self.index = JournalIndex(directory / "segments", self.catalog.group_id, self.files)
-        self.payload = PayloadReader(self.index, self.files)
+        self.payload = PayloadReader(self.index, self.files, block_cache_bytes)
 
     @classmethod
     def open(cls, home: Path, group: str) -> ReplicaHistory:
@@ -136,11 +137,22 @@ class ReplicaHistory:
 
     def refresh(self, state: State) -> None:
         """Make all that is durable as of ``state`` visible to lookups."""
+        self._refresh(state.segments.values(), state.durable)
+
+    def refresh_beside_receiver(self) -> None:
+        """The same, as of now, in the receiver itself: it keeps a true durable record."""
+        durable = durables.read_durable(self.directory / durables.FILE_NAME)
+        if durable is None:
+            raise StorageError(f"the durable record of {self.group} cannot be read")
+        if durable != self._seen:
+            self._refresh(self.catalog.segments(), durable)
+            self._seen = durable
+
+    def _refresh(self, rows: Iterable[SegmentRow], durable: Durable | None) -> None:
         known = {
             row.number: Known(0 if row.sealed else row.bytes, row.frames, row.first_stamp)
-            for row in state.segments.values()
+            for row in rows
         }
-        durable = state.durable
         self.index.refresh(
             known, None if durable is None else (durable.segment_number, durable.segment_bytes)
         )

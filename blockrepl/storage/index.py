@@ -160,6 +160,11 @@ class JournalIndex:
         numbers = {number for number, _ in self._runs(disk, at_ns)}
         return sum(self._segments[number].end for number in numbers)
 
+    def newest_stamp(self, disk: bytes) -> int:
+        """Of a disk's records; 0 without any."""
+        runs = (run for segment in self._segments.values() for run in segment.runs(disk))
+        return max((run.last_stamp for run in runs), default=0)
+
     def resolve(self, disk: bytes, first: int, last: int, at_ns: int) -> Shown:
         """What [first, last) of a disk shows at an instant. DamageError, StorageError."""
         left = self._runs(disk, at_ns)

@@ -41,11 +41,13 @@ class _Table:
 class PayloadReader:
     """Reads payload through the index's segments. May be used by several threads."""
 
-    def __init__(self, index: JournalIndex, files: ReadFiles) -> None:
+    def __init__(
+        self, index: JournalIndex, files: ReadFiles, block_cache_bytes: int = BLOCK_CACHE_BYTES
+    ) -> None:
         self._index = index
         self._files = files
         self._tables: Cache[tuple[int, int], _Table] = Cache(TABLE_CACHE_BYTES, _Table.cost)
-        self._blocks: Cache[tuple[int, int, int], Buffer] = Cache(BLOCK_CACHE_BYTES, len)
+        self._blocks: Cache[tuple[int, int, int], Buffer] = Cache(block_cache_bytes, len)
         self._reported: set[tuple[int, int]] = set()
 
     def read_into(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from blockrepl import limits
 from blockrepl.formats.frame import Columns, RecordKind
+from blockrepl.storage.digests import digest_blocks, zero_digests
 
 DATA_REGIONS_MAX = 4  # 4 MiB: new writes wait for one piece at the most
 DATA_BYTES_MAX = DATA_REGIONS_MAX * limits.REGION_BYTES
@@ -28,13 +30,15 @@ class Piece:
     payload: bytes
 
 
-def choose_regions(image: int, stale: np.ndarray, size_bytes: int) -> range:
+def choose_regions(
+    image: int, stale: np.ndarray, size_bytes: int, hole_regions_max: int = HOLE_REGIONS_MAX
+) -> range:
     """The next regions to send: the first stale one and those behind it, more where it is a hole.
 
     ``stale``: a byte per region, at least one not zero.
     """
     first = int(np.argmax(stale != 0))
-    ahead = stale[first : first + HOLE_REGIONS_MAX]
+    ahead = stale[first : first + hole_regions_max]
     clean = np.nonzero(ahead == 0)[0]
     count = int(clean[0]) if len(clean) else len(ahead)
     start = first * limits.REGION_BYTES
@@ -52,38 +56,80 @@ def read_piece(image: int, regions: range, size_bytes: int, stamp: int) -> Piece
     The guest may have filled what was chosen as a hole: then only the first regions are read, as
     many as fit a frame.
     """
+    content = _Content(image)
     end = min(regions.stop * limits.REGION_BYTES, size_bytes)
-    extents: list[tuple[int, int, RecordKind]] = []
-    parts: list[bytes] = []
     at = regions.start * limits.REGION_BYTES
-    payload_bytes = 0
     while at < end:
-        if payload_bytes >= DATA_BYTES_MAX:
+        if content.payload_bytes >= DATA_BYTES_MAX:
             end = min(end, _region_up(at))
             if at == end:
                 break
-        data_at = _next_data(image, at, end)
-        if data_at > at:
-            _extend(extents, at, data_at, RecordKind.ZERO)
-            at = data_at
-            continue
-        until = min(end, at + limits.BLOCK_BYTES - at % limits.BLOCK_BYTES)
-        data = _read(image, at, until - at)
-        if not np.frombuffer(data, np.uint8).any():
-            _extend(extents, at, until, RecordKind.ZERO)
-        else:
-            _extend(extents, at, until, RecordKind.WRITE)
-            parts.append(data)
-            payload_bytes += len(data)
-        at = until
-    columns = Columns(
-        np.full(len(extents), stamp, np.uint64),
-        np.array([extent[0] for extent in extents], np.uint64),
-        np.array([extent[1] - extent[0] for extent in extents], np.uint32),
-        np.array([extent[2] for extent in extents], np.uint8),
+        at = content.take(at, end)
+    return Piece(
+        range(regions.start, -(-end // limits.REGION_BYTES)),
+        content.columns(stamp),
+        b"".join(content.parts),
     )
-    read = range(regions.start, -(-end // limits.REGION_BYTES))
-    return Piece(read, columns, b"".join(parts))
+
+
+def read_ranges(image: int, ranges: Sequence[tuple[int, int]], stamp: int) -> tuple[Columns, bytes]:
+    """Read ranges (start, end) that together fit a frame, as `read_piece` does."""
+    content = _Content(image)
+    for start, end in ranges:
+        while start < end:
+            start = content.take(start, end)
+    return content.columns(stamp), b"".join(content.parts)
+
+
+def digest_range(image: int, start: int, end: int) -> bytes:
+    """The digests of a range's blocks; ``start`` on a block's boundary. OSError."""
+    digests = []
+    while start < end:
+        data_at = _next_data(image, start, end)
+        hole_end = end if data_at == end else data_at - data_at % limits.COMPARE_BLOCK_BYTES
+        if hole_end > start:
+            digests.append(zero_digests(hole_end - start))
+            start = hole_end
+            continue
+        until = min(end, start + limits.REGION_BYTES)
+        digests.append(digest_blocks(_read(image, start, until - start)))
+        start = until
+    return b"".join(digests)
+
+
+class _Content:
+    """Records of what was read so far."""
+
+    def __init__(self, image: int) -> None:
+        self._image = image
+        self._extents: list[tuple[int, int, RecordKind]] = []
+        self.parts: list[bytes] = []
+        self.payload_bytes = 0
+
+    def take(self, at: int, end: int) -> int:
+        """Read the next hole or block of [at, end); where it ends."""
+        data_at = _next_data(self._image, at, end)
+        if data_at > at:
+            _extend(self._extents, at, data_at, RecordKind.ZERO)
+            return data_at
+        until = min(end, at + limits.BLOCK_BYTES - at % limits.BLOCK_BYTES)
+        data = _read(self._image, at, until - at)
+        if not np.frombuffer(data, np.uint8).any():
+            _extend(self._extents, at, until, RecordKind.ZERO)
+        else:
+            _extend(self._extents, at, until, RecordKind.WRITE)
+            self.parts.append(data)
+            self.payload_bytes += len(data)
+        return until
+
+    def columns(self, stamp: int) -> Columns:
+        extents = self._extents
+        return Columns(
+            np.full(len(extents), stamp, np.uint64),
+            np.array([extent[0] for extent in extents], np.uint64),
+            np.array([extent[1] - extent[0] for extent in extents], np.uint32),
+            np.array([extent[2] for extent in extents], np.uint8),
+        )
 
 
 def _region_up(offset: int) -> int:

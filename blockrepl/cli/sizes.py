@@ -1,0 +1,26 @@
+"""Sizes as people write them on a command line."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+from blockrepl.units import GIB, KIB, MIB
+
+_UNITS = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1024 * GIB}
+
+
+class SizeType(click.ParamType[int]):
+    """Bytes, with an optional K, M, G or T (powers of 1024)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d{1,15})([kmgt]?)(?:i?b)?", str(value).strip().lower())
+        if not match:
+            self.fail(f"{value!r} is not a size; write 10G, 512M or a number of bytes", param, ctx)
+        return int(match[1]) * _UNITS[match[2]]

@@ -1,0 +1,420 @@
+"""One group at the source, for as long as the agent runs: its pump and outbox outlive sessions.
+
+=========  =========================================  ========================================
+state      the pump                                   leaves it by
+=========  =========================================  ========================================
+waiting    is not there: nothing says what the        the receiver's answer to ATTACH
+           receiver has. Records stay in the rings
+running    works, with a link or (spooling) without   the disks have changed, or one could not be
+                                                      opened: the outbox drains over a direct
+                                                      link, then waiting. Also when the receiver's
+                                                      answer does not fit
+=========  =========================================  ========================================
+
+An agent that finds a spool of this boot starts running at once: the spool says what the receiver
+will know. One from before a reboot is delivered first (storage/spool.py, rule 4).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+
+import trio
+
+from blockrepl.errors import BlockreplError, DamageError, PeerError, StateError
+from blockrepl.formats.comparison import Verdict
+from blockrepl.formats.messages import AttachDisk, Attached
+from blockrepl.services.error_groups import ours_of
+from blockrepl.services.group_pump import GroupPump
+from blockrepl.services.outbox import LostError, Send, Shape
+from blockrepl.services.source_disk import SourceDisk
+from blockrepl.session.known import Known
+from blockrepl.storage.clock import SourceClock
+from blockrepl.storage.group_notes import GroupNote, forget_note, read_note, write_note
+from blockrepl.storage.source import DiskEntry, SourceDisks
+from blockrepl.storage.spool import Spool, SpoolLimits
+
+log = logging.getLogger(__name__)
+
+RETIRE_SECONDS = 1.0
+NOTE_SECONDS = 2.0
+RETRY_SECONDS = 5.0  # a group that was refused, or a disk whose image was missing
+DRAIN_SAMPLES = 10  # one a second
+LOOK_SECONDS = 0.2  # how often a link looks whether the disks have changed
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What a session lends to a group."""
+
+    send: Send
+    shape: Shape
+    window_messages: int
+    window_bytes: int
+
+
+@dataclass(slots=True)
+class _Refusal:
+    happened: trio.Event = field(default_factory=trio.Event)
+    error: BlockreplError | None = None
+
+
+class GroupReplication:
+    """``entries`` are the disks wanted; ``disks`` those of the pump; ``errors`` per disk name."""
+
+    def __init__(
+        self,
+        name: str,
+        disks: SourceDisks,
+        source: bytes,
+        clock: SourceClock,
+        spool_limits: SpoolLimits,
+    ) -> None:
+        self.name = name
+        self.entries: list[DiskEntry] = []
+        self.disks: list[SourceDisk] = []
+        self.errors: dict[str, BlockreplError] = {}
+        self.error: BlockreplError | None = None
+        self.pump: GroupPump | None = None
+        self.spool = Spool(disks.home.source_directory / "spool" / name, spool_limits)
+        self.is_linked = False
+        self.finished = False
+        self._source_disks = disks
+        self._source = source
+        self._clock = clock
+        self._attached_entries: list[DiskEntry] = []
+        self._retry_at = 0.0
+        self._has_lost = False
+        self._failed = False
+        self._noted: GroupNote | None = None
+        self._refusal = _Refusal()
+        self._changed = trio.Event()
+        self._ready = trio.Event()
+        self._scope = trio.CancelScope()
+        self._drain_per_second = 0.0
+
+    # --- the group's own work
+
+    async def run(self) -> None:
+        """Until `end`, or cancelled."""
+        try:
+            with self._scope:
+                await self._open_spool()
+                self._ready.set()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._run_pump)
+                    nursery.start_soon(self._retire_rings)
+                    nursery.start_soon(self._keep_note)
+                    nursery.start_soon(self._watch_spool)
+        finally:
+            self._close_disks()
+            self.spool.close()
+
+    async def _open_spool(self) -> None:
+        while True:
+            try:
+                self.spool = await trio.to_thread.run_sync(
+                    Spool.open, self.spool.directory, self.spool.bounds
+                )
+                break
+            except (BlockreplError, OSError) as error:
+                self._report(error)
+                await trio.sleep(RETRY_SECONDS)
+        if self.spool.is_of_this_boot:
+            try:
+                await self._start_from_spool()
+            except BlockreplError as error:
+                log.error("group %s: %s", self.name, error)
+                await self._stop_running()
+
+    async def _run_pump(self) -> None:
+        while True:
+            pump = self.pump
+            if pump is None or pump.is_stopped:
+                await self._changed.wait()
+                continue
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(pump.outbox.sync_spool)
+                    await pump.run()
+                    nursery.cancel_scope.cancel()
+            except BaseExceptionGroup as group:
+                await self._give_up(pump, ours_of(group))
+
+    async def _give_up(self, pump: GroupPump, error: BlockreplError) -> None:
+        """A round failed: begin anew by attaching, from what the rings and the spool hold."""
+        self._report(error)
+        self._failed = True
+        await pump.stop()
+        self.refuse(error)
+        if not self.is_linked:
+            await self._stop_running()
+
+    def _report(self, error: Exception) -> None:
+        """Show an error of the group, and log it unless that was the last one."""
+        if str(error) != str(self.error):
+            log.error("group %s: %s", self.name, error)
+        self.error = error if isinstance(error, BlockreplError) else StateError(str(error))
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _retire_rings(self) -> None:
+        """Give back the rings of disks that nobody serves any more."""
+        while True:
+            await trio.sleep(RETIRE_SECONDS)
+            pump = self.pump
+            for disk in self.disks:
+                if pump and disk.ring and not self._source_disks.is_serving(disk.entry):
+                    async with pump.between_rounds:
+                        try:
+                            await trio.to_thread.run_sync(disk.retire)
+                        except (BlockreplError, OSError) as error:
+                            log.error("disk %s: %s", disk.entry.name, error)
+
+    async def _keep_note(self) -> None:
+        """Remember how far the receiver is; only then may regions cool on the strength of it."""
+        while True:
+            await trio.sleep(NOTE_SECONDS)
+            if self.pump is None:
+                continue
+            known = self.pump.outbox.known
+            note = GroupNote(replica=known.group_id, next_number=known.next_number)
+            positions = [(disk, disk.durable) for disk in self.disks]
+            try:
+                await trio.to_thread.run_sync(self._note, note)
+            except BlockreplError as error:
+                log.error("group %s: %s", self.name, error)
+                continue
+            for disk, (ring_id, sequence) in positions:
+                disk.note_durable(ring_id, sequence)
+
+    def _note(self, note: GroupNote) -> None:
+        """Remember what is new; a spool's beginning may lie behind what is remembered."""
+        home = self._source_disks.home
+        if self._noted is None:
+            self._noted = read_note(home, self.name)
+        old = self._noted
+        if old is None or old.replica != note.replica or old.next_number < note.next_number:
+            write_note(home, self.name, note)
+            self._noted = note
+
+    # --- starting and stopping to run
+
+    async def _start_from_spool(self) -> None:
+        state = self.spool.state
+        assert state is not None
+        due = await trio.to_thread.run_sync(_fold, self.spool, state.attached)
+        attached = {disk.id for disk in state.disks}
+        entries = [entry for entry in self.entries if entry.id in attached]
+        self._start(Known.of(state.attached), due, entries, state.disks)
+
+    async def _start_from(self, attached: Attached) -> None:
+        """Run, from what the receiver says; a spool from before a reboot comes first."""
+        note = await trio.to_thread.run_sync(read_note, self._source_disks.home, self.name)
+        lost = note is not None and note.replica == attached.group_id
+        lost = lost and note is not None and attached.next_number < note.next_number
+        if lost:
+            log.error("group %s: the receiver has lost frames that were durable there", self.name)
+        self._has_lost = self._has_lost or lost
+        if self.spool.is_active and not self._has_lost:
+            state = self.spool.state
+            assert state is not None
+            if (
+                state.attached.group_id == attached.group_id
+                and state.attached.next_number <= attached.next_number <= self.spool.next_number
+            ):
+                await self._start_from_spool()
+                return
+        if self.spool.is_active:
+            await trio.to_thread.run_sync(self.spool.clear)
+        known = Known.of(attached)
+        self._start(known, known.copy(), self.entries, _attach_disks(self.entries))
+        if self._has_lost:  # the doubts are in the rings now, durably noted
+            self._has_lost = False
+            self._noted = GroupNote(replica=known.group_id, next_number=known.next_number)
+            await trio.to_thread.run_sync(
+                write_note, self._source_disks.home, self.name, self._noted
+            )
+
+    def _start(
+        self, known: Known, due: Known, entries: list[DiskEntry], attached: list[AttachDisk]
+    ) -> None:
+        self._close_disks()
+        self._attached_entries = entries
+        self._retry_at = trio.current_time() + RETRY_SECONDS
+        for entry in entries:
+            self._open_disk(entry, known, due)
+        self.pump = GroupPump(
+            self.disks,
+            known,
+            due,
+            attached,
+            self.spool,
+            self._source,
+            self._clock,
+            held=bool(self.errors),
+        )
+        self._notify()
+
+    def _open_disk(self, entry: DiskEntry, known: Known, due: Known) -> None:
+        if entry.id.bytes not in due.disks:
+            raise PeerError(f"the receiver leaves out disk {entry.name}")
+        disk = SourceDisk(self._source_disks, entry, self._clock)
+        try:
+            disk.attach(
+                due.disks[entry.id.bytes], due.group_id, due.watermark, has_lost=self._has_lost
+            )
+        except PeerError:
+            raise
+        except (BlockreplError, OSError) as error:
+            log.error("disk %s: %s", entry.name, error)
+            self.errors[entry.name] = (
+                error if isinstance(error, BlockreplError) else StateError(str(error))
+            )
+            return
+        if entry.id.bytes in known.disks:
+            there = known.disks[entry.id.bytes]
+            disk.durable = (there.ring_id, there.next_sequence)
+        self.disks.append(disk)
+
+    async def _stop_running(self) -> None:
+        if self.pump is not None:
+            await self.pump.abandon()
+        self.pump = None
+        self._failed = False
+        self._close_disks()
+        self._notify()
+
+    def _close_disks(self) -> None:
+        for disk in self.disks:
+            disk.close()
+        self.disks = []
+        self.errors = {}
+
+    async def _watch_spool(self) -> None:
+        """Measure how fast the spool gets less."""
+        samples: deque[tuple[float, int]] = deque(maxlen=DRAIN_SAMPLES)
+        while True:
+            samples.append((trio.current_time(), self.spool.unread_bytes()))
+            (first, before), (last, after) = samples[0], samples[-1]
+            self._drain_per_second = (before - after) / (last - first) if last > first else 0.0
+            await trio.sleep(1.0)
+
+    def drain_seconds(self) -> float | None:
+        """Until the spool is drained, at the rate of late; None: it does not get less."""
+        if self._drain_per_second <= 0:
+            return None
+        return self.spool.unread_bytes() / self._drain_per_second
+
+    # --- what a session does with the group
+
+    async def attach_disks(self) -> list[AttachDisk]:
+        """What to name in ATTACH: the disks of the frames that wait, else those wanted."""
+        await self._ready.wait()
+        if self.pump is not None:
+            return self.pump.outbox.disks
+        if self.spool.state is not None:
+            return self.spool.state.disks
+        return _attach_disks(self.entries)
+
+    async def serve(self, attached: Attached, link: Link) -> None:
+        """Replicate over a link until the disks change; then attach again.
+
+        Raises what the receiver refuses the group with; LostError or DamageError when it has to
+        begin anew, by attaching again; PeerError ends the session.
+        """
+        if not self.entries and self.pump is None and not self.spool.is_active:
+            self.finished = True  # the receiver has been told
+            return
+        self._refusal = _Refusal()
+        if self.pump is None:
+            await self._start_from(attached)
+        pump = self.pump
+        assert pump is not None
+        self.error = None
+        is_outdated = False
+        try:
+            await pump.outbox.connect(attached, link.window_messages, link.window_bytes)
+            self.is_linked = True
+            await self._replicate(pump, link)
+            is_outdated = True
+        except (LostError, DamageError):
+            self._has_lost = is_outdated = True
+            raise
+        finally:
+            self.is_linked = False
+            pump.outbox.disconnect()
+            if is_outdated or self._failed:
+                with trio.CancelScope(shield=True):
+                    await self._stop_running()
+                    if self._has_lost:
+                        await trio.to_thread.run_sync(self.spool.clear)
+            elif pump.is_stopped:
+                pump.resume()
+                self._notify()
+
+    async def _replicate(self, pump: GroupPump, link: Link) -> None:
+        """Until the disks have changed and nothing waits any more."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pump.outbox.serve, link.send, link.shape)
+                nursery.start_soon(self._watch_refusal)
+                while not (self._is_outdated(pump) and pump.outbox.is_direct):
+                    await trio.sleep(LOOK_SECONDS)
+                await pump.stop()
+                await pump.outbox.drained()
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise ours_of(group) from group
+
+    def refuse(self, error: BlockreplError) -> None:
+        """The receiver has refused the group during this link."""
+        self._refusal.error = error
+        self._refusal.happened.set()
+
+    async def _watch_refusal(self) -> None:
+        await self._refusal.happened.wait()
+        assert self._refusal.error is not None
+        raise self._refusal.error
+
+    def _is_outdated(self, pump: GroupPump) -> bool:
+        if pump.outbox.disks != _attach_disks(self.entries):
+            return True
+        images = {entry.id: entry.image for entry in self.entries}
+        if any(images[entry.id] != entry.image for entry in self._attached_entries):
+            return True
+        return bool(self.errors) and trio.current_time() > self._retry_at
+
+    def acknowledged(self, group: bytes, messages: int, number: int) -> None:
+        """PeerError when it cannot be."""
+        if self.pump is not None and self.pump.outbox.known.group_id.bytes == group:
+            self.pump.outbox.acknowledged(messages, number)
+
+    def verdict(self, verdict: Verdict) -> None:
+        if self.pump is not None and self.pump.outbox.known.group_id.bytes == verdict.group:
+            self.pump.verdict(verdict)
+
+    def end(self) -> None:
+        """The group is no more at this source."""
+        self._scope.cancel()
+        forget_note(self._source_disks.home, self.name)
+
+
+def _attach_disks(entries: list[DiskEntry]) -> list[AttachDisk]:
+    return [
+        AttachDisk(id=entry.id, name=entry.name, size_bytes=entry.size_bytes) for entry in entries
+    ]
+
+
+def _fold(spool: Spool, attached: Attached) -> Known:
+    """What the receiver will know when it has all of the spool. Blocks. DamageError."""
+    due = Known.of(attached)
+    spool.rewind(due.next_number)
+    while spool.has_unread():
+        due.apply(*spool.skip())
+    spool.rewind(attached.next_number)
+    return due

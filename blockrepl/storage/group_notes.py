@@ -1,0 +1,55 @@
+"""What a source remembers of a group's replica: up to which frame it was durable there once.
+
+``<home>/source/groups/<group>.json``, written before regions may cool on the strength of it. A
+receiver whose next number is lower has lost durable frames: its store was restored from an older
+copy, perhaps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from blockrepl.errors import StorageError
+from blockrepl.storage.files import failure
+from blockrepl.storage.home import Home, make_directory, write_atomically
+
+
+class GroupNote(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    replica: UUID
+    next_number: int = Field(ge=1)
+
+
+def _path(home: Home, group: str) -> Path:
+    return home.source_directory / "groups" / f"{group}.json"
+
+
+def read_note(home: Home, group: str) -> GroupNote | None:
+    """None when nothing is remembered."""
+    path = _path(home, group)
+    try:
+        return GroupNote.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        raise StorageError(
+            f"{path} cannot be read",
+            hint="remove it; the group is then trusted to the receiver as it is",
+        ) from error
+
+
+def write_note(home: Home, group: str, note: GroupNote) -> None:
+    """Durably. StorageError."""
+    path = _path(home, group)
+    try:
+        make_directory(path.parent)
+        write_atomically(path, note.model_dump_json().encode())
+    except OSError as error:
+        raise failure(error, f"cannot write {path}") from error
+
+
+def forget_note(home: Home, group: str) -> None:
+    _path(home, group).unlink(missing_ok=True)

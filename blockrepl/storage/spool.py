@@ -1,0 +1,384 @@
+"""The spool: a group's frames on the source's disk, in order, while the link is down or slow.
+
+``<home>/source/spool/<group>/``: ``state.json``, and files of frames back to back (the very bytes
+of the wire), each named by the number of its first frame.
+
+Rules:
+
+1. ``state.json`` says what the receiver knew before the first frame of the first file, and which
+   disks were attached then. Without it, the files mean nothing and are removed.
+2. It is written after the first frames, and removed before the files: so where it is, the files
+   hold every frame from its number on that was ever numbered, and the next number is free to use.
+3. A file is removed when all its frames are durable at the receiver, after ``state.json`` has moved
+   on to the file behind it.
+4. Nothing here is synced before it counts: the ring, which the spool relieves, is memory itself, so
+   a power cut may take either. Rule 2 holds within one boot only; ``is_of_this_boot`` says so, and
+   an older spool is delivered, but numbers nothing before the receiver has said how far it is.
+5. Recovery reads all headers, cuts at the first frame that is not whole and true, and forgets what
+   lies behind: what was in it is missing from the ring's sequence, so it is found to be a gap.
+
+One task uses a spool at a time. Methods block on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from blockrepl import limits
+from blockrepl.errors import DamageError, PeerError, StorageError
+from blockrepl.formats import frame as frames
+from blockrepl.formats.frame import Buffer, FrameHeader, FrameKind
+from blockrepl.formats.marks import Mark, decode_mark
+from blockrepl.formats.messages import AttachDisk, Attached
+from blockrepl.storage.files import Files, failure, write_all
+from blockrepl.storage.home import make_directory, sync_directory
+
+log = logging.getLogger(__name__)
+
+STATE = "state.json"
+_SUFFIX = ".frames"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class SpoolState(BaseModel):
+    """What the receiver knew before the first frame of the spool."""
+
+    model_config = ConfigDict(frozen=True)
+    boot_id: str
+    attached: Attached
+    disks: list[AttachDisk]
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolLimits:
+    """``size_bytes`` None: SPOOL_BYTES_DEFAULT, or a fifth of what is free when that is less."""
+
+    size_bytes: int | None = None
+    reserve_bytes: int = limits.SPOOL_RESERVE_BYTES_DEFAULT
+
+
+@dataclass(frozen=True, slots=True)
+class SpooledFrame:
+    header: FrameHeader
+    frame: memoryview  # header included
+
+    @property
+    def body(self) -> memoryview:
+        return self.frame[frames.HEADER_BYTES :]
+
+    def mark(self) -> Mark | None:
+        if self.header.kind != FrameKind.MARK:
+            return None
+        return decode_mark(frames.decode_payload(self.header, self.body))
+
+
+@dataclass(slots=True)
+class _File:
+    path: Path
+    first_number: int
+    size_bytes: int = 0
+
+
+class Spool:
+    """``next_number`` is that of the frame to be appended next; 0 while there is no spool."""
+
+    def __init__(self, directory: Path, bounds: SpoolLimits, files: Files | None = None) -> None:
+        self.directory = directory
+        self.bounds = bounds
+        self.state: SpoolState | None = None
+        self.next_number = 0
+        self.size_bytes = 0
+        self._boot_id = _BOOT_ID.read_text().strip()
+        self._system = files or Files()
+        self._files: list[_File] = []
+        self._writing: int | None = None
+        self._reading: int | None = None
+        self._read_file = 0  # place in _files
+        self._read_at = 0
+        self._read_number = 0
+
+    # --- recovery
+
+    @classmethod
+    def open(cls, directory: Path, bounds: SpoolLimits, files: Files | None = None) -> Spool:
+        """Recover what is there; an empty spool when there is nothing to go on with."""
+        spool = cls(directory, bounds, files)
+        try:
+            spool.state = SpoolState.model_validate_json((directory / STATE).read_bytes())
+        except FileNotFoundError:
+            pass
+        except ValidationError:
+            log.warning("%s does not parse; the spool beside it is given up", directory / STATE)
+        if spool.state is None:
+            spool.clear()
+        else:
+            spool._recover(spool.state)
+        return spool
+
+    @property
+    def is_active(self) -> bool:
+        return self.state is not None
+
+    @property
+    def is_of_this_boot(self) -> bool:
+        return self.state is not None and self.state.boot_id == self._boot_id
+
+    def _recover(self, state: SpoolState) -> None:
+        first = state.attached.next_number
+        numbers = sorted(int(path.stem) for path in self.directory.glob(f"*{_SUFFIX}"))
+        self.next_number = first
+        for number in numbers:
+            path = self._path(number)
+            if number < first or number != self.next_number:
+                path.unlink()  # delivered before a crash, or behind a frame that is lost
+                continue
+            self._recover_file(path, is_last=number == numbers[-1])
+        self.rewind(first)
+
+    def _recover_file(self, path: Path, *, is_last: bool) -> None:
+        file = _File(path, self.next_number)
+        with path.open("r+b") as opened:
+            end = os.fstat(opened.fileno()).st_size
+            while file.size_bytes < end:
+                header = self._true_header(opened.fileno(), file.size_bytes, end, is_last)
+                if header is None:
+                    log.warning("%s: cut at %d of %d bytes", path, file.size_bytes, end)
+                    os.ftruncate(opened.fileno(), file.size_bytes)
+                    break
+                file.size_bytes += header.frame_bytes
+                self.next_number += 1
+        self._files.append(file)
+        self.size_bytes += file.size_bytes
+
+    def _true_header(self, fd: int, at: int, end: int, whole: bool) -> FrameHeader | None:
+        assert self.state is not None
+        try:
+            header = frames.decode_header(os.pread(fd, frames.HEADER_BYTES, at))
+            if (header.number, header.group) != (
+                self.next_number,
+                self.state.attached.group_id.bytes,
+            ) or at + header.frame_bytes > end:
+                return None
+            if whole:
+                body = os.pread(fd, header.body_bytes, at + frames.HEADER_BYTES)
+                frames.check_body(header, body)
+        except PeerError:
+            return None
+        return header
+
+    # --- writing
+
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether frames of that many bytes may be added."""
+        try:
+            found = os.statvfs(self.directory if self.is_active else self._parent())
+        except OSError:
+            return False
+        free_bytes = found.f_bavail * found.f_frsize
+        return (
+            self.size_bytes + size_bytes <= self.limit_bytes(free_bytes)
+            and free_bytes - size_bytes >= self.bounds.reserve_bytes
+        )
+
+    def limit_bytes(self, free_bytes: int | None = None) -> int:
+        """How large the spool may become."""
+        if self.bounds.size_bytes is not None:
+            return self.bounds.size_bytes
+        if free_bytes is None:
+            found = os.statvfs(self._parent())
+            free_bytes = found.f_bavail * found.f_frsize
+        share = int((free_bytes + self.size_bytes) * limits.SPOOL_FREE_SHARE)
+        return min(limits.SPOOL_BYTES_DEFAULT, share)
+
+    def _parent(self) -> Path:
+        return next(path for path in self.directory.parents if path.exists())
+
+    def begin(
+        self, known: Attached, disks: list[AttachDisk], frames: Sequence[Sequence[Buffer]]
+    ) -> None:
+        """Start a spool with all frames from ``known.next_number`` on (rule 2). StorageError."""
+        assert not self.is_active
+        make_directory(self.directory)
+        self.next_number = known.next_number
+        try:
+            self._add_file()
+            for buffers in frames:
+                self.append(buffers)
+            self._write_state(SpoolState(boot_id=self._boot_id, attached=known, disks=disks))
+        except StorageError:
+            self.clear()
+            raise
+        self.rewind(known.next_number)
+
+    def _write_state(self, state: SpoolState) -> None:
+        """Not synced (rule 4): a write that stalls here would cost the ring its room."""
+        path, new = self.directory / STATE, self.directory / f".{STATE}.new"
+        try:
+            new.write_bytes(state.model_dump_json().encode())
+            new.rename(path)
+        except OSError as error:
+            raise failure(error, f"cannot write {path}") from error
+        self.state = state
+
+    def append(self, buffers: Sequence[Buffer]) -> None:
+        """Add the frame ``next_number``. StorageError: it was not added."""
+        if self._files[-1].size_bytes >= limits.SPOOL_FILE_BYTES:
+            self._add_file()
+        self._append(buffers)
+
+    def _add_file(self) -> None:
+        path = self._path(self.next_number)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise failure(error, f"cannot create {path}") from error
+        self._close_writing()
+        self._writing = descriptor
+        self._files.append(_File(path, self.next_number))
+
+    def _append(self, buffers: Sequence[Buffer]) -> None:
+        file = self._files[-1]
+        if self._writing is None:
+            self._writing = os.open(file.path, os.O_RDWR | os.O_CLOEXEC)
+        size_bytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+        try:
+            write_all(self._system, self._writing, buffers, file.size_bytes)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._system.truncate(self._writing, file.size_bytes)
+            raise failure(error, f"cannot write {file.path}") from error
+        file.size_bytes += size_bytes
+        self.size_bytes += size_bytes
+        self.next_number += 1
+
+    def sync(self) -> None:
+        """Make what was added so far survive a power cut. StorageError."""
+        if self._writing is None:
+            return
+        try:
+            self._system.sync(self._writing)
+            sync_directory(self.directory)
+        except OSError as error:
+            raise failure(error, f"cannot sync the spool in {self.directory}") from error
+
+    # --- reading
+
+    def has_unread(self) -> bool:
+        return self.is_active and self._read_number < self.next_number
+
+    def unread_bytes(self) -> int:
+        """Bytes from the frame to be read next on."""
+        if not self.has_unread():
+            return 0
+        return sum(file.size_bytes for file in self._files[self._read_file :]) - self._read_at
+
+    def rewind(self, number: int) -> None:
+        """Read ``number`` next; the spool holds it, or it is ``next_number``. DamageError."""
+        places = [i for i, file in enumerate(self._files) if file.first_number <= number]
+        self._close_reading()
+        self._read_file, self._read_at = (places[-1] if places else 0), 0
+        self._read_number = self._files[self._read_file].first_number if self._files else number
+        while self._read_number < number:
+            self._read_at += self._read_header().frame_bytes
+            self._read_number += 1
+
+    def read(self) -> SpooledFrame:
+        """The next frame, proven. DamageError when it is not what was written."""
+        header = self._read_header()
+        assert self._reading is not None
+        data = memoryview(np.empty(header.frame_bytes, np.uint8).data)
+        if os.preadv(self._reading, [data], self._read_at) != len(data):
+            raise self._damage()
+        found = SpooledFrame(header, data)
+        try:
+            frames.check_body(header, found.body)
+        except PeerError as error:
+            raise self._damage() from error
+        self._read_at += header.frame_bytes
+        self._read_number += 1
+        return found
+
+    def skip(self) -> tuple[FrameHeader, Mark | None]:
+        """As `read`, without the content of frames that have one. DamageError."""
+        header = self._read_header()
+        if header.kind == FrameKind.MARK:
+            return header, self.read().mark()
+        self._read_at += header.frame_bytes
+        self._read_number += 1
+        return header, None
+
+    def _read_header(self) -> FrameHeader:
+        if self._read_at >= self._files[self._read_file].size_bytes:
+            self._close_reading()
+            self._read_file, self._read_at = self._read_file + 1, 0
+        try:
+            if self._reading is None:
+                path = self._files[self._read_file].path
+                self._reading = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            header = frames.decode_header(
+                os.pread(self._reading, frames.HEADER_BYTES, self._read_at)
+            )
+        except (OSError, PeerError) as error:
+            raise self._damage() from error
+        if header.number != self._read_number:
+            raise self._damage()
+        return header
+
+    def _damage(self) -> DamageError:
+        return DamageError(
+            f"frame {self._read_number} in the spool {self.directory} cannot be read",
+            hint="check the source's disk; what is lost becomes a gap, the replica is synced again",
+        )
+
+    # --- giving back
+
+    def begins_file(self, number: int) -> bool:
+        """Whether files before that frame could be given back once it is due."""
+        return any(file.first_number == number for file in self._files[1:])
+
+    def give_back(self, known: Attached) -> None:
+        """Remove the files before a frame that begins one; the receiver has them. StorageError."""
+        assert self.state is not None
+        self._write_state(self.state.model_copy(update={"attached": known}))
+        while self._files[0].first_number < known.next_number:
+            with contextlib.suppress(FileNotFoundError):
+                self._files[0].path.unlink()
+            self.size_bytes -= self._files.pop(0).size_bytes
+            self._read_file -= 1
+
+    def clear(self) -> None:
+        """Give everything back; `begin` may follow."""
+        self.close()
+        self.state = None
+        if self.directory.exists():
+            (self.directory / STATE).unlink(missing_ok=True)
+            for path in self.directory.glob(f"*{_SUFFIX}"):
+                path.unlink()
+        self._files = []
+        self.size_bytes = self.next_number = self._read_file = self._read_at = 0
+        self._read_number = 0
+
+    def close(self) -> None:
+        self._close_writing()
+        self._close_reading()
+
+    def _close_writing(self) -> None:
+        if self._writing is not None:
+            os.close(self._writing)
+            self._writing = None
+
+    def _close_reading(self) -> None:
+        if self._reading is not None:
+            os.close(self._reading)
+            self._reading = None
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"{number:020d}{_SUFFIX}"
