@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from scripts.benchmark.processes import MeasurementError, scratch
+from scripts.benchmark.load import fio_command
+from scripts.benchmark.processes import MeasurementError, bound, scratch
 from scripts.benchmark.report import Goal, Row, remarks, summarise, tally, write_json
 from scripts.benchmark.rounds import Contestant, interleave, percentile, slices
 from scripts.benchmark.run import ROWS, SCENARIOS, chosen_rows, run
@@ -202,6 +204,58 @@ def test_interrupted_run_ends_its_servers_and_removes_its_files(
     assert not any(path.exists() for path in scratches)
 
 
+@pytest.mark.parametrize("begin", ["start", "run"])
+def test_interruption_right_after_a_fork_leaves_no_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: str
+) -> None:
+    """Guards `unhurried` around Popen in Scratch.start and Scratch.run."""
+    started: list[int] = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *words: Any, **options: Any) -> None:
+            super().__init__(*words, **options)
+            started.append(self.pid)
+            signal.raise_signal(signal.SIGINT)
+
+    def work() -> None:
+        with scratch(tmp_path) as place:
+            monkeypatch.setattr(subprocess, "Popen", Interrupted)
+            if begin == "start":
+                place.start("sleep", ["sleep", "600"])
+            place.run(["sleep", "600"])
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert not any(_alive(process) for process in started)
+    assert len(started) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_child_whose_parent_died_before_it_could_ask_for_its_signal_does_nothing(
+    tmp_path: Path,
+) -> None:
+    """Guards EXEC_IF_PARENT_LIVES: the command is handed to a parent that is not this process."""
+    mark = tmp_path / "ran"
+    command = bound(["touch", mark])
+    other = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", *command], check=False)
+    assert other.returncode == 1
+    assert not mark.exists()
+    assert subprocess.run(command, check=False).returncode == 0
+    assert mark.exists()
+
+
+def test_load_is_one_process_group(tmp_path: Path) -> None:
+    """Guards --thread in load.py: a job of fio that is a process leaves the group of the run."""
+    with scratch(tmp_path) as place:
+        file = place.image(1 << 20)
+        words = fio_command("look", [f"--filename={file}", "--rw=read", "--ioengine=psync"])
+        looked = place.start("fio", [*words, "--time_based", "--runtime=600s"])
+        looked.wait_ready(lambda: len(_threads(looked.process.pid)) > 1)
+        assert looked.process_ids() == [looked.process.pid]
+        children = Path(f"/proc/{looked.process.pid}/task/{looked.process.pid}/children")
+        assert children.read_text() == ""
+
+
 def test_stopped_service_takes_its_children_along(tmp_path: Path) -> None:
     with scratch(tmp_path) as place:
         service = place.start("parent", ["sh", "-c", "sleep 600 & echo ready; wait"])
@@ -244,6 +298,10 @@ def _owner(place: Path) -> int:
             if str(place) in command:
                 return parent
     return 0
+
+
+def _threads(process_id: int) -> list[str]:
+    return os.listdir(f"/proc/{process_id}/task")
 
 
 def _alive(process_id: int) -> bool:

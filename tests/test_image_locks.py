@@ -14,7 +14,7 @@ from serving import Disk, as_root, blockrepl, place, tool, wait_for
 from blockrepl.errors import StateError
 from blockrepl.storage.image import is_locked, lock_image
 from blockrepl.units import MIB
-from scripts.benchmark.processes import DIE_WITH_PARENT
+from scripts.benchmark.processes import bound
 from scripts.guest.pair import Pair
 
 __all__ = ["place"]
@@ -25,7 +25,7 @@ def qemu_holds(image: Path, directory: Path, *options: str) -> Iterator[None]:
     """A qemu-nbd that has the image open, for writing unless told otherwise."""
     socket = directory / "qemu.sock"
     words = ["qemu-nbd", "--format=raw", "--persistent", f"--socket={socket}", *options, str(image)]
-    process = subprocess.Popen([*DIE_WITH_PARENT, *words], stderr=subprocess.PIPE)
+    process = subprocess.Popen(bound(words), stderr=subprocess.PIPE)
     try:
         wait_for(lambda: socket.exists() or process.poll() is not None, "qemu-nbd")
         assert process.poll() is None

@@ -32,12 +32,17 @@ class Load:
         return self.transferred_bytes / self.runtime_seconds / MEGABYTE
 
 
+def fio_command(name: str, options: list[str]) -> list[str]:
+    # A thread, since a job that is a process makes a session of its own, and is not ended with fio.
+    common = ["--thread", "--randrepeat=0", "--refill_buffers=1", "--buffer_compress_percentage=0"]
+    return ["fio", f"--name={name}", *common, *options]
+
+
 def _fio(scratch: Scratch, name: str, direction: str, options: list[str], seconds: float) -> Load:
     output = scratch.directory / f"fio-{name}.json"
-    common = ["--randrepeat=0", "--refill_buffers=1", "--buffer_compress_percentage=0"]
-    command = ["fio", f"--name={name}", *common, *options]
     scratch.run(
-        [*command, "--output-format=json", f"--output={output}"], seconds + FIO_GRACE_SECONDS
+        [*fio_command(name, options), "--output-format=json", f"--output={output}"],
+        seconds + FIO_GRACE_SECONDS,
     )
     text = output.read_text()
     report = json.loads(text[text.index("{") :])  # fio may put notes before its JSON
