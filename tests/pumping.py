@@ -55,6 +55,8 @@ class Receiver:
     earlier: int = 0  # frames of sessions before this one
     compared: list[Compare] = field(default_factory=list)
     arrived: Callable[[Received], None] | None = None
+    answer: Callable[[Compare], None] | None = None  # takes comparisons instead
+    before: dict[bytes, bytes] = field(default_factory=dict)  # what it held before the first frame
 
     async def send(self, message: MessageType, buffers: tuple[Buffer, ...]) -> None:
         data = b"".join(bytes(buffer) for buffer in buffers)
@@ -90,9 +92,14 @@ class Receiver:
     def compare(self, compare: Compare) -> None:
         """Answer as it is asked: what was received up to the stamp against the digests."""
         assert self.pump is not None
+        if self.answer is not None:
+            self.answer(compare)
+            return
         self.compared.append(compare)
         end = compare.offset + compare.length
-        content = replay(self.frames, compare.disk, end, compare.stamp)[compare.offset :]
+        before = self.before.get(compare.disk, b"")
+        content = replay(self.frames, compare.disk, end, compare.stamp, before=before)
+        content = content[compare.offset :]
         mine, size = digest_blocks(content), DIGEST_BYTES
         differing = tuple(
             block
@@ -334,10 +341,18 @@ def check_stream(received: list[Received], watermark: int = 0) -> None:
 
 
 def replay(
-    received: list[Received], disk: bytes, size_bytes: int, until_ns: int = 1 << 63
+    received: list[Received],
+    disk: bytes,
+    size_bytes: int,
+    until_ns: int = 1 << 63,
+    *,
+    before: bytes = b"",
 ) -> bytes:
-    """The disk's content at an instant: base below, then by stamp, later frames over earlier."""
-    content = bytearray(size_bytes)
+    """The disk's content at an instant: base below, then by stamp, later frames over earlier.
+
+    ``before``: what the replica held of it already.
+    """
+    content = bytearray(before[:size_bytes].ljust(size_bytes, b"\0"))
     parts: list[tuple[int, int, int, int, bytes]] = []
     for order, frame in enumerate(received):
         if frame.header.disk != disk or frame.header.kind == FrameKind.MARK:

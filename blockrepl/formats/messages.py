@@ -141,6 +141,19 @@ class Verify(Message):
     group: NameField
 
 
+class ScrubPass(Message):
+    """How a disk's last scrub pass stands. Instants are stamps of the source."""
+
+    disk: UUID
+    started_ns: StampField
+    ended_ns: StampField | None
+    is_asked_for: bool
+    progress: Annotated[float, Field(ge=0, le=1)]
+    skipped_regions: Annotated[int, Field(ge=0, lt=1 << 31)]  # never quiet while they were read
+    differing_regions: Annotated[int, Field(ge=0, lt=1 << 31)]
+    bytes_per_second: Annotated[float, Field(ge=0)]
+
+
 class Refusal(Message):
     code: str = Field(max_length=64)
     error: str = Field(max_length=1000)
@@ -153,6 +166,8 @@ class Request(Message):
     verb: Literal["checkpoint-list", "checkpoint-remove", "group-status", "verify"]
     group: NameField
     name: NameField | None = None
+    # With verify: how the passes of the source's disks stand.
+    passes: Annotated[list[ScrubPass], Field(max_length=limits.DISKS_PER_SOURCE_MAX)] = []
 
 
 class Response(Message):

@@ -11,6 +11,7 @@ event           then
                 after the last of them it is skipped for this pass, and counted
 ``interrupted`` answers are lost (the session ended): what was under way is read again
 ``begin_now``   a new pass begins, at NOW_FACTOR times the rate
+``cost``        only so much of a read was data: holes cost nothing
 ==============  ==========================================================================
 
 The pass ends when nothing is left; the next one begins ``rest_seconds`` later. Hence a pass ends,
@@ -115,7 +116,7 @@ class ScrubPlan:
         region = self._take(now)
         offset = region * REGION_BYTES
         length = min(REGION_BYTES, self._size_bytes - offset)
-        self._ready_at = max(self._ready_at, now - BURST_SECONDS) + length / self._rate_now()
+        self._ready_at = max(self._ready_at, now - BURST_SECONDS) + length / self.rate_now
         self._serial += 1
         self._under_way[self._serial] = region
         return Read(self._serial, region, offset, length)
@@ -123,6 +124,21 @@ class ScrubPlan:
     def begin_now(self, now: float) -> None:
         """Begin a pass at once. Answers to what was read before no longer count."""
         self._begin(now, is_asked_for=True)
+
+    def cost(self, read: Read, data_bytes: int) -> None:
+        """What was read was data in part only."""
+        self._ready_at -= (read.length - data_bytes) / self.rate_now
+
+    @property
+    def is_under_way(self) -> bool:
+        return self.current is not None and self.current.ended is None
+
+    @property
+    def rate_now(self) -> float:
+        """Of the pass under way, in bytes per second."""
+        if self._running().is_asked_for:
+            return NOW_FACTOR * (self.rate or RATE_DEFAULT)
+        return self.rate
 
     def answered(self, read: Read, now: float) -> None:
         if self._under_way.pop(read.serial, None) is not None:
@@ -157,11 +173,6 @@ class ScrubPlan:
     def _running(self) -> Pass:
         assert self.current is not None
         return self.current
-
-    def _rate_now(self) -> float:
-        if self._running().is_asked_for:
-            return NOW_FACTOR * (self.rate or RATE_DEFAULT)
-        return self.rate
 
     def _due_at(self, now: float) -> float:
         """When there is something to read, the rate allowing."""

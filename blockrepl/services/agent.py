@@ -22,8 +22,10 @@ from blockrepl.channel.framing import MessageStream
 from blockrepl.channel.handshake import RECEIVER_SERVER_NAME, connect
 from blockrepl.errors import BlockreplError, StateError
 from blockrepl.formats.messages import AGENT_ACCEPTS, RECEIVER_ACCEPTS
+from blockrepl.model.scrub import RATE_DEFAULT
 from blockrepl.services.agent_session import AgentSession
 from blockrepl.services.group_replication import GroupReplication
+from blockrepl.services.scrubber import ScrubPool
 from blockrepl.storage.clock import SourceClock, open_clock
 from blockrepl.storage.home import Home, exclusive_lock
 from blockrepl.storage.source import DiskEntry, SourceDisks
@@ -42,6 +44,7 @@ Connect = Callable[[], Awaitable[MessageStream]]
 @dataclass(frozen=True, slots=True)
 class AgentOptions:
     spool: SpoolLimits = field(default_factory=SpoolLimits)
+    scrub_rate: float = RATE_DEFAULT  # bytes per second; 0: no scrub but those asked for
 
 
 class Agent:
@@ -67,6 +70,7 @@ class Agent:
         self.session: AgentSession | None = None
         self.problem: BlockreplError | None = StateError("not yet connected")
         self._connect = connect or self._connect_receiver
+        self._scrubs = ScrubPool(self.options.scrub_rate)
         self._source = UUID(self.identity.source_id).bytes
         self._started_ns = time.time_ns()
 
@@ -114,7 +118,9 @@ class Agent:
         if group is None:
             if not entries and not (self.home.source_directory / "spool" / name).exists():
                 return
-            group = GroupReplication(name, self.disks, self._source, self.clock, self.options.spool)
+            group = GroupReplication(
+                name, self.disks, self._source, self.clock, self.options.spool, self._scrubs
+            )
             self.groups[name] = group
             group.entries = entries
             nursery.start_soon(group.run)

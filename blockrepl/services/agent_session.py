@@ -111,6 +111,10 @@ class AgentSession:
                 verdict = decode_verdict(payload)
                 for group in self._groups.values():
                     group.verdict(verdict)
+            elif kind == MessageType.VERIFY:
+                wanted = messages.decode(messages.Verify, payload)
+                if replication := self._groups.get(wanted.group):
+                    replication.scrub.begin_now()
             elif kind == MessageType.PING:
                 await self._stream.send(MessageType.PONG)
             elif kind == MessageType.ERROR:

@@ -50,7 +50,7 @@ UNREADABLE_SECONDS = 5.0  # until a disk whose image gave an error is read again
 COMPARISONS_MAX = 4  # under way per disk: hides the round trip
 COMPARE_REGIONS_MAX = limits.COMPARE_BYTES_MAX // limits.REGION_BYTES
 BLOCKS_PER_REGION = limits.REGION_BYTES // limits.COMPARE_BLOCK_BYTES
-_tokens = count(1)
+tokens = count(1)  # of all comparisons of this process
 
 
 class DiskSync:
@@ -153,7 +153,7 @@ class DiskSync:
         digests = await trio.to_thread.run_sync(digest_range, disk.image, start, end)
         if epoch != self._epoch:
             return
-        token = next(_tokens)
+        token = next(tokens)
         self._comparing[token] = regions
         compare = Compare(
             self._outbox.known.group_id.bytes,

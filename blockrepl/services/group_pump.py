@@ -11,7 +11,7 @@ A round, in this order; the order is what makes watermarks and marks true:
 7. on a direct link: one piece of content (disk_sync.py) of each disk that owes some, unless its gap
    is yet to be reported. Its stamp is the watermark, or that of the disk's last record or gap sent
    (4 and 5 may send some that are younger than 2): everything up to it has been sent before,
-   everything newer comes after. And what the scrub wants proven (scrubber.py)
+   everything newer comes after. The scrub takes its instants between rounds (scrubber.py)
 
 A pump is held while a disk of its group cannot be opened: what that disk's ring holds is older than
 any watermark of now. It puts the others' records, under the watermark of before, and nothing else.
@@ -25,6 +25,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 from uuid import UUID
 
 import trio
@@ -60,6 +61,18 @@ class WantedCheckpoint:
     durable: trio.Event = field(default_factory=trio.Event)
 
 
+class Comparer(Protocol):
+    """Who sends comparisons through the outbox."""
+
+    def interrupted(self) -> None:
+        """What was under way is lost."""
+        ...
+
+    def verdict(self, verdict: Verdict) -> bool:
+        """Take an answer; False when it is to no question of its own. PeerError."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Chunk:
     disk: SourceDisk
@@ -83,6 +96,7 @@ class GroupPump:
         self.held = held
         self.outbox = Outbox(known, due, attached, spool, self)
         self.syncs = {disk.id: DiskSync(disk, self.outbox, source) for disk in disks}
+        self.comparers: list[Comparer] = list(self.syncs.values())
         self.between_rounds = trio.StrictFIFOLock()
         self._by_id = {disk.id: disk for disk in disks}
         self._wanted: list[WantedCheckpoint] = []
@@ -171,13 +185,13 @@ class GroupPump:
         self.syncs[disk.id].durable(release.regions, release.sync_epoch)
 
     def interrupted(self) -> None:
-        for sync in self.syncs.values():
-            sync.interrupted()
+        for comparer in self.comparers:
+            comparer.interrupted()
 
     def verdict(self, verdict: Verdict) -> None:
         """Take the receiver's answer to a comparison. PeerError when it cannot be."""
-        for sync in self.syncs.values():
-            if sync.verdict(verdict):
+        for comparer in self.comparers:
+            if comparer.verdict(verdict):
                 return
 
     def _backlog_bytes(self) -> int:

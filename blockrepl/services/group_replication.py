@@ -29,6 +29,7 @@ from blockrepl.formats.messages import AttachDisk, Attached
 from blockrepl.services.error_groups import ours_of
 from blockrepl.services.group_pump import GroupPump
 from blockrepl.services.outbox import LostError, Send, Shape
+from blockrepl.services.scrubber import GroupScrub, ScrubPool
 from blockrepl.services.source_disk import SourceDisk
 from blockrepl.session.known import Known
 from blockrepl.storage.clock import SourceClock
@@ -71,6 +72,7 @@ class GroupReplication:
         source: bytes,
         clock: SourceClock,
         spool_limits: SpoolLimits,
+        scrubs: ScrubPool | None = None,
     ) -> None:
         self.name = name
         self.entries: list[DiskEntry] = []
@@ -79,6 +81,7 @@ class GroupReplication:
         self.error: BlockreplError | None = None
         self.pump: GroupPump | None = None
         self.spool = Spool(disks.home.source_directory / "spool" / name, spool_limits)
+        self.scrub = GroupScrub(scrubs or ScrubPool(rate=0), clock)
         self.is_linked = False
         self.finished = False
         self._source_disks = disks
@@ -108,7 +111,9 @@ class GroupReplication:
                     nursery.start_soon(self._retire_rings)
                     nursery.start_soon(self._keep_note)
                     nursery.start_soon(self._watch_spool)
+                    nursery.start_soon(self.scrub.run)
         finally:
+            self.scrub.close()
             self._close_disks()
             self.spool.close()
 
@@ -258,6 +263,8 @@ class GroupReplication:
             self._clock,
             held=bool(self.errors),
         )
+        self.pump.comparers.append(self.scrub)
+        self.scrub.follow(self.pump)
         self._notify()
 
     def _open_disk(self, entry: DiskEntry, known: Known, due: Known) -> None:
@@ -285,6 +292,7 @@ class GroupReplication:
         if self.pump is not None:
             await self.pump.abandon()
         self.pump = None
+        self.scrub.follow(None)
         self._failed = False
         self._close_disks()
         self._notify()

@@ -175,6 +175,16 @@ class Outbox:
         """Take in a COMPARE; it stands in the stream behind the frames before it."""
         await self._put(Item(MessageType.COMPARE, (payload,), len(payload)))
 
+    def offer_comparison(self, payload: bytes) -> bool:
+        """Take in a COMPARE without waiting, from any task; False without a direct link.
+
+        Whoever offers bounds how many there are.
+        """
+        if not self.is_direct:
+            return False
+        self._hold(Item(MessageType.COMPARE, (payload,), len(payload)))
+        return True
+
     async def _put(self, item: Item) -> None:
         while not await self._place(item):
             pass
@@ -189,9 +199,7 @@ class Outbox:
                 await self._wait(FULL_SECONDS)
             return placed
         if self._has_memory(item.size_bytes):
-            self._memory.append(item)
-            self._memory_bytes += item.size_bytes
-            self._notify()
+            self._hold(item)
             return True
         if not self._owner.is_pressed():
             await self._wait(PRESSURE_SECONDS)
@@ -201,6 +209,11 @@ class Outbox:
         if not moved:
             await self._wait(FULL_SECONDS)
         return False
+
+    def _hold(self, item: Item) -> None:
+        self._memory.append(item)
+        self._memory_bytes += item.size_bytes
+        self._notify()
 
     def _must_spool(self) -> bool:
         return self.window is None or self.spool.has_unread()

@@ -46,6 +46,7 @@ class SourceDisk:
         self.sent_stamp = 0  # of the last record or gap sent
         self.gap_in_flight = 0
         self.must_compare = True  # the replica may hold content already: ask before sending
+        self.rings_seen = 0  # opened since the disk was taken up
         self.durable = (0, 0)  # ring, and its records before which all are durable at the receiver
         self._gap_before_ring = 0  # a gap that no ring reports: history broken since this stamp
         self._known_ring = 0
@@ -62,7 +63,7 @@ class SourceDisk:
         """
         same_replica = self.entry.replica == replica
         self.state = known.state
-        self.must_compare = not known.blank
+        self.must_compare = not known.blank and not self.entry.send_all
         self.epoch = known.epoch
         self.gap_in_flight = 0
         self._gap_before_ring = 0
@@ -108,7 +109,8 @@ class SourceDisk:
             stale_ring = 0
         if known.ring_id == 0 and known.state == "empty":
             base_ring = ring_id
-        if plan.gap:
+        is_doubted = known.state == "ready" and ring.needs_sync() and not ring.gap_from()
+        if plan.gap or is_doubted:  # by `doubt`, whose gap the receiver was never told
             self._gap_before_ring = watermark + 1
         # The group may have gone on without the disk: nothing can be added beneath its watermark.
         # What is skipped stays in the ring until a later position is durable at the receiver.
@@ -168,6 +170,7 @@ class SourceDisk:
                 code="no-image",
             ) from error
         self.ring = RingReader(path, self.id)
+        self.rings_seen += 1
 
     def close(self) -> None:
         if self.image is not None:
@@ -252,16 +255,28 @@ class SourceDisk:
         self._unsettled &= ring.writes_in_flight()
         return not self._unsettled
 
-    def doubt(self, regions: npt.NDArray[np.intp], from_ns: int) -> None:
-        """The replica may lack these regions' content, whatever the hot map says: sync them."""
+    def doubt(
+        self, regions: npt.NDArray[np.intp] | slice, from_ns: int, *, send_all: bool = False
+    ) -> None:
+        """The replica may lack these regions' content, whatever the hot map says: sync them.
+
+        ``from_ns``: a gap from there on, past the watermark, unless history is broken already.
+        ``send_all``: all that is owed is sent without asking what differs. Blocks on the disk.
+        Between rounds. StateError, StorageError.
+        """
         with self._disks.lock(self.entry):
+            self._disks.check_served_ring(self.entry, self._clock)
             self._disks.ensure_ring(self.entry, self._clock)
-        self.refresh(from_ns)
+        self.refresh(from_ns - 1)
         assert self.ring is not None
         # Before the marks: were the ring lost with them, nothing else would know of these regions.
         self.entry = self._disks.note_rings(
-            self.entry, stale_ring=self.ring.geometry.ring_id, base_ring=self.entry.base_ring
+            self.entry,
+            stale_ring=self.ring.geometry.ring_id,
+            base_ring=self.entry.base_ring,
+            send_all=send_all or self.entry.send_all,
         )
+        self.must_compare = not self.entry.send_all
         self.ring.stale[regions] = 1
         if self.state == "ready":
             self._gap_before_ring = min(self._gap_before_ring or from_ns, from_ns)
@@ -269,10 +284,13 @@ class SourceDisk:
 
     def became_consistent(self) -> None:
         self.state = "ready"
+        self.must_compare = True
         self._unsettled = None
 
     def consistent_durable(self) -> None:
         """All that was ever marked stale in the ring is durable, or hot since."""
-        self.entry = self._disks.note_rings(
-            self.entry, stale_ring=0, base_ring=self.entry.base_ring
-        )
+        ring = self.ring
+        if self.state == "ready" and not (ring and ring.needs_sync()):  # else doubted since
+            self.entry = self._disks.note_rings(
+                self.entry, stale_ring=0, base_ring=self.entry.base_ring, send_all=False
+            )

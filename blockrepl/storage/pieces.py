@@ -97,6 +97,15 @@ def digest_range(image: int, start: int, end: int) -> bytes:
     return b"".join(digests)
 
 
+def count_data(image: int, start: int, end: int) -> int:
+    """How many bytes of a range are not in holes. OSError."""
+    total = 0
+    while (data_at := _next_data(image, start, end)) < end:
+        start = _next_hole(image, data_at, end)
+        total += start - data_at
+    return total
+
+
 class _Content:
     """Records of what was read so far."""
 
@@ -154,6 +163,16 @@ def _next_data(image: int, start: int, end: int) -> int:
             return end
         if error.errno == errno.EINVAL:  # a block device knows no holes
             return start
+        raise
+
+
+def _next_hole(image: int, start: int, end: int) -> int:
+    """The end of the data that begins at ``start``; ``end`` when it reaches there."""
+    try:
+        return min(os.lseek(image, start, os.SEEK_HOLE), end)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return end
         raise
 
 

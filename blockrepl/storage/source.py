@@ -55,6 +55,8 @@ class DiskEntry(BaseModel):
     stale_ring: int = 0
     # The ring of all records that the replica's journal holds of the disk; 0: there are others.
     base_ring: int = 0
+    # What the stale map says is sent as it is: what the replica has there is not asked for.
+    send_all: bool = False
 
 
 class SourceDisks:
@@ -186,11 +188,15 @@ class SourceDisks:
         """Note which replica the hot map speaks about, durably."""
         return self._update(entry, replica=replica)
 
-    def note_rings(self, entry: DiskEntry, *, stale_ring: int, base_ring: int) -> DiskEntry:
-        """Note what depends on a ring, durably."""
-        if (entry.stale_ring, entry.base_ring) == (stale_ring, base_ring):
+    def note_rings(
+        self, entry: DiskEntry, *, stale_ring: int, base_ring: int, send_all: bool | None = None
+    ) -> DiskEntry:
+        """Note what depends on a ring, durably. Without ``send_all`` that stays as it is."""
+        send_all = entry.send_all if send_all is None else send_all
+        noted = (entry.stale_ring, entry.base_ring, entry.send_all)
+        if noted == (stale_ring, base_ring, send_all):
             return entry
-        return self._update(entry, stale_ring=stale_ring, base_ring=base_ring)
+        return self._update(entry, stale_ring=stale_ring, base_ring=base_ring, send_all=send_all)
 
     def _update(self, entry: DiskEntry, **changes: object) -> DiskEntry:
         changed = entry.model_copy(update=changes)

@@ -1,0 +1,422 @@
+"""The scrub at the source: what it calls the same is the same at that very stamp, what differs is
+found exactly, and healed, and nothing that is healthy is ever said to differ.
+
+The receiver here replays what it was sent up to the stamp of each comparison: its answers are the
+truth about the stream. What a test flips in the image behind the product's back must be found.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+from pumping import (
+    Guest,
+    Receiver,
+    Source,
+    a_round,
+    attach,
+    check_stream,
+    known,
+    linked,
+    make_pump,
+    pumping,
+    random_bytes,
+    replay,
+    until,
+)
+
+from blockrepl import limits
+from blockrepl.errors import PeerError
+from blockrepl.formats.comparison import Compare, Purpose, Verdict
+from blockrepl.formats.frame import FrameKind
+from blockrepl.formats.marks import ConsistentMark, GapMark
+from blockrepl.formats.messages import AttachedDisk
+from blockrepl.model.scrub import ScrubPlan
+from blockrepl.services import scrubber
+from blockrepl.services.group_pump import GroupPump
+from blockrepl.services.scrubber import GroupScrub, Instant, ScrubPool
+from blockrepl.storage.pieces import digest_range
+from blockrepl.storage.ring import ring_path
+from blockrepl.storage.source import DiskEntry
+from blockrepl.units import MIB
+
+SIZE = 6 * MIB
+BLOCK = limits.COMPARE_BLOCK_BYTES
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[Source]:
+    found = Source(tmp_path)
+    yield found
+    found.close()
+
+
+def scrubs(receiver: Receiver) -> list[Compare]:
+    return [one for one in receiver.compared if one.purpose is Purpose.SCRUB]
+
+
+@asynccontextmanager
+async def scrubbing(
+    source: Source,
+    receiver: Receiver,
+    disk: DiskEntry | AttachedDisk,
+    *,
+    rate: float = 1e9,
+    ring_id: int | None = None,
+) -> AsyncIterator[tuple[GroupPump, GroupScrub]]:
+    """A session that pumps and scrubs."""
+    answer = known(disk, ring_id=ring_id) if isinstance(disk, DiskEntry) else disk
+    async with pumping(source, receiver, answer) as pump:
+        scrub = GroupScrub(ScrubPool(rate), source.clock)
+        pump.comparers.append(scrub)
+        scrub.follow(pump)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(scrub.run)
+            yield pump, scrub
+            nursery.cancel_scope.cancel()
+        scrub.close()
+
+
+def is_done(scrub: GroupScrub, entry: DiskEntry) -> bool:
+    told = scrub.passes().get(entry.id.bytes)
+    return told is not None and told.ended_ns is not None
+
+
+def flip(path: Path, offset: int, count: int = 1) -> None:
+    """Change bytes behind the product's back."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        data = file.read(count)
+        file.seek(offset)
+        file.write(bytes(byte ^ 0xFF for byte in data))
+
+
+async def test_a_quiet_disk_is_proven_region_by_region(source: Source) -> None:
+    content = random_bytes(SIZE)
+    entry = source.add("root", SIZE, content=content)
+    receiver = Receiver(before={entry.id.bytes: content})
+    async with scrubbing(source, receiver, entry) as (pump, scrub):
+        await until(lambda: is_done(scrub, entry))
+        assert pump.disks[0].state == "ready"
+    asked = scrubs(receiver)
+    assert sorted(one.offset for one in asked) == list(range(0, SIZE, MIB))
+    assert {one.length for one in asked} == {MIB}
+    (told,) = scrub.passes().values()
+    assert (told.progress, told.skipped_regions, told.differing_regions) == (1.0, 0, 0)
+    assert receiver.marks() == []
+
+
+async def test_what_differs_is_found_exactly_and_healed_in_one_gap(source: Source) -> None:
+    content = random_bytes(SIZE)
+    entry = source.add("root", SIZE, content=content)
+    receiver = Receiver(before={entry.id.bytes: content})
+    flip(entry.image, 2 * MIB + 3 * BLOCK)
+    flip(entry.image, 4 * MIB + 5 * BLOCK - 1)
+    async with scrubbing(source, receiver, entry) as (_, scrub):
+        await until(lambda: is_done(scrub, entry))
+        (told,) = scrub.passes().values()
+    assert told.differing_regions == 2
+    # each region is read again once it is healed: the pass ends with its proof
+    again = [one.offset // MIB for one in scrubs(receiver)]
+    assert sorted(again) == [0, 1, 2, 2, 3, 4, 4, 5]
+    gap, consistent = receiver.marks()
+    assert isinstance(gap, GapMark)
+    assert isinstance(consistent, ConsistentMark)
+    sent = [record[1:3] for frame in receiver.of(FrameKind.SYNC) for record in frame.records]
+    assert sorted(sent) == [(2 * MIB + 3 * BLOCK, BLOCK), (4 * MIB + 4 * BLOCK, BLOCK)]
+    now = replay(receiver.frames, entry.id.bytes, SIZE, before=content)
+    assert now == entry.image.read_bytes()
+    check_stream(receiver.frames, source.watermark)
+
+
+class Load:
+    """A thread that writes as a server does, now here, now there, half a write at a time."""
+
+    def __init__(self, guest: Guest, size_bytes: int) -> None:
+        self._guest = guest
+        self._choose = random.Random(size_bytes)
+        self._size_bytes = size_bytes
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        choose, writer, image = self._choose, self._guest.writer, self._guest.image
+        while not self._stop.wait(choose.choice((0, 0.001, 0.002))):
+            length = choose.choice((512, 4096, 16384))
+            room = self._size_bytes if choose.random() < 0.1 else MIB
+            offset, half = choose.randrange(0, room - length, 512), length // 2
+            data = choose.randbytes(16) * (length // 16)
+            writer.take_range(slot := choose.randrange(128), offset, offset + length)
+            os.pwrite(image, data[:half], offset)
+            os.pwrite(image, data[half:], offset + half)
+            writer.write(offset, data)
+            writer.release_range(slot)
+
+
+LOADED = 3 * MIB
+ENOUGH = (
+    150  # comparisons, and as many reads that were disturbed: a plant is found in the first few
+)
+
+
+async def scrub_under_load(source: Source, monkeypatch: pytest.MonkeyPatch) -> Receiver:
+    """Pass after pass while a guest writes, until something differs or it has been enough."""
+    disturbed = 0
+
+    def is_quiet(instant: Instant, start: int, end: int) -> bool:
+        nonlocal disturbed
+        answer = look(instant, start, end)
+        disturbed += not answer
+        return answer
+
+    look = Instant.is_quiet
+    monkeypatch.setattr(Instant, "is_quiet", is_quiet)
+    monkeypatch.setattr("blockrepl.model.scrub.RETRY_SECONDS", (0.0,) * 5)
+    content = random_bytes(LOADED)
+    entry = source.add("root", LOADED, content=content)
+    receiver = Receiver(before={entry.id.bytes: content})
+
+    def is_enough() -> bool:
+        if is_done(scrub, entry):
+            scrub.begin_now()
+        found = len(scrubs(receiver))
+        return bool(receiver.marks()) or (found > ENOUGH and disturbed > ENOUGH)
+
+    with Load(source.guest(entry), LOADED):
+        async with scrubbing(source, receiver, entry, rate=math.inf) as (_, scrub):
+            await until(is_enough)
+    return receiver
+
+
+async def test_under_writes_nothing_is_said_to_differ(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the place of an instant in Instant.now: records that were not sent yet are too young.
+    receiver = await scrub_under_load(source, monkeypatch)
+    assert receiver.marks() == []  # no gap: nothing was doubted
+
+
+async def test_a_scrubber_that_ignores_writes_finds_what_is_not_there(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The test above would see it: Instant.is_quiet is what keeps it green.
+    monkeypatch.setattr(Instant, "is_quiet", lambda *_: True)
+    receiver = await scrub_under_load(source, monkeypatch)
+    assert receiver.marks()
+
+
+async def test_records_sent_that_are_younger_than_the_watermark_are_not_missed(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the stamp of an instant in Instant.now: the watermark alone would leave them out.
+    entry = source.add("root", MIB)
+    guest, receiver = source.guest(entry), Receiver()
+    read_clock = source.clock.now
+
+    def now() -> int:
+        clock = read_clock()
+        if len(receiver.records(entry.id.bytes)) < 100:
+            guest.write(random.randrange(0, MIB, 512), os.urandom(512))
+        return clock
+
+    monkeypatch.setattr(source.clock, "now", now)
+    async with scrubbing(source, receiver, entry) as (_, scrub):
+        await until(lambda: is_done(scrub, entry))
+    assert receiver.marks() == []
+
+
+async def test_records_younger_than_the_watermark_an_earlier_pump_left_are_not_missed(
+    source: Source,
+) -> None:
+    # Guards ``watermark <= self._first_watermark`` in GroupScrub._take_instant.
+    entry = source.add("root", MIB)
+    guest, receiver = source.guest(entry), Receiver()
+    async with pumping(source, receiver, known(entry)):
+        guest.write(0, b"x" * 512)
+        await until(lambda: receiver.records(entry.id.bytes))
+    (record,) = receiver.records(entry.id.bytes)
+    answer = attach(
+        source, known(entry, next_sequence=1), next_number=len(receiver.frames) + 1,
+        watermark=record[0] - 1,
+    )  # fmt: skip
+    pump = make_pump(source, answer)
+    scrub = GroupScrub(ScrubPool(1e9), source.clock)
+    pump.comparers.append(scrub)
+    scrub.follow(pump)
+    try:
+        async with linked(pump, receiver, answer), trio.open_nursery() as nursery:
+            nursery.start_soon(scrub.run)
+            async with pump.between_rounds:  # the scrub looks first
+                await trio.sleep(3 * scrubber.LOOK_SECONDS)
+            nursery.start_soon(pump.run)
+            await until(lambda: is_done(scrub, entry))
+            nursery.cancel_scope.cancel()
+    finally:
+        scrub.close()
+        for disk in pump.disks:
+            disk.close()
+        pump.outbox.spool.close()
+    assert receiver.marks() == []
+    assert min(one.stamp for one in scrubs(receiver)) > record[0]
+
+
+async def test_a_disk_without_a_ring_is_proven_too(source: Source) -> None:
+    content = random_bytes(SIZE)
+    entry = source.add("root", SIZE, content=content)
+    receiver = Receiver(before={entry.id.bytes: content})
+    ring_path(entry.id.bytes).unlink()
+    async with scrubbing(source, receiver, entry, ring_id=7) as (pump, scrub):
+        await until(lambda: is_done(scrub, entry))
+        assert pump.disks[0].ring is None
+        flip(entry.image, 3 * MIB)
+        scrub.begin_now()
+        await until(lambda: is_done(scrub, entry))
+    assert [record[1:3] for frame in receiver.of(FrameKind.SYNC) for record in frame.records] == [
+        (3 * MIB, BLOCK)
+    ]
+    assert replay(receiver.frames, entry.id.bytes, SIZE, before=content) == entry.image.read_bytes()
+
+
+async def test_a_ring_that_is_made_while_a_disk_without_one_is_read_disturbs(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the first lines of Instant.is_quiet.
+    content = random_bytes(MIB)
+    entry = source.add("root", MIB, content=content)
+    receiver = Receiver(before={entry.id.bytes: content})
+    ring_path(entry.id.bytes).unlink()
+    made: list[int] = []
+
+    def digest(image: int, start: int, end: int) -> bytes:
+        if not made:
+            made.append(source.make_ring(entry))
+            source.guest(entry).write(0, b"x" * 512)
+        return digest_range(image, start, end)
+
+    monkeypatch.setattr(scrubber, "digest_range", digest)
+    async with scrubbing(source, receiver, entry, ring_id=7) as (_, scrub):
+        await until(lambda: is_done(scrub, entry))
+    assert made
+    assert receiver.marks() == []
+
+
+async def test_a_busy_region_is_skipped_at_last_and_counted(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blockrepl.model.scrub.RETRY_SECONDS", (0.01, 0.01))
+    entry = source.add("root", SIZE)
+    guest, receiver = source.guest(entry), Receiver()
+    guest.writer.take_range(0, MIB, MIB + 512)
+    async with scrubbing(source, receiver, entry) as (_, scrub):
+        await until(lambda: is_done(scrub, entry))
+    (told,) = scrub.passes().values()
+    assert (told.progress, told.skipped_regions) == (1.0, 1)
+    assert MIB not in [one.offset for one in scrubs(receiver)]
+
+
+async def test_a_lost_link_loses_no_region_and_no_place(source: Source) -> None:
+    # Guards the releases in GroupScrub.interrupted: after two lost links nothing would be read.
+    entry = source.add("root", SIZE)
+    receiver = Receiver()
+    answer = attach(source, known(entry))
+    pump = make_pump(source, answer)
+    pool = ScrubPool(1e9)
+    scrub = GroupScrub(pool, source.clock)
+    pump.comparers.append(scrub)
+    scrub.follow(pump)
+    held: list[Compare] = []
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pump.run)
+            nursery.start_soon(scrub.run)
+            for _ in range(3):
+                answered, receiver.answer = receiver.answer, held.append
+                link = attach(source, known(entry), next_number=pump.outbox.known.next_number)
+                async with linked(pump, receiver, link):
+                    await until(lambda: pool.places.value == 0 and held)
+                receiver.answer = answered
+                held.clear()
+            link = attach(source, known(entry), next_number=pump.outbox.known.next_number)
+            async with linked(pump, receiver, link):
+                await until(lambda: is_done(scrub, entry))
+            nursery.cancel_scope.cancel()
+    finally:
+        scrub.close()
+        for disk in pump.disks:
+            disk.close()
+        pump.outbox.spool.close()
+    assert {one.offset for one in scrubs(receiver)} == set(range(0, SIZE, MIB))
+    assert pool.places.value == scrubber.UNDER_WAY_MAX
+
+
+async def test_no_disk_is_scrubbed_before_its_first_sync_is_done(source: Source) -> None:
+    entry = source.add("root", SIZE, hot=True)
+    guest, receiver = source.guest(entry), Receiver()
+    guest.writer.take_range(0, 0, 512)  # holds up the consistent mark
+    answer = known(entry, "empty", ring_id=0)
+    async with scrubbing(source, receiver, answer) as (pump, scrub):
+        await until(lambda: receiver.of(FrameKind.BASE))
+        await a_round(pump)
+        assert not scrub.passes()
+        guest.writer.release_range(0)
+        await until(lambda: is_done(scrub, entry))
+    assert scrubs(receiver)
+
+
+async def test_a_verdict_of_another_range_is_the_receivers_fault(source: Source) -> None:
+    entry = source.add("root", MIB)
+    receiver = Receiver()
+    held: list[Compare] = []
+    receiver.answer = held.append
+    async with scrubbing(source, receiver, entry) as (pump, _):
+        await until(lambda: held)
+        (asked,) = held
+        with pytest.raises(PeerError, match="another range"):
+            pump.verdict(Verdict(asked.group, asked.token, 1, ()))
+
+
+async def test_a_doubt_that_was_never_told_is_made_good_by_the_next_agent(source: Source) -> None:
+    # Guards ``is_doubted`` in SourceDisk._resume: a ready disk with stale regions and no gap would
+    # never be synced, and its pump never rest.
+    content = random_bytes(SIZE)
+    entry = source.add("root", SIZE, content=content)
+    receiver = Receiver(before={entry.id.bytes: content})
+    flip(entry.image, MIB)
+    disk = make_pump(source, attach(source, known(entry))).disks[0]
+    disk.doubt(np.array([1]), source.watermark + 1)
+    disk.close()
+    async with pumping(source, receiver, known(entry)) as pump:
+        await until(lambda: len(receiver.marks()) == 2)
+        await until(lambda: source.disks.load("root").stale_ring == 0)
+        assert pump.disks[0].state == "ready"
+    assert replay(receiver.frames, entry.id.bytes, SIZE, before=content) == entry.image.read_bytes()
+
+
+async def test_the_rate_is_shared_by_the_disks_with_a_pass_under_way() -> None:
+    pool = ScrubPool(12e6)
+    plans = [ScrubPlan(SIZE, 0.0) for _ in range(3)]
+    for plan in plans:
+        pool.add(plan)
+    assert pool.share(plans[0]) == 12e6
+    plans[1].begin_now(0.0)
+    plans[2].begin_now(0.0)
+    assert pool.share(plans[0]) == 4e6
+    pool.remove(plans[2])
+    assert pool.share(plans[0]) == 6e6
