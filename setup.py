@@ -32,6 +32,7 @@ EXTENSIONS = [
     extension(
         "blockrepl.capture._core", "blockrepl/capture/_core.pyx", "blockrepl/capture/device.c"
     ),
+    extension("blockrepl.storage._gather", "blockrepl/storage/_gather.pyx"),
     extension("blockrepl.storage._ring", "blockrepl/storage/_ring.pyx"),
     extension("blockrepl.model._paint", "blockrepl/model/_paint.pyx"),
 ]

@@ -143,7 +143,7 @@ class _Writer:
                 epoch=1,
                 watermark=int(columns.stamps[-1]),
                 columns=columns,
-                payload=memoryview(self._journal.data(frame, self._pool)).cast("B"),
+                payload=self._journal.data(frame, self._pool).tobytes(),
             )
             if frame % COMMIT_FRAMES == COMMIT_FRAMES - 1:
                 self._replica.commit()

@@ -17,7 +17,12 @@ from blockrepl.paths import import_root, plugin_script
 
 CHECKOUT = Path(__file__).parents[1]
 UNITS = CHECKOUT / "scripts" / "systemd"
-CORES = ("blockrepl/capture/_core", "blockrepl/storage/_ring", "blockrepl/model/_paint")
+CORES = (
+    "blockrepl/capture/_core",
+    "blockrepl/model/_paint",
+    "blockrepl/storage/_gather",
+    "blockrepl/storage/_ring",
+)
 PLUGINS = sorted(path.name for path in (CHECKOUT / "plugins").glob("*.py"))
 
 

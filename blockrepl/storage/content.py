@@ -21,9 +21,15 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
+from blockrepl.storage import _gather
+from blockrepl.storage._gather import Gather
 from blockrepl.storage.index import SHOWS_BASE, SHOWS_DATA, JournalIndex, Shown
 from blockrepl.storage.payload import PayloadReader
 from blockrepl.storage.reading import ReadFiles
+
+IMAGE = -1  # the base image among a gather's files
+
+assert (_gather.SHOWS_DATA, _gather.SHOWS_BASE) == (SHOWS_DATA, SHOWS_BASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +81,24 @@ class ContentReader:
         DamageError, StorageError. Without ``wait``: BlockingIOError when it would take a device's
         time.
         """
-        first, end = at, at + len(target)
-        place = bisect_right(window.bounds, at) - 1
-        while at < end:
-            stop = min(end, window.bounds[place + 1])
-            self._fill(image, window, place, at, target[at - first : stop - first], wait)
-            at, place = stop, place + 1
-
-    def _fill(
-        self, image: Path, window: Window, place: int, at: int, part: memoryview, wait: bool
-    ) -> None:
-        kind = window.kinds[place]
-        if kind == SHOWS_BASE:
-            self._files.read_into(image, part, at, wait=wait)
-        elif kind == SHOWS_DATA:
-            position = window.positions[place] + at - window.bounds[place]
-            self._payload.read_into(
-                part, window.segments[place], window.frames[place], position, wait=wait
-            )
+        gather = Gather(
+            self._payload.proven,
+            window.bounds,
+            window.kinds,
+            window.segments,
+            window.frames,
+            window.positions,
+            at,
+            at + len(target),
+        )
+        if gather.missing:
+            self._payload.supply(gather, target, wait=wait)
+        if sources := gather.files():
+            paths = {
+                number: image if number == IMAGE else self._payload.path(number)
+                for number in sources
+            }
+            self._files.gather(gather, paths, target, wait=wait)
 
     def add_extents(
         self, pieces: list[Extent], image: Path, window: Window, at: int, end: int

@@ -9,6 +9,7 @@ BlockingIOError, and the caller does it again from a thread that may wait.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from blockrepl.errors import DamageError, StorageError
+from blockrepl.storage._gather import Gather
 
 OPEN_FILES_MAX = 128  # descriptors; segments beyond are closed, least recently used first
 
@@ -98,28 +100,42 @@ class ReadFiles:
 
     def read(self, path: Path, size: int, offset: int, *, wait: bool = True) -> bytes:
         """``size`` bytes, fewer only at the end of the file. StorageError."""
+        if not wait:
+            return bytes(self.read_cached(path, size, offset))
         with _named(path, offset):
-            file = self._file(path)
-            if wait:
-                return _read_whole(file.descriptor, size, offset)
+            return _read_whole(self._file(path).descriptor, size, offset)
+
+    def read_cached(self, path: Path, size: int, offset: int) -> bytearray:
+        """``size`` bytes from the page cache, else BlockingIOError. StorageError."""
+        with _named(path, offset):
             buffer = bytearray(size)
-            done = os.preadv(file.descriptor, [buffer], offset, os.RWF_NOWAIT)
-            if done < size:
+            descriptor = self._file(path).descriptor
+            if os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT) < size:
                 # At the end of the file, or what comes next is not in the page cache.
                 raise BlockingIOError(errno.EAGAIN, "not in the page cache")
-            return bytes(buffer)
+            return buffer
 
-    def read_into(self, path: Path, buffer: memoryview, offset: int, *, wait: bool = True) -> None:
-        """Fill ``buffer``; beyond the end of the file it is left as it is. StorageError."""
-        with _named(path, offset):
-            file = self._file(path)
-            flags = 0 if wait else os.RWF_NOWAIT
-            done = 0
-            while done < len(buffer):
-                count = os.preadv(file.descriptor, [buffer[done:]], offset + done, flags)
-                if count == 0:
-                    return
-                done += count
+    def will_need(self, path: Path, size: int, offset: int) -> None:
+        """Begin to fetch into the page cache; an error will show when it is read."""
+        with contextlib.suppress(OSError):
+            descriptor = self._file(path).descriptor
+            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def gather(
+        self, gather: Gather, paths: dict[int, Path], target: memoryview, *, wait: bool = True
+    ) -> None:
+        """Do a gather's reads; beyond a base image's end ``target`` stays. StorageError."""
+        opened = {}
+        for number, path in paths.items():
+            with _named(path, 0):
+                opened[number] = self._file(path)
+        descriptors = {number: file.descriptor for number, file in opened.items()}
+        code, number, offset = gather.read(descriptors, target, 0 if wait else os.RWF_NOWAIT)
+        if code < 0:
+            raise damaged(paths[number], offset, "the file ends too soon")
+        if code:
+            with _named(paths[number], offset):
+                raise OSError(code, os.strerror(code))
 
     def data_ranges(self, path: Path, offset: int, end: int) -> list[tuple[int, int]]:
         """The parts of [offset, end) that are not holes."""

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 Mark = CheckpointMark | GapMark | ConsistentMark
 SCAN_READ_BYTES = 64 * 1024  # header and columns of a frame of 4 KiB records, with some to spare
+TABLE_READ_BYTES = 8 * 1024  # header, columns and block table of a frame of 256 records
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +127,15 @@ class SegmentReader:
     def body_start(self, ordinal: int, *, wait: bool = True) -> tuple[FrameHeader, int, bytes]:
         """A frame's header, its body's file offset, and its proven columns and block table."""
         offset = self.frame_offset(ordinal)
-        data = self._files.read(self.path, HEADER_BYTES, offset, wait=wait)
+        start = offset + HEADER_BYTES
+        # One read for nearly all frames; the file goes on behind the last one with its index.
+        wanted = min(TABLE_READ_BYTES, self._end - offset)
+        data = self._files.read(self.path, wanted, offset, wait=wait)
         try:
             header = frames.decode_header(data)
-            start = offset + HEADER_BYTES
-            body = self._files.read(self.path, header.blocks_offset, start, wait=wait)
+            body = data[HEADER_BYTES : HEADER_BYTES + header.blocks_offset]
+            if len(body) < header.blocks_offset:
+                body = self._files.read(self.path, header.blocks_offset, start, wait=wait)
             frames.check_table(header, body)
         except PeerError as error:
             raise self._damaged(offset, error) from error
