@@ -169,8 +169,8 @@ def test_a_flipped_byte_of_the_base_or_of_the_journal_is_found_and_told_exactly(
         assert f"group web, disk data: bytes {first} to {first + 65535} differ" in warning
         assert "2027-01-15T" in warning
     assert proofs.mismatches(disk) == [
-        Mismatch(disk, place, 65536, journal.stamp),
-        Mismatch(disk, at, 65536, journal.stamp),
+        Mismatch(disk, place, 65536, journal.stamp, None, journal.stamp),
+        Mismatch(disk, at, 65536, journal.stamp, None, journal.stamp),
     ]
     # The region of both is the first; the other one's proof stays.
     assert proofs.proven(disk, SIZES["data"]) == Proven(

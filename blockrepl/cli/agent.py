@@ -11,7 +11,7 @@ import click
 
 from blockrepl import limits
 from blockrepl.cli.output import pass_home
-from blockrepl.cli.sizes import SizeType
+from blockrepl.cli.sizes import RateType, SizeType
 
 
 @click.group()
@@ -64,19 +64,28 @@ def join(home: Path, token: str, name: str | None) -> None:
     show_default=True,
     help="Free space that spools leave to others.",
 )
+@click.option(
+    "--scrub-rate",
+    type=RateType(),
+    default="20MB/s",
+    show_default=True,
+    help="Most that proving the replica may read from the disks, all together; 0 turns it off.",
+)
 @pass_home
-def run(home: Path, spool_size: int | None, spool_reserve: int) -> None:
+def run(home: Path, spool_size: int | None, spool_reserve: int, scrub_rate: int) -> None:
     """Run the agent in the foreground, until SIGTERM or Ctrl-C.
 
     It takes up disks that are added or removed while it runs, and survives restarts of the
     receiver, of the disks' servers and of itself. While the receiver is away or slow, what the
     guests write waits in spools beside the home's other files: no point of history is lost as long
-    as they have room.
+    as they have room. In the background it proves, region by region, that the replica equals the
+    disks (`blockrepl verify`).
 
     \b
     Examples:
       blockrepl agent run &
       blockrepl agent run --spool-size 50G --spool-reserve 5G
+      blockrepl agent run --scrub-rate 5MB/s
     """
     from blockrepl.services.agent import Agent, AgentOptions, run_agent
     from blockrepl.services.foreground import run_foreground
@@ -84,7 +93,7 @@ def run(home: Path, spool_size: int | None, spool_reserve: int) -> None:
     from blockrepl.storage.spool import SpoolLimits
 
     opened = Home.open(home)
-    options = AgentOptions(spool=SpoolLimits(spool_size, spool_reserve))
+    options = AgentOptions(SpoolLimits(spool_size, spool_reserve), scrub_rate)
 
     async def service(notify: Callable[[], None]) -> None:
         def ready(running: Agent) -> None:

@@ -59,7 +59,7 @@ def create(home: Path, group: str, name: str, keep: bool, at: str | None, json_m
     when it is durable at the receiver.
     """
     check_checkpoint_name(check_name(name, "checkpoint"))
-    if _is_replica(home, group):
+    if is_replica(home, group):
         row = _create_on_replica(home, group, name, keep, at)
     elif at is not None:
         raise UsageError(
@@ -67,7 +67,7 @@ def create(home: Path, group: str, name: str, keep: bool, at: str | None, json_m
             hint="leave it out to name this instant",
         )
     else:
-        row = _agent(home).post(f"/checkpoints/{group}", {"name": name, "keep": keep})
+        row = agent_client(home).post(f"/checkpoints/{group}", {"name": name, "keep": keep})
     emit(row, json_mode, lambda row: f"checkpoint {row['name']} of {group} is {row['at']}")
 
 
@@ -75,7 +75,7 @@ def _create_on_replica(home: Path, group: str, name: str, keep: bool, at: str | 
     resolved = resolve(home, group, at or "latest")
     try:
         wanted = {"name": name, "at_ns": resolved.at_ns, "keep": keep}
-        return dict(_receiver(home).post(f"/checkpoints/{group}", wanted))
+        return dict(receiver_client(home).post(f"/checkpoints/{group}", wanted))
     except StateError as error:
         if error.code != NOT_RUNNING:
             raise
@@ -99,14 +99,14 @@ def _create_on_replica(home: Path, group: str, name: str, keep: bool, at: str | 
 def list_checkpoints(home: Path, group: str, json_mode: bool) -> None:
     """List GROUP's checkpoints by instant."""
     rows: list[Row]
-    if _is_replica(home, group):
+    if is_replica(home, group):
         from blockrepl.storage.history import ReplicaHistory
 
         with ReplicaHistory.open(home, group) as replica:
             found = sorted(replica.state().checkpoints.values(), key=lambda row: row.at_ns)
         rows = [_row(row) for row in found]
     else:
-        rows = _agent(home).get(f"/checkpoints/{group}")
+        rows = agent_client(home).get(f"/checkpoints/{group}")
     emit(
         rows,
         json_mode,
@@ -126,16 +126,16 @@ def remove(home: Path, group: str, name: str, json_mode: bool) -> None:
     """Forget the checkpoint NAME of GROUP. The instant itself stays in the history."""
     check_name(name, "checkpoint")
     path = f"/checkpoints/{group}/{name}/remove"
-    if _is_replica(home, group):
+    if is_replica(home, group):
         row = _remove_on_replica(home, group, name, path)
     else:
-        row = _agent(home).post(path)
+        row = agent_client(home).post(path)
     emit(row, json_mode, lambda _: f"checkpoint {name} of {group} is removed")
 
 
 def _remove_on_replica(home: Path, group: str, name: str, path: str) -> Row:
     try:
-        return dict(_receiver(home).post(path))
+        return dict(receiver_client(home).post(path))
     except StateError as error:
         if error.code != NOT_RUNNING:
             raise
@@ -151,7 +151,7 @@ def _remove_on_replica(home: Path, group: str, name: str, path: str) -> Row:
     return _row(row)
 
 
-def _is_replica(home: Path, group: str) -> bool:
+def is_replica(home: Path, group: str) -> bool:
     """Whether the group's replica is here; StateError where neither side is."""
     from blockrepl.storage.history import ReplicaHistory, groups
 
@@ -164,13 +164,13 @@ def _is_replica(home: Path, group: str) -> bool:
     return False
 
 
-def _receiver(home: Path) -> ControlClient:
+def receiver_client(home: Path) -> ControlClient:
     from blockrepl.services.control_client import ControlClient
 
     return ControlClient(Home(home).receiver_socket, "receiver")
 
 
-def _agent(home: Path) -> ControlClient:
+def agent_client(home: Path) -> ControlClient:
     from blockrepl.services.control_client import ControlClient
 
     return ControlClient(Home(home).agent_socket, "agent")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,14 +10,18 @@ import click
 from click.shell_completion import CompletionItem
 
 from blockrepl import limits
-from blockrepl.cli.output import emit, human_bytes, json_option, pass_home, table
+from blockrepl.cli.output import emit, human_bytes, json_option, pass_home, progress, table
 from blockrepl.cli.point import completion_home
 from blockrepl.cli.sizes import SizeType
+from blockrepl.errors import StateError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from blockrepl.services.control_client import ControlClient
     from blockrepl.storage.source import SourceDisks
+
+WAIT_SECONDS = 0.25  # between looks at a resync
 
 
 def complete_disk(
@@ -150,6 +155,61 @@ def remove(home: Path, name: str) -> None:
         f"disk {name} is no longer protected; its image {entry.image} is untouched, its history "
         f"in group {entry.group} is kept under that name"
     )
+
+
+@disk.command()
+@click.argument("name", shell_complete=complete_disk)
+@click.option("--full", is_flag=True, help="Send all of it, without asking what differs.")
+@click.option("--wait", is_flag=True, help="Return when the replica equals the disk.")
+@json_option
+@pass_home
+def resync(home: Path, name: str, full: bool, wait: bool, json_mode: bool) -> None:
+    """Make sure that the replica equals the disk: compare all of it, and send what differs.
+
+    The guest goes on meanwhile, and so does the replication of its writes. History gets a gap until
+    it is done; the instants before stay as they are. A restart of the agent does not end it.
+
+    Nothing needs this in daily use: what may differ is known and synced by itself, and the scrub
+    proves the rest (`blockrepl verify`). --full is for a replica whose digests are in doubt.
+
+    \b
+    Examples:
+      blockrepl disk resync vm1
+      blockrepl disk resync vm1 --full --wait
+    """
+    from blockrepl.services.control_client import ControlClient
+    from blockrepl.storage.home import Home
+
+    client = ControlClient(Home(home).agent_socket, "agent")
+    begun = client.post(f"/disks/{name}/resync", {"full": full})
+    if not json_mode:
+        what = "all of it is sent" if full else "all of it is compared, what differs is sent"
+        later = "" if begun["linked"] else ", once the receiver is back"
+        click.echo(f"resync of disk {name} ({human_bytes(begun['to_sync_bytes'])}): {what}{later}")
+    if wait:
+        _wait_synced(client, begun)
+    if json_mode:
+        emit(begun, True, str)
+    elif wait:
+        click.echo(f"disk {name} is replicated again")
+
+
+def _wait_synced(client: ControlClient, begun: dict[str, Any]) -> None:
+    """Until nothing is owed any more. Ctrl-C leaves the resync running."""
+    total = begun["to_sync_bytes"]
+    with progress(f"resync of {begun['disk']}", total) as tell:
+        while True:
+            groups = client.get("/status")["groups"]
+            group: dict[str, Any] = next(
+                (one for one in groups if one["name"] == begun["group"]), {"disks": []}
+            )
+            disk = next((one for one in group["disks"] if one["name"] == begun["disk"]), None)
+            if disk is None:
+                raise StateError(f"disk {begun['disk']!r} was removed", code="unknown-disk")
+            tell(max(0, total - disk["to_sync_bytes"]))
+            if disk["state"] == "replicating" and not disk["to_sync_bytes"]:
+                return
+            time.sleep(WAIT_SECONDS)
 
 
 @disk.command()

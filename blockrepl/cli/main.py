@@ -40,6 +40,7 @@ COMMANDS = {
     "agent": ("agent", "The source side: join, run."),
     "disk": ("disk", "Protect disks and serve them to guests."),
     "status": ("status", "State, lag, history and gaps of every group."),
+    "verify": ("verify", "What of the replica is proven to equal the disks; a pass now."),
     "checkpoint": ("checkpoint", "Name an instant of a group's history."),
     "point": ("point", "Resolve a point and explain it."),
     "mount": ("mount", "Mount a group as it was at any instant."),

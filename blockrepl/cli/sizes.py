@@ -24,3 +24,13 @@ class SizeType(click.ParamType[int]):
         if not match:
             self.fail(f"{value!r} is not a size; write 10G, 512M or a number of bytes", param, ctx)
         return int(match[1]) * _UNITS[match[2]]
+
+
+class RateType(SizeType):
+    """Bytes per second: a size, with or without /s."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        size = value.strip().removesuffix("/s") if isinstance(value, str) else value
+        return super().convert(size, param, ctx)

@@ -180,9 +180,20 @@ def _group(group: dict[str, Any], role: Role) -> list[Any]:
     lines.append(Text(f"  history {_history(group)}"))
     if group["journal_bytes"] is not None:
         lines.append(Text(f"  journal {human_bytes(group['journal_bytes'])}"))
+    if (spool := group.get("spool")) and spool["waiting_bytes"]:
+        lines.append(Text(f"  spool {_spool(spool)}", "yellow"))
     for gap in group["gaps"]:
         lines.append(Text(f"  gap {_gap(gap)}", "yellow"))
     return [*lines, _disks(group["disks"], role)]
+
+
+def _spool(spool: dict[str, Any]) -> str:
+    told = human_bytes(spool["waiting_bytes"])
+    if spool["limit_bytes"] is not None:
+        told += f" of {human_bytes(spool['limit_bytes'])}"
+    if spool["drain_seconds"] is None:
+        return f"{told}, not getting less"
+    return f"{told}, drained in about {human_seconds(spool['drain_seconds'])}"
 
 
 def _history(group: dict[str, Any]) -> str:
@@ -214,6 +225,8 @@ def _disks(disks: list[dict[str, Any]], role: Role) -> Any:
             done = f"{human_bytes(disk['synced_bytes'])} received"
         elif disk.get("to_sync_bytes"):
             done = f"{human_bytes(disk['to_sync_bytes'])} to go"
+            if disk.get("differing_bytes"):
+                done += f", {human_bytes(disk['differing_bytes'])} differed"
         hot = disk.get("hot_bytes")
         rows.append(
             [
@@ -222,10 +235,25 @@ def _disks(disks: list[dict[str, Any]], role: Role) -> Any:
                 disk["state"],
                 human_bytes(hot) if hot is not None else "-",
                 done,
+                _verified(disk),
                 *(["yes" if disk["serving"] else "no"] if role == "source" else []),
                 disk.get("problem") or "",
             ]
         )
     served = ["served"] if role == "source" else []
-    headers = ["  disk", "size", "state", "hot", "sync", *served, ""]
+    headers = ["  disk", "size", "state", "hot", "sync", "verified", *served, ""]
     return table(headers, rows, right="size hot")
+
+
+def _verified(disk: dict[str, Any]) -> str:
+    from blockrepl.cli.verify import pass_text
+
+    parts = []
+    if disk.get("mismatches"):
+        parts.append(f"{disk['mismatches']} MISMATCHES")
+    if (verified := disk.get("verified_ns")) is not None:
+        parts.append(f"{human_seconds(max(0, time.time_ns() - verified) / 1e9)} ago")
+    scrub = disk.get("scrub")
+    if scrub and (scrub["ended_ns"] is None or verified is None):
+        parts.append(pass_text(scrub))
+    return ", ".join(parts) or "-"

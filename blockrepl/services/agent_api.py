@@ -7,12 +7,17 @@ GET /status                           the status document of role ``source``
 GET /checkpoints/G                    the group's checkpoints, as the receiver lists them
 POST /checkpoints/G                   ``{"name", "keep"}``: takes one, answers when it is durable
 POST /checkpoints/G/NAME/remove       forgets one
+GET /verify/G                         what the scrub has proven, per disk
+POST /verify/G                        begins a pass of all disks; as before it
+POST /disks/NAME/resync               ``{"full"}``: compares all of a disk and sends what differs,
+                                      or sends all of it
 ====================================  =================================================
 """
 
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import trio
@@ -30,6 +35,7 @@ from blockrepl.services.agent_session import AgentSession
 from blockrepl.services.control import control_application
 from blockrepl.services.group_pump import WantedCheckpoint
 from blockrepl.services.group_replication import GroupReplication
+from blockrepl.services.verification import PassStatus
 from blockrepl.storage.source import DiskEntry
 from blockrepl.units import NANOSECONDS_PER_SECOND, format_instant
 
@@ -39,6 +45,10 @@ CHECKPOINT_SECONDS = 30.0
 class _WantedCheckpoint(BaseModel):
     name: NameField
     keep: bool = False
+
+
+class _WantedResync(BaseModel):
+    full: bool = False
 
 
 def agent_application(agent: Agent) -> Starlette:
@@ -60,11 +70,26 @@ def agent_application(agent: Agent) -> Starlette:
         session = _session(agent, group)
         return JSONResponse(await session.request("checkpoint-remove", group, name))
 
+    async def verify(request: Request) -> JSONResponse:
+        group = request.path_params["group"]
+        session = _session(agent, group)
+        replication = _replication(agent, group)
+        proofs = await session.verify(replication)
+        if request.method == "POST":
+            replication.scrub.begin_now()
+        return JSONResponse(proofs)
+
+    async def resync(request: Request) -> JSONResponse:
+        wanted = _WantedResync.model_validate_json(await request.body())
+        return JSONResponse(await _resync(agent, request.path_params["name"], wanted.full))
+
     return control_application(
         [
             Route("/status", status),
             Route("/checkpoints/{group}", checkpoints, methods=["GET", "POST"]),
             Route("/checkpoints/{group}/{name}/remove", remove, methods=["POST"]),
+            Route("/verify/{group}", verify, methods=["GET", "POST"]),
+            Route("/disks/{name}/resync", resync, methods=["POST"]),
         ]
     )
 
@@ -85,6 +110,15 @@ def _session(agent: Agent, group: str) -> AgentSession:
     return agent.session
 
 
+def _replication(agent: Agent, group: str) -> GroupReplication:
+    """A group that runs. StateError, or what keeps it from running."""
+    replication = agent.groups.get(group)
+    if replication is None or replication.pump is None:
+        error = replication.error if replication else None
+        raise error or StateError("the group does not replicate yet", hint="see `blockrepl status`")
+    return replication
+
+
 async def _take_checkpoint(agent: Agent, group: str, wanted: _WantedCheckpoint) -> dict[str, Any]:
     session = _session(agent, group)
     taken = await session.request("checkpoint-list", group)
@@ -94,11 +128,8 @@ async def _take_checkpoint(agent: Agent, group: str, wanted: _WantedCheckpoint) 
             hint="choose another name, or remove that one first",
             code="taken",
         )
-    replication = agent.groups.get(group)
-    if replication is None or replication.pump is None:
-        error = replication.error if replication else None
-        raise error or StateError("the group does not replicate yet", hint="see `blockrepl status`")
-    pump = replication.pump
+    pump = _replication(agent, group).pump
+    assert pump is not None
     checkpoint = WantedCheckpoint(wanted.name, wanted.keep)
     pump.want_checkpoint(checkpoint)
     with trio.move_on_after(CHECKPOINT_SECONDS) as scope:
@@ -115,6 +146,28 @@ async def _take_checkpoint(agent: Agent, group: str, wanted: _WantedCheckpoint) 
         "at_ns": checkpoint.at_ns,
         "kind": "crash",
         "kept": wanted.keep,
+    }
+
+
+async def _resync(agent: Agent, name: str, full: bool) -> dict[str, Any]:
+    entry = agent.disks.load(name)
+    replication = _replication(agent, entry.group)
+    pump = replication.pump
+    assert pump is not None
+    disk = next((one for one in pump.disks if one.id == entry.id.bytes), None)
+    async with pump.between_rounds:
+        if disk is None or replication.pump is not pump:
+            raise replication.errors.get(name) or StateError(
+                f"disk {name!r} is not taken up yet", hint="try again in a moment"
+            )
+        from_ns = pump.outbox.due.watermark + 1
+        await trio.to_thread.run_sync(partial(disk.doubt, slice(None), from_ns, send_all=full))
+    return {
+        "disk": name,
+        "group": entry.group,
+        "full": full,
+        "to_sync_bytes": entry.size_bytes,
+        "linked": replication.is_linked,
     }
 
 
@@ -163,7 +216,7 @@ async def _group_status(agent: Agent, name: str, entries: list[DiskEntry]) -> di
         "sent_bytes": outbox.sent_bytes if outbox else 0,
         "in_flight_bytes": outbox.waiting_bytes if outbox else 0,
         "spool": _spool_status(group),
-        "disks": [_disk_status(agent, entry, group) for entry in entries],
+        "disks": [_disk_status(agent, entry, group, remote) for entry in entries],
     }
 
 
@@ -194,7 +247,14 @@ def _group_state(group: GroupReplication | None) -> str:
     return "resync" if "gap" in states else "replicating"
 
 
-def _disk_status(agent: Agent, entry: DiskEntry, group: GroupReplication | None) -> dict[str, Any]:
+def _disk_status(
+    agent: Agent, entry: DiskEntry, group: GroupReplication | None, remote: dict[str, Any]
+) -> dict[str, Any]:
+    """``remote``: the receiver's status of the group, empty while it does not answer."""
+    there: dict[str, Any] = next(
+        (one for one in remote.get("disks", []) if one["name"] == entry.name), {}
+    )
+    told = group.scrub.passes().get(entry.id.bytes) if group else None
     disk = next((d for d in group.disks if d.entry.name == entry.name), None) if group else None
     ring = disk.ring if disk else None
     problem = group.errors.get(entry.name) if group else None
@@ -203,6 +263,7 @@ def _disk_status(agent: Agent, entry: DiskEntry, group: GroupReplication | None)
         state = "error"
     elif disk and group and group.is_linked:
         state = {"empty": "initial-sync", "gap": "resync", "ready": "replicating"}[disk.state]
+    sync = group.pump.syncs.get(entry.id.bytes) if group and group.pump else None
     stale = int((ring.stale | ring.syncing).sum()) if ring else 0
     hot = int(agent.disks.hot_regions(entry).sum())
     return {
@@ -215,7 +276,9 @@ def _disk_status(agent: Agent, entry: DiskEntry, group: GroupReplication | None)
         "ring_used_bytes": ring.used_bytes(ring.head()) if ring else 0,
         "ring_bytes": entry.ring_bytes,
         "dropped_records": ring.dropped() if ring else 0,
-        "verified_ns": None,
-        "mismatches": 0,
+        "differing_bytes": sync.differing_bytes if sync else 0,
+        "verified_ns": there.get("verified_ns"),
+        "mismatches": there.get("mismatches", 0),
+        "scrub": PassStatus.of(told).model_dump() if told else None,
         "problem": str(problem) if problem else None,
     }

@@ -7,7 +7,8 @@ groups outlive it (group_replication.py): nothing that a session knows is needed
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import count
 from typing import Any
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 CONFIGURATION_SECONDS = 0.2
 ANSWER_SECONDS = 30.0
+PASS_SECONDS = 0.5  # how often the receiver is told how scrub passes stand
 
 
 class AgentSession:
@@ -57,13 +59,26 @@ class AgentSession:
                 nursery.start_soon(self._read)
                 nursery.start_soon(self._keep_alive)
                 nursery.start_soon(self._serve_groups, nursery)
+                nursery.start_soon(self._tell_passes)
         except BaseExceptionGroup as group:
             raise ours_of(group) from group
 
-    async def request(self, verb: str, group: str, name: str | None = None) -> Any:
+    async def request(
+        self,
+        verb: str,
+        group: str,
+        name: str | None = None,
+        passes: Sequence[messages.ScrubPass] = (),
+    ) -> Any:
         """Ask the receiver; its data. Raises what the receiver refuses with, or PeerError."""
         request = messages.Request.model_validate(
-            {"id": next(self._request_ids), "verb": verb, "group": group, "name": name}
+            {
+                "id": next(self._request_ids),
+                "verb": verb,
+                "group": group,
+                "name": name,
+                "passes": list(passes),
+            }
         )
         answer_to, answer_from = trio.open_memory_channel[messages.Response](1)
         self._answers[request.id] = answer_to
@@ -135,6 +150,21 @@ class AgentSession:
             await waiting.send(answer)
         elif isinstance(answer, BlockreplError) and group in self._groups:
             self._groups[group].refuse(answer)
+
+    async def verify(self, group: GroupReplication) -> Any:
+        """Tell how the group's scrub passes stand; what the receiver has proven. As `request`."""
+        return await self.request("verify", group.name, passes=[*group.scrub.passes().values()])
+
+    async def _tell_passes(self) -> None:
+        told: dict[str, object] = {}
+        while True:
+            await trio.sleep(PASS_SECONDS)
+            for group in list(self._groups.values()):
+                passes = group.scrub.passes()
+                if group.is_linked and passes != told.get(group.name, {}):
+                    with suppress(StateError):  # not attached any more
+                        await self.verify(group)
+                        told[group.name] = passes
 
     async def _keep_alive(self) -> None:
         while True:

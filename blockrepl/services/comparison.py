@@ -181,16 +181,21 @@ class GroupComparison:
         proofs = self._replica.proofs
         end = compare.offset + compare.length
         at = compare.offset
-        for first, last in _ranges(compare, differing, end):
+        found = [
+            (first, last, proofs.proven_at(disk.id, first, last - first))
+            for first, last in _ranges(compare, differing, end)
+        ]  # all of it before the first of them takes a proof back
+        for first, last, proven in found:
             logger.warning(
-                "group %s, disk %s: bytes %d to %d differ from the source's at %s",
+                "group %s, disk %s: bytes %d to %d differ from the source's at %s; proven last: %s",
                 self._replica.name,
                 disk.name,
                 first,
                 last - 1,
                 format_instant(compare.stamp),
+                "never" if proven is None else format_instant(proven),
             )
-            proofs.differ(disk.id, first, last - first, compare.stamp)
+            proofs.differ(disk.id, first, last - first, compare.stamp, proven)
             proofs.prove(disk.id, disk.size_bytes, at, first - at, compare.stamp)
             at = -(-last // REGION_BYTES) * REGION_BYTES
         if at < end:

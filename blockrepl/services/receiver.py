@@ -27,7 +27,7 @@ from blockrepl.channel.framing import MessageStream
 from blockrepl.channel.handshake import ENROL_SERVER_NAME, accept, server_contexts
 from blockrepl.channel.secure_stream import SecureStream
 from blockrepl.errors import BlockreplError, PeerError, StateError, StorageError, TrustError
-from blockrepl.formats.messages import RECEIVER_ACCEPTS, Request
+from blockrepl.formats.messages import RECEIVER_ACCEPTS, Request, ScrubPass
 from blockrepl.services.control import serve_control
 from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
 from blockrepl.services.receiver_api import (
@@ -41,6 +41,7 @@ from blockrepl.services.receiver_groups import ReceiverGroups
 from blockrepl.services.receiver_home import load_authority, open_trust, read_configuration
 from blockrepl.services.receiver_sessions import SourceSession
 from blockrepl.services.receiver_status import GroupFacts, describe_group, facts_of
+from blockrepl.services.verification import DiskProof, describe_proofs
 from blockrepl.storage.home import Home, exclusive_lock, make_directory
 from blockrepl.storage.trust import TrustStore
 
@@ -68,6 +69,7 @@ class Receiver:
         self._handshakes = 0
         self._sessions: dict[bytes, SourceSession] = {}
         self._source_names: dict[bytes, str] = {}
+        self.passes: dict[bytes, ScrubPass] = {}  # by disk, as their sources told last
 
     # Connections
 
@@ -162,25 +164,51 @@ class Receiver:
 
     async def status(self) -> Status:
         groups = [
-            self.describe(facts_of(committer.replica), committer.throughput.per_second())
-            for committer in self.groups.committers.values()
+            await self._describe(committer) for committer in list(self.groups.committers.values())
         ]
         for name, error in self.groups.failures.items():
             groups.append(self.describe(GroupFacts(name, error=error), 0.0))
         groups.sort(key=lambda group: group.name)
         return Status(name=self.name, running=True, groups=groups)
 
+    async def _describe(self, committer: GroupCommitter) -> GroupStatus:
+        facts = await trio.to_thread.run_sync(facts_of, committer.replica)
+        return self.describe(facts, committer.throughput.per_second())
+
     def describe(self, facts: GroupFacts, bytes_per_second: float) -> GroupStatus:
-        connected = {
-            source for source, session in self._sessions.items() if session.has_group(facts.name)
-        }
         return describe_group(
             facts,
-            connected=connected,
+            connected=self._connected(facts.name),
             source_names=self._source_names,
             now=time.time_ns(),
             bytes_per_second=bytes_per_second,
+            passes=self.passes,
         )
+
+    def _connected(self, group: str) -> set[bytes]:
+        return {source for source, session in self._sessions.items() if session.has_group(group)}
+
+    async def verify(self, group: str) -> list[DiskProof]:
+        return await self._proofs(self.groups.find(group))
+
+    async def _proofs(self, committer: GroupCommitter) -> list[DiskProof]:
+        replica = committer.replica
+        disks = replica.status().disks
+        return await trio.to_thread.run_sync(
+            lambda: describe_proofs(replica.proofs, disks, self.passes, time.time_ns())
+        )
+
+    async def begin_verify(self, group: str) -> list[DiskProof]:
+        """Ask the sources for a pass; what was proven before it. StateError when none is here."""
+        proofs = await self.verify(group)
+        asked = [session.verify(group) for session in self._sessions.values()]
+        if not any(asked):
+            raise StateError(
+                f"no source of group {group} is connected: only it can read its disks",
+                hint="see `blockrepl status`; start the agent there, or wait until it is back",
+                code="disconnected",
+            )
+        return proofs
 
     async def checkpoints(self, group: str) -> list[Checkpoint]:
         return await self.groups.checkpoints(self.groups.find(group))
@@ -195,8 +223,12 @@ class Receiver:
         """Answer a source's request about a group of its own."""
         match request.verb:
             case "group-status":
-                facts = facts_of(committer.replica)
-                return self.describe(facts, committer.throughput.per_second()).model_dump()
+                return (await self._describe(committer)).model_dump()
+            case "verify":
+                known = {disk.id for disk in committer.replica.status().disks}
+                told = {one.disk.bytes: one for one in request.passes}
+                self.passes.update({disk: told[disk] for disk in told.keys() & known})
+                return [proof.model_dump() for proof in await self._proofs(committer)]
             case "checkpoint-list":
                 return [one.model_dump() for one in await self.groups.checkpoints(committer)]
             case "checkpoint-remove":

@@ -7,6 +7,8 @@ GET /status                            Status
 GET /checkpoints/GROUP                 the group's checkpoints, by instant
 POST /checkpoints/GROUP                NewCheckpoint: names an instant that can be reached
 POST /checkpoints/GROUP/NAME/remove    forgets one, kept or not
+GET /verify/GROUP                      what the scrub has proven, per disk
+POST /verify/GROUP                     asks the group's sources for a pass now; as before it
 =====================================  ==================================================
 """
 
@@ -22,6 +24,7 @@ from starlette.routing import Route
 
 from blockrepl.formats.marks import NameField, StampField
 from blockrepl.services.control import control_application
+from blockrepl.services.verification import DiskProof, PassStatus
 from blockrepl.storage.catalog import CheckpointRow
 from blockrepl.units import format_instant
 
@@ -35,7 +38,10 @@ class GapStatus(BaseModel):
 
 
 class DiskStatus(BaseModel):
-    """``hot_bytes`` is known at the source only. ``synced_bytes``: first sync, since the start."""
+    """``hot_bytes`` is known at the source only. ``synced_bytes``: first sync, since the start.
+
+    ``verified_ns``: every byte is proven at that instant or a later one.
+    """
 
     name: str
     size_bytes: int
@@ -43,6 +49,7 @@ class DiskStatus(BaseModel):
     hot_bytes: int | None = None
     verified_ns: int | None = None
     mismatches: int = 0
+    scrub: PassStatus | None = None
     synced_bytes: int = 0
     source: str = ""
 
@@ -112,6 +119,10 @@ class ReceiverControl(Protocol):
 
     async def remove_checkpoint(self, group: str, name: str) -> Checkpoint: ...
 
+    async def verify(self, group: str) -> list[DiskProof]: ...
+
+    async def begin_verify(self, group: str) -> list[DiskProof]: ...
+
 
 def receiver_application(receiver: ReceiverControl) -> Starlette:
     async def status(request: Request) -> JSONResponse:
@@ -129,11 +140,17 @@ def receiver_application(receiver: ReceiverControl) -> Starlette:
         parameters = request.path_params
         return _answer(await receiver.remove_checkpoint(parameters["group"], parameters["name"]))
 
+    async def verify(request: Request) -> JSONResponse:
+        group = request.path_params["group"]
+        call = receiver.verify if request.method == "GET" else receiver.begin_verify
+        return JSONResponse([proof.model_dump() for proof in await call(group)])
+
     return control_application(
         [
             Route("/status", status),
             Route("/checkpoints/{group}", checkpoints, methods=["GET", "POST"]),
             Route("/checkpoints/{group}/{name}/remove", remove, methods=["POST"]),
+            Route("/verify/{group}", verify, methods=["GET", "POST"]),
         ]
     )
 

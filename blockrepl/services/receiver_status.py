@@ -14,10 +14,12 @@ otherwise                               replicating
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from blockrepl.errors import BlockreplError
+from blockrepl.formats.messages import ScrubPass
 from blockrepl.services.receiver_api import (
     DiskStatus,
     GapStatus,
@@ -27,9 +29,11 @@ from blockrepl.services.receiver_api import (
     Status,
 )
 from blockrepl.services.receiver_home import read_configuration
+from blockrepl.services.verification import PassStatus
 from blockrepl.storage.catalog import DiskRow, GapRow
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.home import Home
+from blockrepl.storage.proofs import Proofs, Proven
 from blockrepl.storage.replica import Replica
 from blockrepl.units import NANOSECONDS_PER_SECOND, format_instant
 
@@ -44,10 +48,15 @@ class GroupFacts:
     gaps: Sequence[GapRow] = ()
     base_bytes: Mapping[bytes, int] = field(default_factory=dict)
     error: BlockreplError | None = None
+    proven: Mapping[bytes, Proven] = field(default_factory=dict)
 
 
 def facts_of(replica: Replica) -> GroupFacts:
+    """Reads the catalog: blocks. Never raises."""
     status = replica.status()
+    proven: dict[bytes, Proven] = {}
+    with suppress(BlockreplError):  # the group's error says it
+        proven = {row.id: replica.proofs.proven(row.id, row.size_bytes) for row in status.disks}
     return GroupFacts(
         status.name,
         status.watermark,
@@ -57,6 +66,7 @@ def facts_of(replica: Replica) -> GroupFacts:
         status.gaps,
         status.base_bytes,
         status.error,
+        proven,
     )
 
 
@@ -67,6 +77,7 @@ def describe_group(
     source_names: Mapping[bytes, str],
     now: int,
     bytes_per_second: float = 0.0,
+    passes: Mapping[bytes, ScrubPass] | None = None,
 ) -> GroupStatus:
     """``connected`` are the sources with a session that has attached the group."""
     floor = facts.floor_ns
@@ -89,13 +100,7 @@ def describe_group(
         ],
         journal_bytes=facts.journal_bytes,
         disks=[
-            DiskStatus(
-                name=disk.name,
-                size_bytes=disk.size_bytes,
-                state=_disk_state(facts, disk, connected),
-                synced_bytes=facts.base_bytes.get(disk.id, 0),
-                source=_source_name(disk.source, source_names),
-            )
+            _disk_status(facts, disk, connected, source_names, (passes or {}).get(disk.id))
             for disk in facts.disks
         ],
         problem=f"{facts.error}. {facts.error.hint}".rstrip(". ") if facts.error else None,
@@ -104,6 +109,26 @@ def describe_group(
             SourceStatus(name=_source_name(source, source_names), connected=source in connected)
             for source in sources
         ],
+    )
+
+
+def _disk_status(
+    facts: GroupFacts,
+    disk: DiskRow,
+    connected: Collection[bytes],
+    source_names: Mapping[bytes, str],
+    scrub: ScrubPass | None,
+) -> DiskStatus:
+    proven = facts.proven.get(disk.id)
+    return DiskStatus(
+        name=disk.name,
+        size_bytes=disk.size_bytes,
+        state=_disk_state(facts, disk, connected),
+        verified_ns=proven.oldest_ns if proven and proven.is_whole else None,
+        mismatches=proven.mismatches if proven else 0,
+        scrub=PassStatus.of(scrub) if scrub else None,
+        synced_bytes=facts.base_bytes.get(disk.id, 0),
+        source=_source_name(disk.source, source_names),
     )
 
 
@@ -150,6 +175,7 @@ def _facts_at_rest(directory: Path) -> GroupFacts:
     try:
         with ReplicaHistory(directory) as history:
             state = history.state()
+            proofs = Proofs(history.catalog)
             return GroupFacts(
                 history.group,
                 state.latest_ns,
@@ -157,6 +183,7 @@ def _facts_at_rest(directory: Path) -> GroupFacts:
                 [disk for disk in state.disks if disk.removed_ns is None],
                 history.history(state).floor_ns,
                 state.gaps,
+                proven={row.id: proofs.proven(row.id, row.size_bytes) for row in state.disks},
             )
     except BlockreplError as error:
         return GroupFacts(directory.name, error=error)

@@ -69,7 +69,7 @@ class Known:
             if disk is not None and disk.state == "ready":
                 self._update(mark.disk.bytes, state="gap", epoch=disk.epoch + 1)
         elif isinstance(mark, ConsistentMark):
-            self._update(mark.disk.bytes, state="ready")
+            self._update(mark.disk.bytes, state="ready", blank=False)
 
     def _update(self, disk: bytes, **changes: object) -> None:
         if disk in self.disks:

@@ -50,7 +50,7 @@ CREATE TABLE proofs (
     PRIMARY KEY (disk, chunk)) STRICT;
 CREATE TABLE mismatches (
     disk TEXT NOT NULL REFERENCES disks (id), start INTEGER NOT NULL, length INTEGER NOT NULL,
-    at_ns INTEGER NOT NULL, healed_ns INTEGER,
+    at_ns INTEGER NOT NULL, healed_ns INTEGER, proven_ns INTEGER,
     PRIMARY KEY (disk, start, length, at_ns)) STRICT;
 """
 STEPS = (_VERSION_1, _VERSION_2)

@@ -9,7 +9,9 @@ seconds, and when the replica is closed), or CHUNKS_MAX of them are waiting. A c
 ones, which only means that they are proven again. Mismatches are written at once.
 
 A mismatch is healed by the disk's next consistent mark (catalog.set_consistent). The proof of a
-region that differs is taken back.
+region that differs is taken back; the mismatch keeps it. From then (from the floor, when there was
+none) to the heal, that range of the disk is not to be trusted. Those instants stay reachable: all
+else in them is what it was, and it may be all that is left of them.
 """
 
 from __future__ import annotations
@@ -32,13 +34,14 @@ _VERSION = 2  # of the catalog that has these tables
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Bytes [start, start + length) of a disk differed at ``at_ns``."""
+    """Bytes [start, start + length) of a disk differed at ``at_ns``, and not at ``proven_ns``."""
 
     disk: bytes
     start: int
     length: int
     at_ns: int
     healed_ns: int | None = None
+    proven_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,10 @@ class Proofs:
             if len(self._waiting) >= CHUNKS_MAX:
                 self.write()
 
-    def differ(self, disk: bytes, start: int, length: int, at_ns: int) -> None:
-        """A range did not. StorageError."""
+    def differ(
+        self, disk: bytes, start: int, length: int, at_ns: int, proven_ns: int | None = None
+    ) -> None:
+        """A range did not, which was proven last at ``proven_ns``. StorageError."""
         with self._lock:
             for chunk, places in _chunks(
                 start // REGION_BYTES, -(-(start + length) // REGION_BYTES)
@@ -86,11 +91,12 @@ class Proofs:
                 if not self._is_known(disk, start, length):
                     self._make_room()
                     self._catalog.change(
-                        "INSERT OR REPLACE INTO mismatches VALUES (?, ?, ?, ?, NULL)",
+                        "INSERT OR REPLACE INTO mismatches VALUES (?, ?, ?, ?, NULL, ?)",
                         disk.hex(),
                         start,
                         length,
                         at_ns,
+                        proven_ns,
                     )
                 self._write_chunks()
             self._waiting.clear()
@@ -190,13 +196,20 @@ class Proofs:
                 covered -= regions * REGION_BYTES - size_bytes
             return covered
 
+    def proven_at(self, disk: bytes, start: int, length: int) -> int | None:
+        """When all of a range was proven last; None when some of it never was. StorageError."""
+        with self._lock:
+            pieces = _chunks(start // REGION_BYTES, -(-(start + length) // REGION_BYTES))
+            oldest = [int(self._peek(disk, chunk)[places].min()) for chunk, places in pieces]
+            return min(oldest) or None
+
     def mismatches(
         self, disk: bytes, *, after_ns: int = -1, healed_too: bool = False
     ) -> list[Mismatch]:
         """Those found at instants later than ``after_ns``, by place."""
         rows = self._rows(
-            "SELECT disk, start, length, at_ns, healed_ns FROM mismatches WHERE disk = ? "
-            "AND at_ns > ? AND (healed_ns IS NULL OR ?) ORDER BY start, at_ns",
+            "SELECT disk, start, length, at_ns, healed_ns, proven_ns FROM mismatches "
+            "WHERE disk = ? AND at_ns > ? AND (healed_ns IS NULL OR ?) ORDER BY start, at_ns",
             disk.hex(),
             after_ns,
             healed_too,

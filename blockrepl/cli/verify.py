@@ -1,0 +1,155 @@
+"""``verify``: what the scrub has proven, on either side, and a pass now.
+
+==========================  ====================================================
+home                        asks
+==========================  ====================================================
+has the group's replica     the running receiver, else its files
+otherwise, has a source     the agent, and through it the receiver
+==========================  ====================================================
+
+A pass that was asked for is over when every disk of the group has ended one that began after the
+asking. The exit status is 1 when something differs that is not healed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from blockrepl.cli.checkpoint import agent_client, is_replica, receiver_client
+from blockrepl.cli.output import (
+    emit,
+    human_bytes,
+    human_seconds,
+    json_option,
+    pass_home,
+    progress,
+    table,
+)
+from blockrepl.cli.point import complete_group
+from blockrepl.errors import StateError
+from blockrepl.services.control_client import ControlClient
+from blockrepl.units import format_instant
+
+Proofs = list[dict[str, Any]]
+LOOK_SECONDS = 0.5
+
+
+@click.command(
+    epilog="Examples: blockrepl verify web;  blockrepl verify web --now;  "
+    "blockrepl verify web --json"
+)
+@click.argument("group", shell_complete=complete_group)
+@click.option("--now", is_flag=True, help="Begin a pass of all disks, and wait for its end.")
+@json_option
+@pass_home
+def verify(home: Path, group: str, now: bool, json_mode: bool) -> int:
+    """Show what has been proven of GROUP's replica, how long ago, and what was found to differ.
+
+    The agent reads its disks in the background and has the receiver compare each piece with its own
+    content at that very instant. What differs is sent again at once; the history before stays, and
+    the table says from when to when which bytes of it are not to be trusted.
+
+    With --now, Ctrl-C leaves the pass running. Exit status 1: something differs and is not healed.
+    """
+    is_here = is_replica(home, group)
+    client = receiver_client(home) if is_here else agent_client(home)
+    path = f"/verify/{group}"
+    proofs = _pass_now(client, path, group) if now else _proofs(home, client, path, group, is_here)
+    emit(proofs, json_mode, _render)
+    return 1 if any(disk["mismatches"] for disk in proofs) else 0
+
+
+def _proofs(home: Path, client: ControlClient, path: str, group: str, is_here: bool) -> Proofs:
+    try:
+        return list(client.get(path))
+    except StateError as error:
+        if error.code != "not-running" or not is_here:
+            raise
+    from blockrepl.services.verification import proofs_at_rest
+
+    return [one.model_dump() for one in proofs_at_rest(home, group, time.time_ns())]
+
+
+def _pass_now(client: ControlClient, path: str, group: str) -> Proofs:
+    before = {disk["disk"]: _began(disk) for disk in client.post(path)}
+    proofs: Proofs = client.get(path)
+    total = sum(disk["size_bytes"] for disk in proofs)
+    try:
+        with progress(f"verifying {group}", total) as tell:
+            while not all(_is_over(disk, before.get(disk["disk"])) for disk in proofs):
+                tell(sum(_done_bytes(disk, before.get(disk["disk"])) for disk in proofs))
+                time.sleep(LOOK_SECONDS)
+                proofs = client.get(path)
+            tell(total)
+    except KeyboardInterrupt:
+        print(f"the pass goes on; see: blockrepl verify {group}", file=sys.stderr)
+        raise
+    return proofs
+
+
+def _began(disk: dict[str, Any]) -> int | None:
+    return disk["scrub"]["started_ns"] if disk["scrub"] else None
+
+
+def _is_ours(disk: dict[str, Any], before: int | None) -> bool:
+    return _began(disk) != before and bool(disk["scrub"]["is_asked_for"])
+
+
+def _is_over(disk: dict[str, Any], before: int | None) -> bool:
+    return _is_ours(disk, before) and disk["scrub"]["ended_ns"] is not None
+
+
+def _done_bytes(disk: dict[str, Any], before: int | None) -> int:
+    if not _is_ours(disk, before):
+        return 0
+    return int(disk["scrub"]["progress"] * disk["size_bytes"])
+
+
+def _render(proofs: Proofs) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    rows = [
+        [
+            disk["disk"],
+            human_bytes(disk["size_bytes"]),
+            f"{disk['covered_bytes'] * 100 // disk['size_bytes']}%",
+            "never" if disk["age_seconds"] is None else f"{human_seconds(disk['age_seconds'])} ago",
+            str(disk["mismatches"]),
+            pass_text(disk["scrub"]),
+        ]
+        for disk in proofs
+    ]
+    headers = ["disk", "size", "proven", "oldest proof", "mismatches", "pass"]
+    parts: list[Any] = [table(headers, rows, right="size proven mismatches")]
+    for disk in proofs:
+        parts += [_found(disk["disk"], one) for one in disk["found"]]
+    return Group(*parts) if len(parts) > 1 else Group(parts[0], Text("nothing is known to differ"))
+
+
+def _found(disk: str, found: dict[str, Any]) -> Any:
+    from rich.text import Text
+
+    last = found["start"] + found["length"] - 1
+    proven = found["proven_ns"]
+    since = "never proven before" if proven is None else f"proven last {format_instant(proven)}"
+    line = Text(f"disk {disk}: bytes {found['start']} to {last} differed at {found['at']}; {since}")
+    if found["healed_ns"] is None:
+        return line.append("; not healed yet", "bold red")
+    return line.append(f"; healed {format_instant(found['healed_ns'])}")
+
+
+def pass_text(told: dict[str, Any] | None) -> str:
+    """A scrub pass in a few words."""
+    if told is None:
+        return ""
+    skipped = f", {told['skipped_regions']} MiB busy" if told["skipped_regions"] else ""
+    if told["ended_ns"] is not None:
+        return f"done{skipped}"
+    rate = human_bytes(int(told["bytes_per_second"]))
+    return f"{int(told['progress'] * 100)}% at up to {rate}/s{skipped}"
