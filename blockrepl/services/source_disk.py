@@ -281,7 +281,6 @@ class SourceDisk:
             base_ring=self.entry.base_ring,
             send_all=send_all or self.entry.send_all,
         )
-        self.must_compare = not self.entry.send_all
         self.ring.stale[regions] = 1
         if self.state == "ready":
             self._gap_before_ring = min(self._gap_before_ring or from_ns, from_ns)
@@ -289,7 +288,6 @@ class SourceDisk:
 
     def became_consistent(self) -> None:
         self.state = "ready"
-        self.must_compare = True
         self._unsettled = None
 
     def consistent_durable(self) -> None:
