@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blockrepl.cli.output import emit, json_option, pass_home, table
+from blockrepl.cli.output import (
+    emit,
+    human_bytes,
+    json_option,
+    pass_home,
+    progress,
+    table,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -135,6 +142,38 @@ def invite(home: Path, expires: float, groups: tuple[str, ...], address: str | N
         Home.open(home), expires_seconds=expires, groups=list(groups), address=address
     )
     click.echo(token)
+
+
+@receiver.command()
+@click.argument("group")
+@click.argument("disk")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option("--move", is_flag=True, help="Take IMAGE over instead of copying it.")
+@pass_home
+def seed(home: Path, group: str, disk: str, image: Path, move: bool) -> None:
+    """Begin the replica of DISK with IMAGE, a copy that came here by other means.
+
+    For a disk whose first sync would take the network too long: copy its raw image to the receiver
+    by whatever way there is, seed with it, then `disk add` at the source. The first sync compares
+    and sends only what differs, so the copy may be old, and the guest may go on meanwhile.
+
+    It must come before the source names the disk. The receiver may run or not.
+
+    \b
+    Examples:
+      blockrepl receiver seed shop web /mnt/usb/web.img
+      blockrepl receiver seed shop web web.img --move
+    """
+    from blockrepl.services.seeding import seed as seed_disk
+    from blockrepl.storage.home import Home
+    from blockrepl.storage.seed import check_seed
+
+    with progress(f"seeding {disk}", check_seed(image)) as tell:
+        size_bytes = seed_disk(Home.open(home), group, disk, image, move=move, progress=tell)
+    click.echo(
+        f"disk {disk} of group {group} begins with {image} ({human_bytes(size_bytes)}); at the "
+        f"source: blockrepl disk add {disk} IMAGE --group {group}"
+    )
 
 
 @receiver.command()

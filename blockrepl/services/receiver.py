@@ -42,7 +42,7 @@ from blockrepl.services.receiver_home import load_authority, open_trust, read_co
 from blockrepl.services.receiver_sessions import SourceSession
 from blockrepl.services.receiver_status import GroupFacts, describe_group, facts_of
 from blockrepl.services.verification import DiskProof, describe_proofs
-from blockrepl.storage.home import Home, exclusive_lock, make_directory
+from blockrepl.storage.home import Home, check_name, exclusive_lock, make_directory
 from blockrepl.storage.trust import TrustStore
 
 logger = logging.getLogger(__name__)
@@ -187,6 +187,9 @@ class Receiver:
 
     def _connected(self, group: str) -> set[bytes]:
         return {source for source, session in self._sessions.items() if session.has_group(group)}
+
+    async def place_seed(self, group: str, disk: str) -> None:
+        await self.groups.place_seed(check_name(group, "group"), check_name(disk, "disk"))
 
     async def verify(self, group: str) -> list[DiskProof]:
         return await self._proofs(self.groups.find(group))

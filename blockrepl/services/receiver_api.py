@@ -9,6 +9,7 @@ POST /checkpoints/GROUP                NewCheckpoint: names an instant that can 
 POST /checkpoints/GROUP/NAME/remove    forgets one, kept or not
 GET /verify/GROUP                      what the scrub has proven, per disk
 POST /verify/GROUP                     asks the group's sources for a pass now; as before it
+POST /seeds/GROUP/DISK                 puts the copy that waits in place (storage/seed.py)
 =====================================  ==================================================
 """
 
@@ -119,6 +120,8 @@ class ReceiverControl(Protocol):
 
     async def remove_checkpoint(self, group: str, name: str) -> Checkpoint: ...
 
+    async def place_seed(self, group: str, disk: str) -> None: ...
+
     async def verify(self, group: str) -> list[DiskProof]: ...
 
     async def begin_verify(self, group: str) -> list[DiskProof]: ...
@@ -140,6 +143,10 @@ def receiver_application(receiver: ReceiverControl) -> Starlette:
         parameters = request.path_params
         return _answer(await receiver.remove_checkpoint(parameters["group"], parameters["name"]))
 
+    async def seed(request: Request) -> JSONResponse:
+        await receiver.place_seed(request.path_params["group"], request.path_params["disk"])
+        return JSONResponse({})
+
     async def verify(request: Request) -> JSONResponse:
         group = request.path_params["group"]
         call = receiver.verify if request.method == "GET" else receiver.begin_verify
@@ -150,6 +157,7 @@ def receiver_application(receiver: ReceiverControl) -> Starlette:
             Route("/status", status),
             Route("/checkpoints/{group}", checkpoints, methods=["GET", "POST"]),
             Route("/checkpoints/{group}/{name}/remove", remove, methods=["POST"]),
+            Route("/seeds/{group}/{disk}", seed, methods=["POST"]),
             Route("/verify/{group}", verify, methods=["GET", "POST"]),
         ]
     )

@@ -25,6 +25,7 @@ from blockrepl.storage.catalog import CheckpointRow
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.home import Home
 from blockrepl.storage.replica import Replica, create_replica, open_replica
+from blockrepl.storage.seed import place_seed, seed_path
 from blockrepl.storage.trust import TrustStore
 from blockrepl.units import format_instant
 
@@ -114,6 +115,12 @@ class ReceiverGroups:
         directory = self._home.replica_directory(name)
         create_replica(directory, name)
         return open_replica(directory)
+
+    async def place_seed(self, group: str, disk: str) -> None:
+        """Make the copy that waits the base of a disk to come. StateError."""
+        committer = await self._open(group)
+        replica, seed = committer.replica, seed_path(self._home, group, disk)
+        await committer.perform(lambda: place_seed(replica.directory, replica.catalog, seed, disk))
 
     # Checkpoints
 

@@ -3,8 +3,9 @@
 =======================================  =====================================================
 the source names                         then
 =======================================  =====================================================
-a disk that is not known                 its base image is made, then its row (StateError when
-                                         the name is taken)
+a disk that is not known                 its base image is made, or there is a seed of its size
+                                         already (seed.py); then its row (StateError when the
+                                         name is taken)
 a known one, same name and size          goes on
 a known one under another name or size,  StateError, nothing is changed
 or of another source
@@ -62,6 +63,15 @@ def _add(directory: Path, catalog: Catalog, source: bytes, disk: AttachDisk) -> 
             code="disk-name-taken",
         )
     image = image_path(directory, disk.name)
+    seeded = image.stat().st_size if image.exists() else 0  # 0: making one broke off
+    if seeded not in (0, disk.size_bytes):
+        raise StateError(
+            f"disk {disk.name} of group {catalog.group_name} was seeded with an image of {seeded} "
+            f"bytes, it has {disk.size_bytes}",
+            hint=f"at the receiver: blockrepl receiver seed {catalog.group_name} {disk.name} IMAGE "
+            "with the right one",
+            code="seed-size",
+        )
     try:
         create_image(image, disk.size_bytes)
     except OSError as error:

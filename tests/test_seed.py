@@ -1,0 +1,93 @@
+"""A seed: the base of a disk that came by other means, and a first sync that sends what differs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from serving import Disk, blockrepl, place, wait_for
+
+from blockrepl import limits
+from blockrepl.storage.home import Home
+from blockrepl.units import MIB
+from scripts.guest.pair import Pair
+
+__all__ = ["place"]
+
+SIZE = 16 * MIB
+BLOCK = limits.COMPARE_BLOCK_BYTES
+
+
+def seed(place: Pair, image: Path, *options: str, disk: str = "d1") -> tuple[int, str]:
+    done = blockrepl(place.receiver_home, "receiver", "seed", "g", disk, image, *options)
+    return done.returncode, done.stderr if done.returncode else done.stdout
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_seeded_first_sync_sends_what_differs_and_no_more(place: Pair, running: bool) -> None:
+    # Guards ``blank`` in the receiver's answer to ATTACH: everything would be sent.
+    content = os.urandom(SIZE // 2) + bytes(SIZE // 2)
+    image, old = place.directory / "d1.img", place.directory / "old.img"
+    old.write_bytes(content)
+    image.write_bytes(content)
+    differing = range(0, SIZE, MIB)  # a block in each region, in data and in holes
+    with image.open("r+b") as file:
+        for offset in differing:
+            file.seek(offset + 4096)
+            file.write(os.urandom(512))
+    place.receiver("receiver", "init", quiet=True)
+    if running:
+        place.start_receiver()
+    status, told = seed(place, old, *(["--move"] if running else []))
+    assert status == 0, told
+    assert old.exists() is not running
+    if not running:
+        copied = Home(place.receiver_home).replica_directory("g") / "base" / "d1.img"
+        assert copied.read_bytes() == content
+        assert copied.stat().st_blocks * 512 < SIZE * 3 // 4  # holes stay holes
+        place.start_receiver()
+    disk = Disk(place, image=image)
+    place.join()
+    place.start_agent()
+    place.wait_replicating("g")
+    (group,) = place.source_json("status")["groups"]
+    assert group["sent_bytes"] < len(differing) * BLOCK * 1.2
+    assert place.group("g")["journal_bytes"] < MIB  # it went into the base
+    place.receiver("export", "g", "d1", place.directory / "out.img", "--at", "latest", quiet=True)
+    assert (place.directory / "out.img").read_bytes() == disk.content()
+    status, told = seed(place, image)  # what is synced is not replaced
+    assert status == 1
+    assert "its first sync has begun" in told
+    assert not list((Home(place.receiver_home).replicas / ".seeds").iterdir())
+
+
+def test_a_seed_of_another_size_is_refused_when_its_disk_comes(place: Pair) -> None:
+    # Guards the size's check in attachment._add: the base would be longer than its disk.
+    other = place.directory / "other.img"
+    other.write_bytes(bytes(SIZE + MIB))
+    place.receiver("receiver", "init", quiet=True)
+    place.start_receiver()
+    assert seed(place, other)[0] == 0
+    Disk(place, size_bytes=SIZE)
+    place.join()
+    place.start_agent()
+
+    def problem() -> str:
+        (group,) = place.source_json("status")["groups"]
+        return group["problem"] or ""
+
+    wait_for(lambda: "was seeded with an image of" in problem(), "the source is told")
+    other.write_bytes(bytes(SIZE))
+    assert seed(place, other)[0] == 0
+    place.wait_replicating("g")
+
+
+def test_what_is_no_image_is_no_seed(place: Pair) -> None:
+    place.receiver("receiver", "init", quiet=True)
+    image = place.directory / "odd.img"
+    image.write_bytes(b"x" * 700)
+    status, told = seed(place, image)
+    assert (status, told.count("\n")) == (2, 1)
+    assert "multiple of 512" in told
+    assert seed(place, place.directory / "none.img")[0] == 1
