@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -85,3 +86,21 @@ def test_a_gap_is_told_by_its_instants(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_before_the_first_sync_there_is_no_history(capsys: pytest.CaptureFixture[str]) -> None:
     assert "history none yet: the first sync is not done" in shown(capsys)
+
+
+def test_a_spool_is_told_with_when_it_is_drained(capsys: pytest.CaptureFixture[str]) -> None:
+    spool = {"waiting_bytes": 3 << 20, "limit_bytes": 10 << 30, "drain_seconds": 90.0}
+    told = shown(capsys, spool=spool)
+    assert "spool 3 MiB of 10 GiB, drained in about 1 m 30 s" in told
+    assert "not getting less" in shown(capsys, spool=spool | {"drain_seconds": None})
+    assert "spool" not in shown(capsys, spool=spool | {"waiting_bytes": 0})
+
+
+def test_a_disk_says_what_is_proven_and_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    scrub = {"ended_ns": None, "progress": 0.25, "skipped_regions": 2, "bytes_per_second": 5 << 20}
+    disk = {"name": "d1", "size_bytes": 1 << 30, "state": "replicating", "mismatches": 3}
+    assert "3 MISMATCHES, 25% at up to 5 MiB/s, 2 MiB busy" in shown(
+        capsys, disks=[disk | {"verified_ns": None, "scrub": scrub}]
+    )
+    proven = disk | {"mismatches": 0, "verified_ns": time.time_ns() - 7200 * 10**9}
+    assert "2 h ago" in shown(capsys, disks=[proven | {"scrub": scrub | {"ended_ns": 1}}])

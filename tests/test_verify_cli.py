@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from oracle.nbd_client import Client
 from oracle.writers import Pace, load, run_while
 from serving import Disk, blockrepl, place, wait_for
 
@@ -20,6 +21,7 @@ __all__ = ["place"]
 
 BLOCK = limits.COMPARE_BLOCK_BYTES
 SIZE = 16 * MIB
+IN_JOURNAL = 13 * MIB + 2 * BLOCK
 
 
 def started(place: Pair, content: bytes) -> Disk:
@@ -48,6 +50,14 @@ def base(place: Pair) -> Path:
     return Home(place.receiver_home).replica_directory("g") / "base" / "d1.img"
 
 
+def in_journal(place: Pair, needle: bytes) -> tuple[Path, int]:
+    """Where a piece of a record's payload lies."""
+    for path in (Home(place.receiver_home).replica_directory("g") / "segments").glob("*.seg"):
+        if (at := path.read_bytes().find(needle)) >= 0:
+            return path, at
+    raise AssertionError("not in the journal")
+
+
 def verify(home: Path, *options: str) -> tuple[int, dict[str, Any]]:
     """Exit status, and what it says of the one disk."""
     done = blockrepl(home, "verify", "g", "--json", *options)
@@ -67,18 +77,24 @@ def latest(place: Pair) -> bytes:
 def test_what_was_changed_behind_our_back_is_found_exactly_and_healed(place: Pair) -> None:
     disk = started(place, os.urandom(SIZE))
     disk.start()
+    written = os.urandom(BLOCK)
+    with Client(disk.socket) as client:
+        client.write(IN_JOURNAL, written)
+    place.wait_durable("g")
     # The guest writes into the first half; what is flipped lies in the other.
     in_source = [9 * MIB, 10 * MIB + 5 * BLOCK]
-    in_replica = [12 * MIB + 3 * BLOCK + 7, 15 * MIB + 15 * BLOCK]
+    in_base = [12 * MIB + 3 * BLOCK + 7, 15 * MIB + 15 * BLOCK]
     with load(disk.socket, SIZE // 2, seed=1, writers=2, pace=Pace(0.1)) as running:
         status, proven = verify(place.source_home, "--now")
         assert (status, proven["mismatches"], proven["found"]) == (0, 0, [])
         flip(disk.image, *in_source)
-        flip(base(place), *in_replica)
+        flip(base(place), *in_base)
+        segment, at = in_journal(place, written[1000:1100])
+        flip(segment, at)
         status, proven = verify(place.receiver_home, "--now")
         assert status == 0  # found, and healed before the pass ended
         run_while(running, lambda: False)
-    wanted = sorted(offset - offset % BLOCK for offset in in_source + in_replica)
+    wanted = sorted(one - one % BLOCK for one in [*in_source, *in_base, IN_JOURNAL])
     assert [one["start"] for one in proven["found"]] == wanted
     assert {one["length"] for one in proven["found"]} == {BLOCK}
     for one in proven["found"]:
@@ -106,7 +122,7 @@ def test_a_resync_sends_what_differs_and_survives_a_killed_agent_and_a_full_one_
     (gap, *_) = place.group("g")["gaps"]
     assert before < gap["from_ns"] < gap["to_ns"]
     place.receiver("point", "g", str(place.group("g")["floor"]), quiet=True)  # still reachable
-    # Guards ``blank=False`` in Known.apply: a group that began from its spool would not ask.
+    # Guards ``state != "empty"`` in SourceDisk.must_compare: the base was blank once.
     (group,) = place.source_json("status")["groups"]
     assert group["sent_bytes"] < 2 * (SIZE // MIB) * BLOCK * 1.2
 
