@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from uuid import uuid4
 
-from serving import Disk, blockrepl, place, wait_for
+import pytest
+from serving import Disk, blockrepl, place
 
 from blockrepl import limits
+from blockrepl.errors import StateError
+from blockrepl.formats.messages import AttachDisk
 from blockrepl.storage.home import Home
+from blockrepl.storage.replica import create_replica, open_replica
+from blockrepl.storage.seed import place_seed
 from blockrepl.units import MIB
 from scripts.guest.pair import Pair
 
@@ -68,25 +74,24 @@ def test_a_receiver_at_rest_is_seeded_and_holes_stay_holes(place: Pair) -> None:
     assert copied.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_seed_of_another_size_is_refused_when_its_disk_comes(place: Pair) -> None:
+def test_a_seed_of_another_size_is_refused_when_its_disk_comes(tmp_path: Path) -> None:
     # Guards the size's check in attachment._add: the base would be longer than its disk.
-    other = place.directory / "other.img"
-    other.write_bytes(bytes(SIZE + MIB))
-    place.receiver("receiver", "init", quiet=True)
-    place.start_receiver()
-    assert seed(place, other)[0] == 0
-    Disk(place, size_bytes=SIZE)
-    place.join()
-    place.start_agent()
-
-    def problem() -> str:
-        (group,) = place.source_json("status")["groups"]
-        return group["problem"] or ""
-
-    wait_for(lambda: "was seeded with an image of" in problem(), "the source is told")
-    other.write_bytes(bytes(SIZE))
-    assert seed(place, other)[0] == 0
-    place.wait_replicating("g")
+    directory, waiting = tmp_path / "g", tmp_path / "seed"
+    disk = AttachDisk(id=uuid4(), name="d1", size_bytes=SIZE)
+    create_replica(directory, "g")
+    replica = open_replica(directory)
+    waiting.write_bytes(b"x" * (SIZE + MIB))
+    place_seed(directory, replica.catalog, waiting, "d1")
+    with pytest.raises(StateError, match="was seeded with an image of"):
+        replica.attach(bytes(16), [disk])
+    waiting.write_bytes(b"x" * SIZE)
+    place_seed(directory, replica.catalog, waiting, "d1")
+    (attached,) = replica.attach(bytes(16), [disk]).disks
+    assert not attached.blank
+    waiting.write_bytes(b"y" * SIZE)
+    with pytest.raises(StateError, match="is known here"):  # guards check_free in place_seed
+        place_seed(directory, replica.catalog, waiting, "d1")
+    replica.close()
 
 
 def test_what_is_no_image_is_no_seed(place: Pair) -> None:
