@@ -34,6 +34,7 @@ COMPARISONS_MAX = 4  # at work in the receiver per session: then its reader wait
 
 WINDOW_FRAMES = 256  # frames sent and not yet acknowledged, per group
 WINDOW_BYTES = 32 * MIB
+BANDWIDTH_BYTES_MIN = 16 * KIB  # per second, of a limit: a frame in 10 minutes at the most
 
 RECEIVER_PORT = 7420  # where a receiver listens unless told otherwise
 

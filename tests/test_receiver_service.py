@@ -40,13 +40,14 @@ from blockrepl.formats.messages import (
     Refusal,
     Request,
     Response,
+    Welcome,
 )
 from blockrepl.formats.segment import HEADER_BYTES, file_name
 from blockrepl.services import receiver_home
 from blockrepl.services.control_client import ControlClient
 from blockrepl.services.group_committer import MemoryBudget
 from blockrepl.services.receiver import run_receiver
-from blockrepl.services.receiver_sessions import Groups, SourceSession
+from blockrepl.services.receiver_sessions import Admit, Groups, SourceSession
 from blockrepl.session.receiver import AttachGroup, Send
 from blockrepl.storage.files import Files
 from blockrepl.storage.home import Home
@@ -70,9 +71,11 @@ class Peer:
         assert message[0] == kind, (MessageType(message[0]).name, bytes(message[1]))
         return message[1]
 
-    async def greet(self) -> None:
-        await self.stream.send(MessageType.HELLO, messages.encode(Hello(version=1)))
-        await self.expect(MessageType.WELCOME)
+    async def greet(self, instance: int = 0) -> int:
+        """Say hello as an agent process of this number, 0: a new one; its number."""
+        hello = Hello(version=1, instance=instance)
+        await self.stream.send(MessageType.HELLO, messages.encode(hello))
+        return messages.decode(Welcome, await self.expect(MessageType.WELCOME)).instance
 
     async def attach(self, group: str = "web", disk: UUID = DISK, name: str = "root") -> Agent:
         await self.ask_to_attach(group, disk, name)
@@ -395,15 +398,81 @@ async def test_a_revoked_source_is_dropped_at_once_and_not_let_in_again(vault: V
         assert (await peer.refusal()).code == "revoked"
 
 
-async def test_a_second_session_of_a_source_replaces_the_first(vault: Vault) -> None:
-    async with vault.peer() as first:
+async def test_a_second_session_of_an_agent_replaces_the_first(vault: Vault) -> None:
+    async with vault.peer(greet=False) as first:
+        instance = await first.greet()
         agent = await first.attach()
         await first.send(agent.writes())
-        async with vault.peer() as second:
+        async with vault.peer(greet=False) as second:
+            assert await second.greet(instance) == instance
             assert (await _last_refusal(first)).code == "replaced"
             again = await second.attach()
             await second.send(again.writes())
             await second.acknowledged(1)
+
+
+async def test_of_two_agents_with_one_identity_the_older_is_refused_for_good(
+    vault: Vault, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Guards the comparison with the newest number in TrustStore.admit, and that Receiver takes a
+    # session for its source's only in _admit: before that, each try of the older agent would end
+    # the newer one's session.
+    async with vault.peer(greet=False) as first:
+        old = await first.greet()
+        await first.attach()
+        async with vault.peer(greet=False) as second:
+            new = await second.greet()
+            assert new > old
+            refusal = await _last_refusal(first)
+            assert refusal.code == "fenced"
+            assert "new token" in refusal.hint
+            agent = await second.attach()
+            for turn in range(3):
+                async with vault.peer(greet=False) as again:
+                    await again.stream.send(
+                        MessageType.HELLO, messages.encode(Hello(version=1, instance=old))
+                    )
+                    assert (await again.refusal()).code == "fenced"
+                await second.send(agent.writes())
+                assert await second.acknowledged(turn + 1) == turn + 1
+    assert "another agent with this source's identity" in caplog.text
+
+
+async def test_a_restarted_agent_always_comes_in_also_after_the_receiver_was_restarted(
+    tmp_path: Path,
+) -> None:
+    # Guards the table of instances: kept in memory, a receiver's restart would let the older in.
+    async with running(tmp_path) as vault, vault.peer(greet=False) as peer:
+        old = await peer.greet()
+        async with vault.peer(greet=False) as other:
+            new = await other.greet()
+        identities = vault._identities
+    async with running(tmp_path) as vault:
+        vault._identities = identities
+        async with vault.peer(greet=False) as peer:
+            hello = Hello(version=1, instance=old)
+            await peer.stream.send(MessageType.HELLO, messages.encode(hello))
+            assert (await peer.refusal()).code == "fenced"
+        async with vault.peer(greet=False) as peer:
+            assert await peer.greet(new) == new
+        async with vault.peer(greet=False) as peer:
+            assert await peer.greet() > new
+
+
+async def test_a_peer_that_does_not_say_hello_is_dropped_at_the_deadline(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the deadline in SourceSession._read; a session with its hello said goes on.
+    await vault.join("web2")
+    async with vault.peer() as other:
+        agent = await other.attach()
+        async with vault.peer("web2", greet=False) as peer:
+            monkeypatch.setattr(limits, "HANDSHAKE_SECONDS", 0.2)
+            async with vault.peer("web2", greet=False) as silent:
+                assert (await _last_refusal(peer)).code == "replaced"  # one at a time
+                assert (await silent.refusal()).code == "silent"
+        await other.send(agent.writes())
+        await other.acknowledged(1)
 
 
 async def _last_refusal(peer: Peer) -> Refusal:
@@ -724,6 +793,7 @@ async def test_after_a_group_attached_anew_no_older_acknowledgement_is_sent() ->
         receiver="vault",
         groups=cast(Groups, _Groups(attached)),
         budget=MemoryBudget(1),
+        admit=cast(Admit, None),
     )
     hello = messages.encode(Hello(version=1))
     session._machine.received(MessageType.HELLO, memoryview(hello))

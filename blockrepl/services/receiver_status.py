@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blockrepl.errors import BlockreplError
+from blockrepl.errors import BlockreplError, explain
 from blockrepl.formats.messages import ScrubPass
 from blockrepl.services.receiver_api import (
     DiskStatus,
@@ -103,7 +103,7 @@ def describe_group(
             _disk_status(facts, disk, connected, source_names, (passes or {}).get(disk.id))
             for disk in facts.disks
         ],
-        problem=f"{facts.error}. {facts.error.hint}".rstrip(". ") if facts.error else None,
+        problem=explain(facts.error) if facts.error else None,
         received_bytes_per_second=bytes_per_second,
         sources=[
             SourceStatus(name=_source_name(source, source_names), connected=source in connected)
