@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
@@ -238,6 +239,7 @@ class _ServerNamePeek:
     def feed(self, data: bytes | bytearray) -> str | None:
         """The name ("" if none was given), or None while the hello is incomplete."""
         self._incoming.write(data)
+        told, sys.unraisablehook = sys.unraisablehook, _ignore
         try:
             self._tls.do_handshake()
         except ssl.SSLWantReadError:
@@ -245,4 +247,10 @@ class _ServerNamePeek:
         except ssl.SSLError as error:
             if self._server_name is None:
                 raise _handshake_failure(error, by_source=True) from error
+        finally:
+            sys.unraisablehook = told
         return self._server_name
+
+
+def _ignore(unraisable: object) -> None:
+    """A name that is not ASCII: Python prints a traceback for it, then the handshake fails."""
