@@ -26,7 +26,8 @@ MARK_BYTES_MAX = 64 * KIB
 MESSAGE_BYTES_MAX = 11 * MIB  # one frame and its envelope
 CONTROL_MESSAGE_BYTES_MAX = 1 * MIB  # JSON messages
 DISKS_PER_SOURCE_MAX = 1024
-GROUPS_PER_SESSION_MAX = 256
+GROUPS_PER_SOURCE_MAX = 256  # each has files and a task at the receiver, for ever
+GROUPS_PER_SESSION_MAX = 512  # names asked for, also those that were refused
 
 COMPARE_BLOCK_BYTES = 64 * KIB  # digested as one: the least that a difference costs to send
 COMPARE_BYTES_MAX = 16 * MIB  # of a disk in one comparison: its digests take 4 KiB
@@ -42,6 +43,7 @@ HANDSHAKE_SECONDS = 10.0  # TLS and hello; a silent peer is dropped after it
 MESSAGE_SECONDS = 30.0  # from the first byte of a message to its last
 IDLE_SECONDS = 30.0  # no byte at all from a peer that should ping every IDLE_SECONDS / 3
 SESSION_BYTES_MAX = 256 * GIB  # AES-GCM wants a new key before 2^24.5 full records (390 GB)
+CLOCK_AHEAD_SECONDS = 60.0  # stamps so far ahead of the receiver's clock are told
 SESSIONS_MAX = 256  # connections past their handshake
 RECEIVE_BYTES_MAX = 96 * MIB  # frames of all sessions that wait for a commit
 HANDSHAKES_MAX = 64  # connections not yet past it
@@ -71,4 +73,5 @@ assert RING_BYTES_MIN >= 2 * REQUEST_BYTES_MAX
 assert WINDOW_BYTES >= FRAME_BODY_BYTES_MAX
 assert FRAME_PAYLOAD_BYTES_MAX % BLOCK_BYTES == 0
 assert REGION_BYTES % COMPARE_BLOCK_BYTES == 0
+assert GROUPS_PER_SESSION_MAX >= GROUPS_PER_SOURCE_MAX
 assert COMPARE_BYTES_MAX % REGION_BYTES == 0

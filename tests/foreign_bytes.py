@@ -6,6 +6,7 @@ it is put right first: a peer that means harm can compute digests too.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from collections.abc import Callable
@@ -198,10 +199,8 @@ def _client_hello() -> bytes:
 
     outgoing = ssl.MemoryBIO()
     tls = enrol_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="receiver.blockrepl")
-    try:
+    with contextlib.suppress(ssl.SSLWantReadError):
         tls.do_handshake()
-    except ssl.SSLWantReadError:
-        pass
     return outgoing.read()
 
 

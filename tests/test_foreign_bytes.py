@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tracemalloc
 
 import pytest
@@ -60,10 +61,8 @@ def test_any_bytes_are_taken_or_refused_by_the_one_error(name: str) -> None:
     def parse(data: bytes) -> None:
         tracemalloc.reset_peak()
         before, _ = tracemalloc.get_traced_memory()
-        try:
+        with contextlib.suppress(*target.errors):
             target.parse(data)
-        except target.errors:
-            pass
         _, peak = tracemalloc.get_traced_memory()
         assert peak - before < MEMORY_BYTES_MAX + 4 * len(data)
 

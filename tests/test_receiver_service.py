@@ -29,7 +29,7 @@ from blockrepl.channel.enrolment import Identity
 from blockrepl.channel.framing import MessageStream
 from blockrepl.channel.handshake import RECEIVER_SERVER_NAME, connect
 from blockrepl.cli import main as cli
-from blockrepl.errors import BlockreplError, StateError, UsageError
+from blockrepl.errors import BlockreplError, PeerError, StateError, UsageError
 from blockrepl.formats import messages
 from blockrepl.formats.messages import (
     Attach,
@@ -783,9 +783,8 @@ class _Groups:
         return self.attached
 
 
-async def test_after_a_group_attached_anew_no_older_acknowledgement_is_sent() -> None:
-    attached = Attached(group="web", group_id=UUID(int=3), next_number=9, watermark=0, disks=[])
-    channel = _Slow()
+def lone_session(channel: _Slow, attached: Attached) -> SourceSession:
+    """A session without a receiver, its hello said."""
     session = SourceSession(
         cast(MessageStream, channel),
         cast(PeerIdentity, None),
@@ -797,6 +796,13 @@ async def test_after_a_group_attached_anew_no_older_acknowledgement_is_sent() ->
     )
     hello = messages.encode(Hello(version=1))
     session._machine.received(MessageType.HELLO, memoryview(hello))
+    return session
+
+
+async def test_after_a_group_attached_anew_no_older_acknowledgement_is_sent() -> None:
+    attached = Attached(group="web", group_id=UUID(int=3), next_number=9, watermark=0, disks=[])
+    channel = _Slow()
+    session = lone_session(channel, attached)
     session._acks = {
         name: Send(MessageType.ACK, messages.encode_ack(group, 8, 8))
         for name, group in (("db", b"d" * 16), ("web", attached.group_id.bytes))
@@ -814,3 +820,18 @@ async def test_after_a_group_attached_anew_no_older_acknowledgement_is_sent() ->
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     assert [kind for kind, _ in channel.sent][-1] == MessageType.ATTACHED
+
+
+@pytest.mark.parametrize(("code", "is_looked_at"), [("protocol", False), ("disconnected", True)])
+def test_what_a_source_had_sent_behind_a_lie_is_not_committed(
+    code: str, is_looked_at: bool
+) -> None:
+    # Guards the look at the reason in SourceSession.is_current: frames of the next commit came in.
+    session = lone_session(_Slow(), Attached(group="web", group_id=UUID(int=3), next_number=1,
+                                             watermark=0, disks=[]))  # fmt: skip
+    attach = messages.encode(Attach(group="web", disks=[]))
+    effect = session._machine.received(MessageType.ATTACH, memoryview(attach))
+    assert isinstance(effect, AttachGroup)
+    assert session.is_current("web", effect.generation)
+    session.end(PeerError("frame 8 came where 6 was due", code=code))
+    assert session.is_current("web", effect.generation) is is_looked_at

@@ -171,9 +171,9 @@ def _is_sound(ring: RingGeometry) -> bool:
     """Whether its sizes suit each other, and can be mapped."""
     return (
         0 < ring.size_bytes <= limits.DISK_BYTES_MAX
-        and 0 < ring.region_bytes
+        and ring.region_bytes > 0
         and ring.region_count == -(-ring.size_bytes // ring.region_bytes)
-        and 0 < ring.slot_count
-        and 0 < ring.payload_bytes
+        and ring.slot_count > 0
+        and ring.payload_bytes > 0
         and ring.slot_count * SLOT.itemsize + ring.payload_bytes <= limits.RING_BYTES_MAX
     )

@@ -227,6 +227,9 @@ class SourceSession:
     # Outcomes of commits
 
     def is_current(self, group: str, generation: int) -> bool:
+        # What a peer sent behind a lie, or after it was shut out, is not looked at.
+        if self._reason is not None and self._reason.code != "disconnected":
+            return False
         return self._machine.is_current(group, generation)
 
     def committed(

@@ -44,6 +44,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from blockrepl import limits
 from blockrepl.errors import StateError, StorageError, TrustError
 from blockrepl.units import NANOSECONDS_PER_SECOND
 
@@ -220,7 +221,10 @@ class TrustStore:
     # Groups
 
     def claim_group(self, source_id: str, group: str) -> None:
-        """Let a source write to a group, or raise TrustError ("not-owner", "revoked")."""
+        """Let a source write to a group.
+
+        TrustError codes: "not-owner", "revoked", "too-many-groups".
+        """
         if self._owns(source_id, group):
             return  # the common case needs no transaction, hence no disk flush
         with self._change() as connection:
@@ -241,6 +245,15 @@ class TrustStore:
                     hint="use another group name, or join with a token that names the group: "
                     f"`blockrepl receiver invite --group {group}`",
                     code="not-owner",
+                )
+            (count,) = connection.execute(
+                "SELECT count(*) FROM owners WHERE source = ?", (source_id,)
+            ).fetchone()
+            if count >= limits.GROUPS_PER_SOURCE_MAX:
+                raise TrustError(
+                    f"this source has {count} groups, which is as many as it may have",
+                    hint="put the disk into one of them",
+                    code="too-many-groups",
                 )
             connection.execute("INSERT OR IGNORE INTO owners VALUES (?, ?)", (group, source_id))
 
