@@ -20,7 +20,6 @@ FRAME_PAYLOAD_BYTES_MAX = 8 * MIB  # a frame holds at least one largest request
 FRAME_PAYLOAD_BYTES_TARGET = 1 * MIB  # amortises a frame, does not hold up others
 FRAME_RECORDS_MAX = 16384  # columns of a frame stay under 400 KiB
 FRAME_BODY_BYTES_MAX = 10 * MIB  # payload, columns and block table together
-FRAME_OVERHEAD_BYTES_MAX = 512 * KIB  # header, columns and block table
 MARK_BYTES_MAX = 64 * KIB
 
 MESSAGE_BYTES_MAX = 11 * MIB  # one frame and its envelope
@@ -66,8 +65,7 @@ SEGMENT_FRAMES_MAX = 65536  # the open segment's headers are scanned at recovery
 SEGMENT_RECORDS_TARGET = 1_000_000  # sealed beyond it: sorting them takes about 150 MB
 
 assert FRAME_PAYLOAD_BYTES_MAX >= REQUEST_BYTES_MAX
-assert FRAME_OVERHEAD_BYTES_MAX > FRAME_RECORDS_MAX * 24
-assert FRAME_BODY_BYTES_MAX >= FRAME_PAYLOAD_BYTES_MAX + FRAME_OVERHEAD_BYTES_MAX
+assert FRAME_BODY_BYTES_MAX >= FRAME_PAYLOAD_BYTES_MAX + FRAME_RECORDS_MAX * 24
 assert MESSAGE_BYTES_MAX > FRAME_BODY_BYTES_MAX
 assert RING_BYTES_MIN >= 2 * REQUEST_BYTES_MAX
 assert WINDOW_BYTES >= FRAME_BODY_BYTES_MAX

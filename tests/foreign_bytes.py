@@ -7,6 +7,7 @@ it is put right first: a peer that means harm can compute digests too.
 from __future__ import annotations
 
 import contextlib
+import base64
 import json
 import struct
 from collections.abc import Callable
@@ -222,6 +223,18 @@ _DER, _PEM, _REQUEST, _CA = _certificates()
 
 def read_request(data: bytes) -> object:
     return certificates._request_key(data.decode("utf-8", "replace"))
+
+
+def request_of_another_curve() -> bytes:
+    """Whole, but for the curve's name: a find of the fuzzer's."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    der = x509.load_pem_x509_csr(_REQUEST.encode()).public_bytes(Encoding.DER)
+    changed = der.replace(b"\x2a\x86\x48\xce\x3d\x03\x01\x07", b"\x2a\x86\x44\xce\x3d\x03\x01\x07")
+    assert changed != der
+    text = base64.encodebytes(changed)
+    return b"-----BEGIN CERTIFICATE REQUEST-----\n" + text + b"-----END CERTIFICATE REQUEST-----\n"
 
 
 def verify_receiver(data: bytes) -> object:

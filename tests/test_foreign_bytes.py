@@ -6,7 +6,7 @@ import contextlib
 import tracemalloc
 
 import pytest
-from foreign_bytes import TARGETS
+from foreign_bytes import TARGETS, request_of_another_curve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -71,3 +71,24 @@ def test_any_bytes_are_taken_or_refused_by_the_one_error(name: str) -> None:
         parse()
     finally:
         tracemalloc.stop()
+
+
+def sample_with(sample: bytes, old: bytes, new: bytes) -> bytes:
+    assert sample.count(old) == 1
+    return sample.replace(old, new)
+
+
+FINDS = {
+    "certificate-request": request_of_another_curve(),
+    "client-hello": sample_with(
+        TARGETS["client-hello"].samples[0], b"receiver", b"r\xe7ceiver"[:8]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FINDS)
+def test_what_the_fuzzer_has_found_stays_found(name: str) -> None:
+    # Guards UnsupportedAlgorithm in certificates._UNSOUND, and _ignore in handshake.py.
+    target = TARGETS[name]
+    with contextlib.suppress(*target.errors):
+        target.parse(FINDS[name])
