@@ -6,8 +6,8 @@ it is put right first: a peer that means harm can compute digests too.
 
 from __future__ import annotations
 
-import contextlib
 import base64
+import contextlib
 import json
 import struct
 from collections.abc import Callable
