@@ -5,7 +5,7 @@ ROWS ?=
 SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench soak clean
+.PHONY: help setup demo test check bench soak fuzz clean
 
 help: ## list the targets
 	@echo "usage: make TARGET"
@@ -31,6 +31,10 @@ bench: setup ## measure against the peers; ROWS="name name" runs some; writes bu
 
 soak: setup ## the point-in-time oracle and its faults for SECONDS (default 600)
 	@BLOCKREPL_SOAK_SECONDS=$(SECONDS) $(PYTHON) -m pytest -m soak --timeout=0
+
+fuzz: setup ## every parser of foreign bytes, coverage-guided, for SECONDS in all (default 600)
+	@$(PYTHON) -m pip install --quiet $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["fuzz"])')
+	@nice $(PYTHON) tests/fuzz.py $(SECONDS)
 
 clean: ## remove what was built (.venv stays)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

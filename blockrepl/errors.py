@@ -34,6 +34,11 @@ class BlockreplError(Exception):
             self.code = code
 
 
+def explain(error: BlockreplError) -> str:
+    """What and why, and what to do, where there is only one line for it."""
+    return f"{error}. {error.hint}".rstrip(". ")
+
+
 class UsageError(BlockreplError):
     code = "usage"
     exit_status = 2

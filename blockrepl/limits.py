@@ -20,13 +20,13 @@ FRAME_PAYLOAD_BYTES_MAX = 8 * MIB  # a frame holds at least one largest request
 FRAME_PAYLOAD_BYTES_TARGET = 1 * MIB  # amortises a frame, does not hold up others
 FRAME_RECORDS_MAX = 16384  # columns of a frame stay under 400 KiB
 FRAME_BODY_BYTES_MAX = 10 * MIB  # payload, columns and block table together
-FRAME_OVERHEAD_BYTES_MAX = 512 * KIB  # header, columns and block table
 MARK_BYTES_MAX = 64 * KIB
 
 MESSAGE_BYTES_MAX = 11 * MIB  # one frame and its envelope
 CONTROL_MESSAGE_BYTES_MAX = 1 * MIB  # JSON messages
 DISKS_PER_SOURCE_MAX = 1024
-GROUPS_PER_SESSION_MAX = 256
+GROUPS_PER_SOURCE_MAX = 256  # each has files and a task at the receiver, for ever
+GROUPS_PER_SESSION_MAX = 512  # names asked for, also those that were refused
 
 COMPARE_BLOCK_BYTES = 64 * KIB  # digested as one: the least that a difference costs to send
 COMPARE_BYTES_MAX = 16 * MIB  # of a disk in one comparison: its digests take 4 KiB
@@ -34,6 +34,7 @@ COMPARISONS_MAX = 4  # at work in the receiver per session: then its reader wait
 
 WINDOW_FRAMES = 256  # frames sent and not yet acknowledged, per group
 WINDOW_BYTES = 32 * MIB
+BANDWIDTH_BYTES_MIN = 16 * KIB  # per second, of a limit: a frame in 10 minutes at the most
 
 RECEIVER_PORT = 7420  # where a receiver listens unless told otherwise
 
@@ -41,6 +42,7 @@ HANDSHAKE_SECONDS = 10.0  # TLS and hello; a silent peer is dropped after it
 MESSAGE_SECONDS = 30.0  # from the first byte of a message to its last
 IDLE_SECONDS = 30.0  # no byte at all from a peer that should ping every IDLE_SECONDS / 3
 SESSION_BYTES_MAX = 256 * GIB  # AES-GCM wants a new key before 2^24.5 full records (390 GB)
+CLOCK_AHEAD_SECONDS = 60.0  # stamps so far ahead of the receiver's clock are told
 SESSIONS_MAX = 256  # connections past their handshake
 RECEIVE_BYTES_MAX = 96 * MIB  # frames of all sessions that wait for a commit
 HANDSHAKES_MAX = 64  # connections not yet past it
@@ -63,11 +65,11 @@ SEGMENT_FRAMES_MAX = 65536  # the open segment's headers are scanned at recovery
 SEGMENT_RECORDS_TARGET = 1_000_000  # sealed beyond it: sorting them takes about 150 MB
 
 assert FRAME_PAYLOAD_BYTES_MAX >= REQUEST_BYTES_MAX
-assert FRAME_OVERHEAD_BYTES_MAX > FRAME_RECORDS_MAX * 24
-assert FRAME_BODY_BYTES_MAX >= FRAME_PAYLOAD_BYTES_MAX + FRAME_OVERHEAD_BYTES_MAX
+assert FRAME_BODY_BYTES_MAX >= FRAME_PAYLOAD_BYTES_MAX + FRAME_RECORDS_MAX * 24
 assert MESSAGE_BYTES_MAX > FRAME_BODY_BYTES_MAX
 assert RING_BYTES_MIN >= 2 * REQUEST_BYTES_MAX
 assert WINDOW_BYTES >= FRAME_BODY_BYTES_MAX
 assert FRAME_PAYLOAD_BYTES_MAX % BLOCK_BYTES == 0
 assert REGION_BYTES % COMPARE_BLOCK_BYTES == 0
+assert GROUPS_PER_SESSION_MAX >= GROUPS_PER_SOURCE_MAX
 assert COMPARE_BYTES_MAX % REGION_BYTES == 0

@@ -6,6 +6,7 @@ is ISO 8601 in UTC with nine decimals: ``2026-11-22T10:31:07.250000000Z``.
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timezone
 from typing import NewType
 
@@ -18,6 +19,15 @@ NANOSECONDS_PER_SECOND = 1_000_000_000
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
+
+
+_SIZE_UNITS = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1024 * GIB}
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes, with an optional K, M, G or T (powers of 1024); None when it is no size."""
+    match = re.fullmatch(r"(\d{1,15})([kmgt]?)(?:i?b)?", text.strip().lower(), re.ASCII)
+    return int(match[1]) * _SIZE_UNITS[match[2]] if match else None
 
 
 def format_instant(stamp: int) -> str:

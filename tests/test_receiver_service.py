@@ -29,7 +29,7 @@ from blockrepl.channel.enrolment import Identity
 from blockrepl.channel.framing import MessageStream
 from blockrepl.channel.handshake import RECEIVER_SERVER_NAME, connect
 from blockrepl.cli import main as cli
-from blockrepl.errors import BlockreplError, StateError, UsageError
+from blockrepl.errors import BlockreplError, PeerError, StateError, UsageError
 from blockrepl.formats import messages
 from blockrepl.formats.messages import (
     Attach,
@@ -40,13 +40,14 @@ from blockrepl.formats.messages import (
     Refusal,
     Request,
     Response,
+    Welcome,
 )
 from blockrepl.formats.segment import HEADER_BYTES, file_name
 from blockrepl.services import receiver_home
 from blockrepl.services.control_client import ControlClient
 from blockrepl.services.group_committer import MemoryBudget
 from blockrepl.services.receiver import run_receiver
-from blockrepl.services.receiver_sessions import Groups, SourceSession
+from blockrepl.services.receiver_sessions import Admit, Groups, SourceSession
 from blockrepl.session.receiver import AttachGroup, Send
 from blockrepl.storage.files import Files
 from blockrepl.storage.home import Home
@@ -70,9 +71,11 @@ class Peer:
         assert message[0] == kind, (MessageType(message[0]).name, bytes(message[1]))
         return message[1]
 
-    async def greet(self) -> None:
-        await self.stream.send(MessageType.HELLO, messages.encode(Hello(version=1)))
-        await self.expect(MessageType.WELCOME)
+    async def greet(self, instance: int = 0) -> int:
+        """Say hello as an agent process of this number, 0: a new one; its number."""
+        hello = Hello(version=1, instance=instance)
+        await self.stream.send(MessageType.HELLO, messages.encode(hello))
+        return messages.decode(Welcome, await self.expect(MessageType.WELCOME)).instance
 
     async def attach(self, group: str = "web", disk: UUID = DISK, name: str = "root") -> Agent:
         await self.ask_to_attach(group, disk, name)
@@ -395,15 +398,81 @@ async def test_a_revoked_source_is_dropped_at_once_and_not_let_in_again(vault: V
         assert (await peer.refusal()).code == "revoked"
 
 
-async def test_a_second_session_of_a_source_replaces_the_first(vault: Vault) -> None:
-    async with vault.peer() as first:
+async def test_a_second_session_of_an_agent_replaces_the_first(vault: Vault) -> None:
+    async with vault.peer(greet=False) as first:
+        instance = await first.greet()
         agent = await first.attach()
         await first.send(agent.writes())
-        async with vault.peer() as second:
+        async with vault.peer(greet=False) as second:
+            assert await second.greet(instance) == instance
             assert (await _last_refusal(first)).code == "replaced"
             again = await second.attach()
             await second.send(again.writes())
             await second.acknowledged(1)
+
+
+async def test_of_two_agents_with_one_identity_the_older_is_refused_for_good(
+    vault: Vault, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Guards the comparison with the newest number in TrustStore.admit, and that Receiver takes a
+    # session for its source's only in _admit: before that, each try of the older agent would end
+    # the newer one's session.
+    async with vault.peer(greet=False) as first:
+        old = await first.greet()
+        await first.attach()
+        async with vault.peer(greet=False) as second:
+            new = await second.greet()
+            assert new > old
+            refusal = await _last_refusal(first)
+            assert refusal.code == "fenced"
+            assert "new token" in refusal.hint
+            agent = await second.attach()
+            for turn in range(3):
+                async with vault.peer(greet=False) as again:
+                    await again.stream.send(
+                        MessageType.HELLO, messages.encode(Hello(version=1, instance=old))
+                    )
+                    assert (await again.refusal()).code == "fenced"
+                await second.send(agent.writes())
+                assert await second.acknowledged(turn + 1) == turn + 1
+    assert "another agent with this source's identity" in caplog.text
+
+
+async def test_a_restarted_agent_always_comes_in_also_after_the_receiver_was_restarted(
+    tmp_path: Path,
+) -> None:
+    # Guards the table of instances: kept in memory, a receiver's restart would let the older in.
+    async with running(tmp_path) as vault, vault.peer(greet=False) as peer:
+        old = await peer.greet()
+        async with vault.peer(greet=False) as other:
+            new = await other.greet()
+        identities = vault._identities
+    async with running(tmp_path) as vault:
+        vault._identities = identities
+        async with vault.peer(greet=False) as peer:
+            hello = Hello(version=1, instance=old)
+            await peer.stream.send(MessageType.HELLO, messages.encode(hello))
+            assert (await peer.refusal()).code == "fenced"
+        async with vault.peer(greet=False) as peer:
+            assert await peer.greet(new) == new
+        async with vault.peer(greet=False) as peer:
+            assert await peer.greet() > new
+
+
+async def test_a_peer_that_does_not_say_hello_is_dropped_at_the_deadline(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the deadline in SourceSession._read; a session with its hello said goes on.
+    await vault.join("web2")
+    async with vault.peer() as other:
+        agent = await other.attach()
+        async with vault.peer("web2", greet=False) as peer:
+            monkeypatch.setattr(limits, "HANDSHAKE_SECONDS", 0.2)
+            async with vault.peer("web2", greet=False) as silent:
+                assert (await _last_refusal(peer)).code == "replaced"  # one at a time
+                assert (await silent.refusal()).code == "silent"
+        await other.send(agent.writes())
+        await other.acknowledged(1)
 
 
 async def _last_refusal(peer: Peer) -> Refusal:
@@ -714,9 +783,8 @@ class _Groups:
         return self.attached
 
 
-async def test_after_a_group_attached_anew_no_older_acknowledgement_is_sent() -> None:
-    attached = Attached(group="web", group_id=UUID(int=3), next_number=9, watermark=0, disks=[])
-    channel = _Slow()
+def lone_session(channel: _Slow, attached: Attached) -> SourceSession:
+    """A session without a receiver, its hello said."""
     session = SourceSession(
         cast(MessageStream, channel),
         cast(PeerIdentity, None),
@@ -724,9 +792,17 @@ async def test_after_a_group_attached_anew_no_older_acknowledgement_is_sent() ->
         receiver="vault",
         groups=cast(Groups, _Groups(attached)),
         budget=MemoryBudget(1),
+        admit=cast(Admit, None),
     )
     hello = messages.encode(Hello(version=1))
     session._machine.received(MessageType.HELLO, memoryview(hello))
+    return session
+
+
+async def test_after_a_group_attached_anew_no_older_acknowledgement_is_sent() -> None:
+    attached = Attached(group="web", group_id=UUID(int=3), next_number=9, watermark=0, disks=[])
+    channel = _Slow()
+    session = lone_session(channel, attached)
     session._acks = {
         name: Send(MessageType.ACK, messages.encode_ack(group, 8, 8))
         for name, group in (("db", b"d" * 16), ("web", attached.group_id.bytes))
@@ -744,3 +820,18 @@ async def test_after_a_group_attached_anew_no_older_acknowledgement_is_sent() ->
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     assert [kind for kind, _ in channel.sent][-1] == MessageType.ATTACHED
+
+
+@pytest.mark.parametrize(("code", "is_looked_at"), [("protocol", False), ("disconnected", True)])
+def test_what_a_source_had_sent_behind_a_lie_is_not_committed(
+    code: str, is_looked_at: bool
+) -> None:
+    # Guards the look at the reason in SourceSession.is_current: frames of the next commit came in.
+    session = lone_session(_Slow(), Attached(group="web", group_id=UUID(int=3), next_number=1,
+                                             watermark=0, disks=[]))  # fmt: skip
+    attach = messages.encode(Attach(group="web", disks=[]))
+    effect = session._machine.received(MessageType.ATTACH, memoryview(attach))
+    assert isinstance(effect, AttachGroup)
+    assert session.is_current("web", effect.generation)
+    session.end(PeerError("frame 8 came where 6 was due", code=code))
+    assert session.is_current("web", effect.generation) is is_looked_at

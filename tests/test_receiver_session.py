@@ -27,6 +27,7 @@ from blockrepl.session.receiver import (
     AttachGroup,
     Closed,
     Effect,
+    Greet,
     GroupInput,
     GroupState,
     ReceiverSession,
@@ -50,9 +51,11 @@ def send(session: ReceiverSession, frame: Frame) -> Effect | None:
 def greeted(**window: int) -> ReceiverSession:
     session = ReceiverSession("vault", **window)
     effect = say(session, MessageType.HELLO, Hello(version=1, software="test"))
-    assert isinstance(effect, Send)
-    welcome = messages.decode(messages.Welcome, effect.payload)
-    assert (effect.type, welcome.receiver) == (MessageType.WELCOME, "vault")
+    assert effect == Greet(instance=0)
+    answer = session.welcomed(7)
+    welcome = messages.decode(messages.Welcome, answer.payload)
+    assert (answer.type, welcome.receiver) == (MessageType.WELCOME, "vault")
+    assert welcome.instance == 7
     return session
 
 

@@ -21,6 +21,7 @@ from blockrepl.channel.certificates import Authority, read_identity
 from blockrepl.channel.handshake import (
     ENROL_SERVER_NAME,
     RECEIVER_SERVER_NAME,
+    _ServerNamePeek,
     accept,
     client_context,
     connect,
@@ -438,3 +439,19 @@ def test_a_missing_or_damaged_authority_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "authority" / "ca.key").write_text("junk")
     with pytest.raises(StorageError, match="unreadable"):
         Authority.load(tmp_path / "authority")
+
+
+def test_strangers_who_say_hello_leave_no_memory_behind() -> None:
+    # Guards _PEEK_CONTEXT: a context for each stranger, 60 KB, was never given back.
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    def say_hello() -> None:
+        with pytest.raises(PeerError):
+            _ServerNamePeek().feed(b"GET / HTTP/1.1\r\n\r\n")
+
+    say_hello()
+    before = resident_bytes()
+    for _ in range(1000):
+        say_hello()
+    assert resident_bytes() - before < 20 * MIB

@@ -210,3 +210,33 @@ def test_a_damaged_or_foreign_file_is_said_so(path: Path) -> None:
     connection.close()
     with pytest.raises(StateError, match="version 9"):
         TrustStore(path)
+
+
+def test_numbers_of_agent_processes_only_grow_and_one_that_is_behind_is_refused(
+    store: TrustStore, path: Path
+) -> None:
+    # Guards the comparison in TrustStore.admit.
+    web, mail = add(store, "web"), add(store, "mail")
+    assert [store.admit(web.id, 0) for _ in range(3)] == [1, 2, 3]
+    assert store.admit(mail.id, 0) == 1
+    assert store.admit(web.id, 3) == 3
+    for behind in (1, 2):
+        with pytest.raises(TrustError) as caught:
+            store.admit(web.id, behind)
+        assert caught.value.code == "fenced"
+        assert caught.value.hint
+    assert store.admit(web.id, 9) == 9  # as after the store came back from a backup
+    again = TrustStore(path)
+    assert again.admit(web.id, 0) == 10
+    again.close()
+
+
+def test_a_store_of_the_first_version_is_taken_over(path: Path) -> None:
+    with TrustStore(path)._change() as connection:
+        connection.execute("DROP TABLE instances")
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    store = TrustStore(path)
+    assert store.admit(add(store, "web").id, 0) == 1
+    store.close()

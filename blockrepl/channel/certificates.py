@@ -25,7 +25,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -41,6 +41,18 @@ CURVE = ec.SECP256R1()
 
 CA_KEY, CA_CERTIFICATE = "ca.key", "ca.pem"
 SERVER_KEY, SERVER_CERTIFICATE = "server.key", "server.pem"
+
+# What reading a certificate or request of a peer's making may raise. Found by fuzzing.
+_UNSOUND = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 _SIGNING_ONLY = x509.KeyUsage(
     digital_signature=True,
@@ -181,7 +193,7 @@ def read_identity(certificate: bytes | str) -> PeerIdentity:
             raise ValueError("no urn:uuid")
         name = common_name.value
         source_id = str(uuid.UUID(uri))
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+    except _UNSOUND as error:
         raise TrustError(
             "the peer's certificate is not that of a source", code="certificate"
         ) from error
@@ -218,13 +230,7 @@ def verify_receiver(ca_pem: str, fingerprint: str, leaf_der: bytes) -> None:
         # A source's certificate has the same issuer: it must not pass for the receiver's.
         if ENROL_SERVER_NAME not in names.get_values_for_type(x509.DNSName):
             raise refusal
-    except (
-        ValueError,
-        TypeError,
-        InvalidSignature,
-        x509.ExtensionNotFound,
-        x509.DuplicateExtension,
-    ) as error:
+    except _UNSOUND as error:
         raise refusal from error
 
 
@@ -238,7 +244,7 @@ def verify_own_certificate(
         certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(ca_pem.encode()))
         if certificate.public_key() != key.public_key():
             raise ValueError("another key")
-    except (ValueError, TypeError, InvalidSignature) as error:
+    except _UNSOUND as error:
         raise TrustError("the receiver answered with a useless certificate") from error
     return identity
 
@@ -261,7 +267,7 @@ def _request_key(request_pem: str) -> ec.EllipticCurvePublicKey:
         key = request.public_key()
         if not request.is_signature_valid:
             raise ValueError("its signature is wrong")
-    except (ValueError, TypeError) as error:
+    except _UNSOUND as error:
         raise PeerError(f"the certificate request does not parse: {error}") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != CURVE.name:
         raise PeerError("the certificate request is not for an EC P-256 key")

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
@@ -221,23 +222,45 @@ async def _receive_client_hello(transport: trio.abc.Stream) -> tuple[bytes, str]
             return bytes(hello), server_name
 
 
+class _Peeked(ssl.SSLObject):
+    """A TLS object that notes the name it is asked for ("" for none)."""
+
+    asked_name: str | None = None
+
+
+def _note_name(tls: ssl.SSLObject, server_name: str | None, context: ssl.SSLContext) -> int:
+    assert isinstance(tls, _Peeked)
+    tls.asked_name = (server_name or "").lower()
+    return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
+
+
+def _peek_context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sslobject_class = _Peeked
+    context.sni_callback = _note_name
+    return context
+
+
+# One for all: a context takes 60 KB, and one of each stranger's own would wait for the collector.
+_PEEK_CONTEXT = _peek_context()
+
+
 class _ServerNamePeek:
     """Reads the server name from a ClientHello with OpenSSL's own parser, then aborts."""
 
     def __init__(self) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.sni_callback = self._seen
-        self._server_name: str | None = None
         self._incoming = ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, ssl.MemoryBIO(), server_side=True)
+        self._tls = _PEEK_CONTEXT.wrap_bio(self._incoming, ssl.MemoryBIO(), server_side=True)
 
-    def _seen(self, tls: ssl.SSLObject, server_name: str | None, context: ssl.SSLContext) -> int:
-        self._server_name = (server_name or "").lower()
-        return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
+    @property
+    def _server_name(self) -> str | None:
+        assert isinstance(self._tls, _Peeked)
+        return self._tls.asked_name
 
     def feed(self, data: bytes | bytearray) -> str | None:
         """The name ("" if none was given), or None while the hello is incomplete."""
         self._incoming.write(data)
+        told, sys.unraisablehook = sys.unraisablehook, _ignore
         try:
             self._tls.do_handshake()
         except ssl.SSLWantReadError:
@@ -245,4 +268,10 @@ class _ServerNamePeek:
         except ssl.SSLError as error:
             if self._server_name is None:
                 raise _handshake_failure(error, by_source=True) from error
+        finally:
+            sys.unraisablehook = told
         return self._server_name
+
+
+def _ignore(unraisable: object) -> None:
+    """A name that is not ASCII: Python prints a traceback for it, then the handshake fails."""

@@ -71,8 +71,20 @@ def join(home: Path, token: str, name: str | None) -> None:
     show_default=True,
     help="Most that proving the replica may read from the disks, all together; 0 turns it off.",
 )
+@click.option(
+    "--limit",
+    multiple=True,
+    metavar="RATE|HH:MM-HH:MM=RATE",
+    help="Send at most so much, always or in a period of the day. May be repeated.",
+)
 @pass_home
-def run(home: Path, spool_size: int | None, spool_reserve: int, scrub_rate: int) -> None:
+def run(
+    home: Path,
+    spool_size: int | None,
+    spool_reserve: int,
+    scrub_rate: int,
+    limit: tuple[str, ...],
+) -> None:
     """Run the agent in the foreground, until SIGTERM or Ctrl-C.
 
     It takes up disks that are added or removed while it runs, and survives restarts of the
@@ -81,19 +93,27 @@ def run(home: Path, spool_size: int | None, spool_reserve: int, scrub_rate: int)
     as they have room. In the background it proves, region by region, that the replica equals the
     disks (`blockrepl verify`).
 
+    A limit holds back what the guests wrote, for all groups together; what keeps the session alive,
+    and an idle group's lag low, it does not hold back. Periods are in local time.
+
     \b
     Examples:
       blockrepl agent run &
       blockrepl agent run --spool-size 50G --spool-reserve 5G
       blockrepl agent run --scrub-rate 5MB/s
+      blockrepl agent run --limit 50MB/s
+      blockrepl agent run --limit 08:00-18:00=10MB/s --limit 22:00-06:00=none --limit 50MB/s
     """
+    from blockrepl.model.bandwidth import parse_limits
     from blockrepl.services.agent import Agent, AgentOptions, run_agent
     from blockrepl.services.foreground import run_foreground
     from blockrepl.storage.home import Home
     from blockrepl.storage.spool import SpoolLimits
 
+    bandwidth = parse_limits(limit)
     opened = Home.open(home)
-    options = AgentOptions(SpoolLimits(spool_size, spool_reserve), scrub_rate)
+    spool = SpoolLimits(spool_size, spool_reserve)
+    options = AgentOptions(spool=spool, bandwidth=bandwidth, scrub_rate=scrub_rate)
 
     async def service(notify: Callable[[], None]) -> None:
         def ready(running: Agent) -> None:

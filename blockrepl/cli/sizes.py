@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import click
 
-from blockrepl.units import GIB, KIB, MIB
-
-_UNITS = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1024 * GIB}
+from blockrepl.units import parse_size
 
 
 class SizeType(click.ParamType[int]):
@@ -20,10 +17,10 @@ class SizeType(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d{1,15})([kmgt]?)(?:i?b)?", str(value).strip().lower())
-        if not match:
+        size = parse_size(str(value))
+        if size is None:
             self.fail(f"{value!r} is not a size; write 10G, 512M or a number of bytes", param, ctx)
-        return int(match[1]) * _UNITS[match[2]]
+        return size
 
 
 class RateType(SizeType):

@@ -159,9 +159,19 @@ def _headline(document: dict[str, Any]) -> Any:
     if document.get("receiver"):
         connected = "connected to" if document.get("connected") else "not connected to"
         line.append(f", {connected} {document['receiver']}")
+    limit = document.get("limit")
+    if limit and limit["bytes_per_second"] is not None:
+        line.append(f", {_limit(limit)}", "yellow" if limit["is_holding"] else "")
     if document.get("problem"):
         line.append(f": {document['problem']}", "red")
     return line
+
+
+def _limit(limit: dict[str, Any]) -> str:
+    text = f"limited to {human_bytes(limit['bytes_per_second'])}/s"
+    if limit["until"] is not None:
+        text += f" until {limit['until']}"
+    return text + (", data is waiting for it" if limit["is_holding"] else "")
 
 
 def _group(group: dict[str, Any], role: Role) -> list[Any]:

@@ -24,6 +24,10 @@ type  name       from      payload
 ====  =========  ========  ==================================================================
 
 Types 32 to 63 belong to enrolment. After ATTACHED, DATA for the group starts counting at 1 again.
+
+Instances: every agent process has a number of its own, given to it in WELCOME and said again in
+each HELLO after that. A process that has just started says 0 and gets the next number, so it comes
+before all of its source that started earlier: those are refused (code ``fenced``).
 """
 
 from __future__ import annotations
@@ -85,6 +89,9 @@ AGENT_ACCEPTS: dict[int, int] = {
 }
 
 
+InstanceField = Annotated[int, Field(ge=0, lt=1 << 62)]
+
+
 class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -92,11 +99,13 @@ class Message(BaseModel):
 class Hello(Message):
     version: int
     software: str = Field(default="", max_length=100)
+    instance: InstanceField = 0  # as the last WELCOME said; 0: just started
 
 
 class Welcome(Message):
     version: int
     receiver: str = Field(max_length=100)
+    instance: InstanceField = 0
     window_frames: int = Field(ge=1, le=65536)
     window_bytes: int = Field(ge=limits.MESSAGE_BYTES_MAX, le=1 << 32)
 

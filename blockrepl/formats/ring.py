@@ -39,6 +39,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from blockrepl import limits
+
 MAGIC = b"BRRING01"
 VERSION = 2  # 1 had no durable
 HEADER = struct.Struct("<8sIIQ16sQQQQQq")
@@ -155,10 +157,23 @@ def encode_geometry(ring: RingGeometry) -> bytes:
 
 
 def decode_geometry(data: bytes) -> RingGeometry | None:
-    """None when this is not a complete ring of this version."""
+    """None when this is not a complete ring of this version, or one that cannot be."""
     if len(data) < HEADER.size:
         return None
     magic, version, complete, *rest = HEADER.unpack_from(data)
     if magic != MAGIC or version != VERSION or not complete:
         return None
-    return RingGeometry(*rest)
+    found = RingGeometry(*rest)
+    return found if _is_sound(found) else None
+
+
+def _is_sound(ring: RingGeometry) -> bool:
+    """Whether its sizes suit each other, and can be mapped."""
+    return (
+        0 < ring.size_bytes <= limits.DISK_BYTES_MAX
+        and ring.region_bytes > 0
+        and ring.region_count == -(-ring.size_bytes // ring.region_bytes)
+        and ring.slot_count > 0
+        and ring.payload_bytes > 0
+        and ring.slot_count * SLOT.itemsize + ring.payload_bytes <= limits.RING_BYTES_MAX
+    )

@@ -2,15 +2,15 @@
 
 It may be killed at any instant. What was written and is not yet durable at the receiver is in the
 rings and spools, what may differ is in the hot maps, how far things are the receiver says: a lost
-session is simply begun anew, with back-off. Groups and disks may come and go while it runs: `disk
-add` and `disk remove` change files, which are looked at again every half second.
+session is simply begun anew, with back-off (model/backoff.py). Groups and disks may come and go
+while it runs: `disk add` and `disk remove` change files, which are looked at again every half
+second.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from uuid import UUID
@@ -20,12 +20,15 @@ import trio
 from blockrepl.channel.enrolment import Identity, load_identity, open_transport
 from blockrepl.channel.framing import MessageStream
 from blockrepl.channel.handshake import RECEIVER_SERVER_NAME, connect
-from blockrepl.errors import BlockreplError, StateError
+from blockrepl.errors import BlockreplError, StateError, explain
 from blockrepl.formats.messages import AGENT_ACCEPTS, RECEIVER_ACCEPTS
+from blockrepl.model.backoff import Backoff
+from blockrepl.model.bandwidth import BandwidthLimit
 from blockrepl.model.scrub import RATE_DEFAULT
 from blockrepl.services.agent_session import AgentSession
 from blockrepl.services.group_replication import GroupReplication
 from blockrepl.services.scrubber import ScrubPool
+from blockrepl.services.shaping import Shaper
 from blockrepl.storage.clock import SourceClock, open_clock
 from blockrepl.storage.home import Home, exclusive_lock
 from blockrepl.storage.source import DiskEntry, SourceDisks
@@ -33,9 +36,7 @@ from blockrepl.storage.spool import SpoolLimits
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS_MIN = 0.2
-RETRY_SECONDS_MAX = 5.0
-FENCED_SECONDS = 60.0  # until an agent that was replaced by a later one looks again
+FENCED_SECONDS = 60.0  # until an agent asks again that was refused for a later one
 CONFIGURATION_SECONDS = 0.5
 
 Connect = Callable[[], Awaitable[MessageStream]]
@@ -44,6 +45,7 @@ Connect = Callable[[], Awaitable[MessageStream]]
 @dataclass(frozen=True, slots=True)
 class AgentOptions:
     spool: SpoolLimits = field(default_factory=SpoolLimits)
+    bandwidth: BandwidthLimit = field(default_factory=BandwidthLimit)
     scrub_rate: float = RATE_DEFAULT  # bytes per second; 0: no scrub but those asked for
 
 
@@ -69,10 +71,11 @@ class Agent:
         self.groups: dict[str, GroupReplication] = {}
         self.session: AgentSession | None = None
         self.problem: BlockreplError | None = StateError("not yet connected")
+        self.shaper = Shaper(self.options.bandwidth)
         self._connect = connect or self._connect_receiver
         self._scrubs = ScrubPool(self.options.scrub_rate)
         self._source = UUID(self.identity.source_id).bytes
-        self._started_ns = time.time_ns()
+        self._instance = 0  # of this process at the receiver, once it has said so
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -129,23 +132,23 @@ class Agent:
     # --- the session
 
     async def _keep_session(self) -> None:
-        pause_seconds = RETRY_SECONDS_MIN
+        backoff = Backoff()
         while True:
-            started = trio.current_time()
+            begun, session_seconds = trio.current_time(), 0.0
             try:
                 await self._one_session()
             except BlockreplError as error:
                 if self.problem is None or str(error) != str(self.problem):
-                    log.warning("no session with %s: %s", self.identity.address, error)
+                    log.warning("no session with %s: %s", self.identity.address, explain(error))
                 self.problem = error
             finally:
+                if self.session is not None:
+                    session_seconds = trio.current_time() - begun
                 self.session = None
-            if trio.current_time() - started > RETRY_SECONDS_MAX:
-                pause_seconds = RETRY_SECONDS_MIN
+            wait_seconds = backoff.wait_seconds(session_seconds, random.random())
             if self.problem is not None and self.problem.code == "fenced":
-                pause_seconds = FENCED_SECONDS
-            await trio.sleep(pause_seconds * random.uniform(0.5, 1.0))
-            pause_seconds = min(pause_seconds * 2, RETRY_SECONDS_MAX)
+                wait_seconds = FENCED_SECONDS
+            await trio.sleep(wait_seconds)
 
     async def _connect_receiver(self) -> MessageStream:
         transport = await open_transport(self.identity.address)
@@ -154,13 +157,12 @@ class Agent:
 
     async def _one_session(self) -> None:
         async with await self._connect() as messages:
-            self.session = AgentSession(messages, self.groups, self._shape)
-            self.problem = None
-            log.info("connected to %s", self.identity.address)
-            await self.session.run()
+            session = AgentSession(messages, self.groups, self.shaper.shape, self._instance)
+            await session.run(self._welcomed)
 
-    async def _shape(self, size_bytes: int) -> None:
-        """Wait until so many bytes of data may be sent."""
+    def _welcomed(self, session: AgentSession) -> None:
+        self.session, self._instance, self.problem = session, session.instance, None
+        log.info("connected to %s", self.identity.address)
 
 
 async def run_agent(home: Home, options: AgentOptions, *, ready: Callable[[Agent], None]) -> None:

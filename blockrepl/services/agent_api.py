@@ -28,8 +28,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from blockrepl import limits
-from blockrepl.errors import BlockreplError, StateError, UsageError
+from blockrepl.errors import BlockreplError, StateError, UsageError, explain
 from blockrepl.formats.marks import NameField
+from blockrepl.model.bandwidth import format_minute
 from blockrepl.services.agent import Agent
 from blockrepl.services.agent_session import AgentSession
 from blockrepl.services.control import control_application
@@ -185,8 +186,19 @@ async def _status(agent: Agent) -> dict[str, Any]:
         "name": agent.identity.name,
         "receiver": agent.identity.address,
         "connected": agent.session is not None,
-        "problem": str(agent.problem) if agent.problem else None,
+        "problem": explain(agent.problem) if agent.problem else None,
+        "limit": _limit_status(agent),
         "groups": groups,
+    }
+
+
+def _limit_status(agent: Agent) -> dict[str, Any]:
+    """``bytes_per_second`` null: no limit now. ``is_holding``: it has made data wait of late."""
+    rate = agent.shaper.rate()
+    return {
+        "bytes_per_second": rate.bytes_per_second,
+        "until": format_minute(rate.until) if rate.until is not None else None,
+        "is_holding": agent.shaper.is_holding,
     }
 
 
@@ -212,7 +224,7 @@ async def _group_status(agent: Agent, name: str, entries: list[DiskEntry]) -> di
         "latest_ns": remote.get("latest_ns"),
         "gaps": remote.get("gaps", []),
         "journal_bytes": remote.get("journal_bytes"),
-        "problem": str(error) if error else None,
+        "problem": explain(error) if error else None,
         "sent_bytes": outbox.sent_bytes if outbox else 0,
         "in_flight_bytes": outbox.waiting_bytes if outbox else 0,
         "spool": _spool_status(group),
@@ -280,5 +292,5 @@ def _disk_status(
         "verified_ns": there.get("verified_ns"),
         "mismatches": there.get("mismatches", 0),
         "scrub": PassStatus.of(told).model_dump() if told else None,
-        "problem": str(problem) if problem else None,
+        "problem": explain(problem) if problem else None,
     }

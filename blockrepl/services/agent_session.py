@@ -7,7 +7,7 @@ groups outlive it (group_replication.py): nothing that a session knows is needed
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import count
@@ -34,11 +34,17 @@ PASS_SECONDS = 0.5  # how often the receiver is told how scrub passes stand
 
 
 class AgentSession:
+    """``instance`` is this process's number at the receiver; 0 until it has been given one."""
+
     def __init__(
-        self, stream: MessageStream, groups: Mapping[str, GroupReplication], shape: Shape
+        self,
+        stream: MessageStream,
+        groups: Mapping[str, GroupReplication],
+        shape: Shape,
+        instance: int = 0,
     ) -> None:
         self.receiver = ""
-        self.started_ns = 0
+        self.instance = instance
         self._stream = stream
         self._groups = groups
         self._shape = shape
@@ -47,15 +53,20 @@ class AgentSession:
         self._answers: dict[int, trio.MemorySendChannel[messages.Response]] = {}
         self._request_ids = count(1)
 
-    async def run(self) -> None:
+    async def run(self, welcomed: Callable[[AgentSession], None]) -> None:
         """Work until the connection ends or is refused: always raises a BlockreplError."""
-        hello = messages.Hello(version=messages.PROTOCOL_VERSION, software=version("blockrepl"))
+        hello = messages.Hello(
+            version=messages.PROTOCOL_VERSION,
+            software=version("blockrepl"),
+            instance=self.instance,
+        )
         await self._stream.send(MessageType.HELLO, messages.encode(hello))
         try:
             async with trio.open_nursery() as nursery:
                 welcome = messages.decode(messages.Welcome, await self._expect(MessageType.WELCOME))
                 self._window = (welcome.window_frames, welcome.window_bytes)
-                self.receiver = welcome.receiver
+                self.receiver, self.instance = welcome.receiver, welcome.instance
+                welcomed(self)
                 nursery.start_soon(self._read)
                 nursery.start_soon(self._keep_alive)
                 nursery.start_soon(self._serve_groups, nursery)

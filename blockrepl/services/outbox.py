@@ -95,6 +95,11 @@ class Item:
     def number(self) -> int:
         return self.header.number if self.header else 0
 
+    @property
+    def is_data(self) -> bool:
+        """Whether it waits for a bandwidth limit; marks and mere watermarks do not."""
+        return self.header is None or self.header.record_count > 0
+
 
 class LostError(StateError):
     """The receiver's answer and ours do not fit: one of the two has lost something."""
@@ -350,8 +355,9 @@ class Outbox:
         assert self.window is not None
         while True:
             item = await self._next(self.window)
-            buffers = item.buffers  # they are gone once it has moved to the spool
-            await shape(item.size_bytes)
+            buffers = item.buffers if item.is_spooled else _own(item.buffers)
+            if item.is_data:
+                await shape(item.size_bytes)
             if item.message is MessageType.DATA:
                 self.window.sent(item)  # first: its acknowledgement may come while it is sent
                 self.sent_bytes += item.size_bytes
@@ -438,6 +444,15 @@ class Outbox:
                         await trio.to_thread.run_sync(self.spool.sync)
                     except StorageError as error:
                         log.warning("%s", error)
+
+
+def _own(buffers: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
+    """Copies of what may be the ring's memory.
+
+    Sending may take long, and meanwhile the frame may be moved to the spool and its records be
+    overwritten in the ring.
+    """
+    return tuple(bytes(one) if isinstance(one, memoryview) else one for one in buffers)
 
 
 def _spooled(found: SpooledFrame, sync_epoch: int = 0) -> Item:

@@ -1,8 +1,10 @@
 """The receiver: one port, many sources, one committer per group.
 
 Limits at the door: HANDSHAKES_MAX connections that have not shown who they are, SESSIONS_MAX that
-have; more are closed at once. A source has one session: a new one replaces the older. A source that
-is revoked, by whatever process, is dropped within half a second.
+have; more are closed at once. A source has one session: a new one replaces the older, unless it is
+of an agent process that started earlier (storage/trust.py): then it is refused, and the session
+there is does not notice. A source that is revoked, by whatever process, is dropped within half a
+second.
 
 Nothing that one peer does ends another's session: every connection's failure stays in its task.
 """
@@ -43,7 +45,7 @@ from blockrepl.services.receiver_sessions import SourceSession
 from blockrepl.services.receiver_status import GroupFacts, describe_group, facts_of
 from blockrepl.services.verification import DiskProof, describe_proofs
 from blockrepl.storage.home import Home, check_name, exclusive_lock, make_directory
-from blockrepl.storage.trust import TrustStore
+from blockrepl.storage.trust import TrustStore, fenced
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,9 @@ class Receiver:
         )
         self._budget = groups.budget
         self._handshakes = 0
+        self._greeting: dict[bytes, SourceSession] = {}  # connected, hello not yet said
         self._sessions: dict[bytes, SourceSession] = {}
+        self._admitting = trio.StrictFIFOLock()
         self._source_names: dict[bytes, str] = {}
         self.passes: dict[bytes, ScrubPass] = {}  # by disk, as their sources told last
 
@@ -114,22 +118,38 @@ class Receiver:
             receiver=self.name,
             groups=self.groups,
             budget=self._budget,
+            admit=self._admit,
         )
-        if len(self._sessions) >= limits.SESSIONS_MAX and session.source not in self._sessions:
+        known = self._sessions.keys() | self._greeting.keys()
+        if len(known) >= limits.SESSIONS_MAX and session.source not in known:
             session.end(PeerError("the receiver has as many sessions as it can", code="busy"))
-        older = self._sessions.get(session.source)
-        self._sessions[session.source] = session
+        if older := self._greeting.get(session.source):
+            older.end(_replaced())
+        self._greeting[session.source] = session
         self._source_names[session.source] = identity.name
-        if older is not None:
-            older.end(PeerError("another session of this source has begun", code="replaced"))
         try:
             # Registered first: a revocation from here on finds the session.
             await self._check_trust(session)
             logger.info("source %s: session begun", identity.name)
             await session.run()
         finally:
-            if self._sessions.get(session.source) is session:
-                del self._sessions[session.source]
+            for sessions in (self._greeting, self._sessions):
+                if sessions.get(session.source) is session:
+                    del sessions[session.source]
+
+    async def _admit(self, session: SourceSession, instance: int) -> int:
+        """Let an agent process in that has said hello; the session before it ends."""
+        async with self._admitting:
+            number = await trio.to_thread.run_sync(
+                self._trust.admit, session.identity.source_id, instance
+            )
+            if self._greeting.get(session.source) is session:
+                del self._greeting[session.source]
+            older = self._sessions.get(session.source)
+            self._sessions[session.source] = session
+        if older is not None:
+            older.end(_replaced() if older.instance == number else fenced())
+        return number
 
     async def _check_trust(self, session: SourceSession) -> None:
         if await trio.to_thread.run_sync(self._trust.is_revoked, session.identity.serial):
@@ -157,7 +177,7 @@ class Receiver:
     async def _follow_trust(self) -> None:
         sources = await trio.to_thread.run_sync(self._trust.list_sources)
         self._source_names = {UUID(one.id).bytes: one.name for one in sources}
-        for session in list(self._sessions.values()):
+        for session in [*self._greeting.values(), *self._sessions.values()]:
             await self._check_trust(session)
 
     # Control
@@ -287,6 +307,10 @@ async def _listen(host: str, port: int) -> list[trio.SocketListener]:
             hint="stop what uses it, or choose another address with --listen HOST:PORT",
             code="port-in-use" if taken else "listen",
         ) from error
+
+
+def _replaced() -> PeerError:
+    return PeerError("another session of this source has begun", code="replaced")
 
 
 def _address(listener: trio.SocketListener) -> str:

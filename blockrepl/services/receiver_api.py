@@ -64,6 +64,7 @@ class GroupStatus(BaseModel):
     name: str
     state: GroupState
     lag_seconds: float | None
+    ahead_seconds: float | None = None  # of its stamps before this clock, when that is no trifle
     floor: str | None
     floor_ns: int | None
     latest: str | None

@@ -31,6 +31,7 @@ from blockrepl.session.receiver import (
     AttachGroup,
     Closed,
     CompareRange,
+    Greet,
     ReceiverSession,
     Send,
 )
@@ -52,6 +53,12 @@ class Groups(Protocol):
     ) -> Verdict: ...
 
 
+class Admit(Protocol):
+    """Lets an agent process in; its number. Raises BlockreplError when it may not come in."""
+
+    async def __call__(self, session: SourceSession, instance: int) -> int: ...
+
+
 def refusal_of(error: BlockreplError, group: str | None = None) -> Refusal:
     """An error as it is told to a peer."""
     return Refusal(
@@ -71,14 +78,17 @@ class SourceSession:
         receiver: str,
         groups: Groups,
         budget: MemoryBudget,
+        admit: Admit,
     ) -> None:
         self.identity = identity
         self.source = source
+        self.instance = 0  # of the agent process; known once it has been admitted
         self.ended = trio.Event()
         self._stream = stream
         self._machine = ReceiverSession(receiver)
         self._groups = groups
         self._budget = budget
+        self._admit = admit
         self._committers: dict[str, GroupCommitter] = {}
         self._reason: BlockreplError | None = None
         self._scope = trio.CancelScope()
@@ -131,7 +141,18 @@ class SourceSession:
     # Reading
 
     async def _read(self) -> None:
-        while (message := await self._stream.receive()) is not None:
+        with trio.move_on_after(limits.HANDSHAKE_SECONDS) as scope:
+            is_open = await self._take(await self._stream.receive())
+        if scope.cancelled_caught:
+            raise PeerError(
+                f"no hello within {limits.HANDSHAKE_SECONDS:.0f} s: silent peer", code="silent"
+            )
+        while is_open:
+            is_open = await self._take(await self._stream.receive())
+
+    async def _take(self, message: tuple[int, memoryview] | None) -> bool:
+        """Do what a message asks for; False at the end of the session."""
+        if message is not None:
             effect = self._machine.received(*message)
             match effect:
                 case Append():
@@ -141,6 +162,10 @@ class SourceSession:
                     self._tasks.start_soon(self._guarded, partial(self._compare, effect))
                 case Send():
                     await self._stream.send(effect.type, effect.payload)
+                case Greet(instance):
+                    self.instance = await self._admit(self, instance)
+                    send = self._machine.welcomed(self.instance)
+                    await self._stream.send(send.type, send.payload)
                 case AttachGroup():
                     await self._attach(effect)
                 case Answer(request):
@@ -148,7 +173,8 @@ class SourceSession:
                     await self._stream.send(send.type, send.payload)
                 case Closed(refusal):
                     logger.info("source %s: %s", self.identity.name, refusal.error)
-                    return
+                    return False
+        return message is not None
 
     async def _append(self, effect: Append) -> None:
         await self._budget.take(effect.frame.nbytes)
@@ -201,6 +227,9 @@ class SourceSession:
     # Outcomes of commits
 
     def is_current(self, group: str, generation: int) -> bool:
+        # What a peer sent behind a lie, or after it was shut out, is not looked at.
+        if self._reason is not None and self._reason.code != "disconnected":
+            return False
         return self._machine.is_current(group, generation)
 
     def committed(

@@ -9,6 +9,9 @@ a disk's first sync is not done         initial-sync
 a disk's gap is open                    resync
 otherwise                               replicating
 ======================================  =============
+
+Stamps are the sources' clocks'. Where they are CLOCK_AHEAD_SECONDS and more ahead of this one, lag
+means nothing: it is unknown, and the status says how far they are ahead.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blockrepl.errors import BlockreplError
+from blockrepl import limits
+from blockrepl.errors import BlockreplError, explain
 from blockrepl.formats.messages import ScrubPass
 from blockrepl.services.receiver_api import (
     DiskStatus,
@@ -49,6 +53,7 @@ class GroupFacts:
     base_bytes: Mapping[bytes, int] = field(default_factory=dict)
     error: BlockreplError | None = None
     proven: Mapping[bytes, Proven] = field(default_factory=dict)
+    newest_watermark: int = 0  # of the source that is furthest
 
 
 def facts_of(replica: Replica) -> GroupFacts:
@@ -67,6 +72,7 @@ def facts_of(replica: Replica) -> GroupFacts:
         status.base_bytes,
         status.error,
         proven,
+        max((row.watermark for row in status.sources.values()), default=0),
     )
 
 
@@ -84,12 +90,14 @@ def describe_group(
     latest = facts.watermark if floor is not None and facts.watermark >= floor else None
     sources = sorted({disk.source for disk in facts.disks})
     names = {disk.id: disk.name for disk in facts.disks}
+    ahead_seconds = _ahead_seconds(facts, now)
     return GroupStatus(
         name=facts.name,
         state=_group_state(facts, connected),
         lag_seconds=max(0.0, (now - facts.watermark) / NANOSECONDS_PER_SECOND)
-        if facts.watermark
+        if facts.watermark and ahead_seconds is None
         else None,
+        ahead_seconds=ahead_seconds,
         floor=_instant(floor),
         floor_ns=floor,
         latest=_instant(latest),
@@ -103,7 +111,7 @@ def describe_group(
             _disk_status(facts, disk, connected, source_names, (passes or {}).get(disk.id))
             for disk in facts.disks
         ],
-        problem=f"{facts.error}. {facts.error.hint}".rstrip(". ") if facts.error else None,
+        problem=explain(facts.error) if facts.error else _clock_problem(ahead_seconds),
         received_bytes_per_second=bytes_per_second,
         sources=[
             SourceStatus(name=_source_name(source, source_names), connected=source in connected)
@@ -129,6 +137,21 @@ def _disk_status(
         scrub=PassStatus.of(scrub) if scrub else None,
         synced_bytes=facts.base_bytes.get(disk.id, 0),
         source=_source_name(disk.source, source_names),
+    )
+
+
+def _ahead_seconds(facts: GroupFacts, now: int) -> float | None:
+    newest = max(facts.watermark, facts.newest_watermark)
+    ahead_seconds = (newest - now) / NANOSECONDS_PER_SECOND
+    return ahead_seconds if ahead_seconds >= limits.CLOCK_AHEAD_SECONDS else None
+
+
+def _clock_problem(ahead_seconds: float | None) -> str | None:
+    if ahead_seconds is None:
+        return None
+    return (
+        f"a source's clock is {ahead_seconds:.0f} s ahead of this receiver's: its points carry its "
+        "time, and the lag is unknown. Set the clock that is wrong"
     )
 
 

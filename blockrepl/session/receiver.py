@@ -1,6 +1,6 @@
 """The receiver's half of a session, as a value: messages and outcomes in, effects out. No I/O.
 
-A session: NEW until HELLO, then OPEN until it is closed.
+A session begins with HELLO, which the receiver answers with WELCOME, or refuses.
 
 A group in a session:
 
@@ -84,6 +84,13 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
+class Greet:
+    """An agent process says hello: call ``welcomed`` with its number, or refuse it."""
+
+    instance: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttachGroup:
     """Attach, then call ``accepted`` or ``refused`` with this generation."""
 
@@ -124,7 +131,7 @@ class Closed:
     refusal: Refusal
 
 
-Effect = Send | AttachGroup | Append | CompareRange | Answer | Closed
+Effect = Send | Greet | AttachGroup | Append | CompareRange | Answer | Closed
 
 
 @dataclass(slots=True)
@@ -195,9 +202,13 @@ class ReceiverSession:
             )
         self._is_open = True
         self.software = hello.software
+        return Greet(hello.instance)
+
+    def welcomed(self, instance: int) -> Send:
         welcome = messages.Welcome(
             version=messages.PROTOCOL_VERSION,
             receiver=self._receiver,
+            instance=instance,
             window_frames=self._window_frames,
             window_bytes=self._window_bytes,
         )

@@ -114,7 +114,10 @@ class RingReader:
         self.geometry = geometry
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            self.inode = os.fstat(descriptor).st_ino
+            status = os.fstat(descriptor)
+            self.inode = status.st_ino
+            if status.st_size != geometry.file_bytes:
+                raise StateError(f"{path} has not the size that its header says", code="ring")
             mapping = mmap.mmap(descriptor, geometry.file_bytes)
         finally:
             os.close(descriptor)

@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,8 +142,8 @@ class Spool:
 
     def _recover(self, state: SpoolState) -> None:
         first = state.attached.next_number
-        paths = [path for path in self.directory.glob(f"*{_SUFFIX}") if path.stem.isdigit()]
-        numbers = sorted(int(path.stem) for path in paths)
+        found = (path.stem for path in self.directory.glob(f"*{_SUFFIX}"))
+        numbers = sorted(int(stem) for stem in found if re.fullmatch("[0-9]{20}", stem))
         self.next_number = first
         for number in numbers:
             path = self._path(number)

@@ -11,6 +11,7 @@ invited      a group that an invitation lets its user join, though another sourc
 sources      a source: id, name, its certificate's serial, when it was revoked (or null)
 owners       a source that may write to a group
 granted      a source that may become an owner of a group although the group has one
+instances    the number of a source's newest agent process; since version 2
 ===========  ======================================================================================
 
 Rules:
@@ -22,7 +23,10 @@ Rules:
 3. Names of sources are unique among those not revoked. Ids and serials are never used again.
 4. A certificate that is not listed here is not trusted, whoever signed it.
 5. Secrets are not stored, only their digests.
-6. WAL mode, synchronous=FULL: a revocation that was reported is durable. A running receiver sees
+6. Numbers of agent processes only grow. One that is behind its source's newest is refused, so of
+   two agents with one identity (a copied home) the one that started last is let in, and the other
+   one not, however often it tries. No clock decides it.
+7. WAL mode, synchronous=FULL: a revocation that was reported is durable. A running receiver sees
    one made by another process by asking for `data_version` (a few microseconds).
 
 One connection may be used by several threads: a lock serialises them.
@@ -40,11 +44,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from blockrepl import limits
 from blockrepl.errors import StateError, StorageError, TrustError
 from blockrepl.units import NANOSECONDS_PER_SECOND
 
 FILE_NAME = "trust.sqlite"
-VERSION = 1
+VERSION = 2
 BUSY_SECONDS = 10.0  # another process may be inside its own short transaction
 SECRET_BYTES = 32
 SCHEMA = """
@@ -66,8 +71,22 @@ CREATE TABLE granted (
     group_name TEXT NOT NULL, source TEXT NOT NULL REFERENCES sources (id),
     PRIMARY KEY (group_name, source)) STRICT;
 """
+INSTANCES = """
+CREATE TABLE instances (
+    source TEXT PRIMARY KEY REFERENCES sources (id), number INTEGER NOT NULL) STRICT;
+"""
 
 INVITE_HINT = "make a new token with `blockrepl receiver invite` on the receiver"
+
+
+def fenced() -> TrustError:
+    """What an agent is told that is not the newest one of its source."""
+    return TrustError(
+        "another agent with this source's identity has started since this one",
+        hint="stop one of the two; a host whose home was copied needs an identity of its own: join "
+        "it with a new token, in a new home",
+        code="fenced",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +199,32 @@ class TrustStore:
         with self._read() as connection:
             return _sources(connection)
 
+    def admit(self, source_id: str, instance: int) -> int:
+        """The number of an agent process, which is 0 when it has just started.
+
+        TrustError "fenced" when a later one has been admitted.
+        """
+        with self._read() as connection:
+            newest = _newest_instance(connection, source_id)
+        if instance and instance == newest:
+            return instance  # it comes back: nothing to write
+        with self._change() as connection:
+            newest = _newest_instance(connection, source_id)
+            if 0 < instance < newest:
+                raise fenced()
+            number = instance or newest + 1
+            connection.execute(
+                "INSERT OR REPLACE INTO instances VALUES (?, ?)", (source_id, number)
+            )
+        return number
+
     # Groups
 
     def claim_group(self, source_id: str, group: str) -> None:
-        """Let a source write to a group, or raise TrustError ("not-owner", "revoked")."""
+        """Let a source write to a group.
+
+        TrustError codes: "not-owner", "revoked", "too-many-groups".
+        """
         if self._owns(source_id, group):
             return  # the common case needs no transaction, hence no disk flush
         with self._change() as connection:
@@ -204,6 +245,15 @@ class TrustStore:
                     hint="use another group name, or join with a token that names the group: "
                     f"`blockrepl receiver invite --group {group}`",
                     code="not-owner",
+                )
+            (count,) = connection.execute(
+                "SELECT count(*) FROM owners WHERE source = ?", (source_id,)
+            ).fetchone()
+            if count >= limits.GROUPS_PER_SOURCE_MAX:
+                raise TrustError(
+                    f"this source has {count} groups, which is as many as it may have",
+                    hint="put the disk into one of them",
+                    code="too-many-groups",
                 )
             connection.execute("INSERT OR IGNORE INTO owners VALUES (?, ?)", (group, source_id))
 
@@ -262,8 +312,8 @@ def _open(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("BEGIN IMMEDIATE")  # two processes may open a new file at once
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            for statement in SCHEMA.split(";"):
+        if version < VERSION:
+            for statement in [*(SCHEMA.split(";") if version == 0 else ()), INSTANCES]:
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {VERSION}")
         elif version != VERSION:
@@ -288,6 +338,13 @@ def _id_of(connection: sqlite3.Connection, name: str) -> str | None:
         "SELECT id FROM sources WHERE name = ? AND revoked_ns IS NULL", (name,)
     ).fetchone()
     return None if row is None else str(row[0])
+
+
+def _newest_instance(connection: sqlite3.Connection, source_id: str) -> int:
+    row = connection.execute(
+        "SELECT number FROM instances WHERE source = ?", (source_id,)
+    ).fetchone()
+    return 0 if row is None else int(row[0])
 
 
 def _sources(connection: sqlite3.Connection) -> list[Source]:

@@ -1,0 +1,141 @@
+"""The agent and its sessions: when it comes back, when it may not, and how fast it may send."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import trio
+from serving import Disk, blockrepl, place, wait_for
+from trio.testing import MockClock
+
+from blockrepl.channel.certificates import Authority, key_to_pem, make_key_and_request
+from blockrepl.channel.enrolment import CERTIFICATE, KEY, RECEIVER
+from blockrepl.channel.framing import MessageStream
+from blockrepl.errors import BlockreplError, PeerError, TrustError
+from blockrepl.model.backoff import FIRST_SECONDS, LAST_SECONDS
+from blockrepl.services.agent import FENCED_SECONDS, Agent
+from blockrepl.storage.home import Home
+from blockrepl.units import MIB
+from scripts.guest.pair import COMMAND, Pair
+
+__all__ = ["place"]
+
+
+def joined_home(directory: Path) -> Home:
+    home = Home.create(directory / "home")
+    identity = home.source_directory / "identity"
+    identity.mkdir(parents=True)
+    authority = Authority.create(directory / "authority")
+    key, request = make_key_and_request()
+    (identity / KEY).write_text(key_to_pem(key))
+    (identity / CERTIFICATE).write_text(authority.sign(request, "web1", str(uuid4()))[0])
+    (identity / RECEIVER).write_text(json.dumps({"address": "vault:7420"}))
+    return home
+
+
+async def tries(agent_home: Home, error: BlockreplError, seconds: float) -> list[float]:
+    """When an agent tries to connect that always fails like this."""
+    times: list[float] = []
+
+    async def connect() -> MessageStream:
+        times.append(trio.current_time())
+        raise error
+
+    with trio.move_on_after(seconds):
+        await Agent(agent_home, connect=connect).run()
+    return times
+
+
+async def test_a_receiver_that_is_away_is_tried_again_with_back_off_and_jitter(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    # Guards the wait in Agent._keep_session.
+    home = joined_home(tmp_path)
+    gaps = []
+    for _ in range(3):
+        times = await tries(home, PeerError("no answer", code="unreachable"), 60)
+        gaps.append([after - before for before, after in pairwise(times)])
+    for mine in gaps:
+        for turn, gap in enumerate(mine):
+            whole = min(FIRST_SECONDS * 2**turn, LAST_SECONDS)
+            assert whole / 2 <= gap <= whole + 0.001
+    assert len({round(mine[8], 6) for mine in gaps}) == 3
+
+
+async def test_an_agent_that_is_fenced_leaves_the_receiver_in_peace(
+    tmp_path: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    error = TrustError("another agent has started", hint="stop one of the two", code="fenced")
+    times = await tries(joined_home(tmp_path), error, 10 * FENCED_SECONDS)
+    assert len(times) <= 10
+    told = [line for line in caplog.messages if "another agent" in line]
+    assert told == ["no session with vault:7420: another agent has started. stop one of the two"]
+
+
+def test_of_two_copies_of_a_home_the_one_started_last_replicates_and_the_other_says_so(
+    place: Pair,
+) -> None:
+    # Guards the rule end to end: no turn-taking, and a restarted agent comes in.
+    place.receiver("receiver", "init", quiet=True)
+    place.start_receiver()
+    place.join()
+    copy = place.directory / "copy"
+    shutil.copytree(place.source_home, copy)
+    log = place.directory / "receiver.log"
+
+    def problem(home: Path) -> str | None:
+        status = json.loads(blockrepl(home, "status", "--role", "source", "--json").stdout)
+        assert status["connected"] == (status["problem"] is None) or "yet" in status["problem"]
+        found: str | None = status["problem"]
+        return found
+
+    place.start_agent()
+    wait_for(lambda: problem(place.source_home) is None, "the first agent is connected")
+    clone = place.scratch.start("copied", [COMMAND, "--home", copy, "agent", "run"])
+    clone.wait_ready(lambda: b"ready" in clone.log.read_bytes())
+    wait_for(lambda: "another agent" in (problem(place.source_home) or ""), "the older is refused")
+    assert problem(copy) is None
+    assert "stop one of the two" in blockrepl(place.source_home, "status").stdout
+    begun = log.read_text().count("session begun")
+    place.stop("agent")
+    place.start_agent()
+    wait_for(lambda: "another agent" in (problem(copy) or ""), "the restarted one comes in")
+    wait_for(lambda: problem(place.source_home) is None, "and stays")
+    assert log.read_text().count("session begun") <= begun + 2
+    place.scratch.stop(clone)
+
+
+def test_a_limit_slows_data_down_and_status_says_so(place: Pair) -> None:
+    # Guards the Shaper that Agent hands to its sessions.
+    place.receiver("receiver", "init", quiet=True)
+    place.start_receiver()
+    place.join()
+    image = place.directory / "d1.img"
+    image.write_bytes(os.urandom(24 * MIB))
+    place.scratch.start(
+        "agent",
+        [COMMAND, "--home", place.source_home, "agent", "run", "--limit", "0:00-24:00=64K/s"],
+    )
+    Disk(place, image=image)
+    disks = place.source_json("disk", "list")
+    place.start_disk(disks[0]["name"])
+
+    def holding() -> bool:
+        answer = blockrepl(place.source_home, "status", "--role", "source", "--json")
+        if answer.returncode:
+            return False
+        limit = json.loads(answer.stdout)["limit"]
+        assert (limit["bytes_per_second"], limit["until"]) == (64 * 1024, "00:00")
+        return bool(limit["is_holding"])
+
+    wait_for(holding, "the limit is felt")
+    shown = blockrepl(place.source_home, "status").stdout
+    assert "limited to 64 KiB/s until 00:00, data is waiting for it" in shown
+    assert place.group("g")["state"] == "initial-sync"
+    assert place.group("g")["disks"][0]["synced_bytes"] < 16 * MIB
