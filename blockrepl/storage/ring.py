@@ -148,6 +148,10 @@ class RingReader:
     def last_stamp(self) -> int:
         return self._words.load(layout.LAST_STAMP_AT)
 
+    def flush_failed(self) -> bool:
+        """Whether the local disk has failed to flush since the ring was made."""
+        return self._words.load(layout.FLUSH_FAILED_AT) != 0
+
     def stale_marks(self) -> int:
         return self._words.load(layout.STALE_MARKS_AT)
 
