@@ -3,9 +3,10 @@
 PYTHON := .venv/bin/python
 ROWS ?=
 SECONDS ?= 600
+ROUNDS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench soak clean
+.PHONY: help setup demo test check bench soak kills clean
 
 help: ## list the targets
 	@echo "usage: make TARGET"
@@ -31,6 +32,9 @@ bench: setup ## measure against the peers; ROWS="name name" runs some; writes bu
 
 soak: setup ## the point-in-time oracle and its faults for SECONDS (default 600)
 	@BLOCKREPL_SOAK_SECONDS=$(SECONDS) $(PYTHON) -m pytest -m soak --timeout=0
+
+kills: setup ## kill -9 server, agent and receiver in random order for ROUNDS rounds (default 200)
+	@BLOCKREPL_KILL_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest -m soak --timeout=0 -s -k rounds_of_kills
 
 clean: ## remove what was built (.venv stays)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

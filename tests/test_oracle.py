@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from oracle.kills import run_kills
 from oracle.run import Outcome, run_oracle
 from oracle.writers import Pace
 from serving import place
@@ -42,6 +43,24 @@ def test_kills_of_agent_receiver_and_server_lose_nothing(place: Pair) -> None:
     assert outcome.problems == []
     assert outcome.reconnects == 3  # each writer, once: the server was killed
     assert outcome.views >= 20  # the others were in the gap that the server's death leaves
+
+
+@pytest.mark.timeout(360)
+def test_kills_in_random_order_leave_the_same_bytes_and_legal_points(place: Pair) -> None:
+    outcome = run_kills(place, 6, seed=3, pace=Pace(0.2))
+    show(outcome)
+    assert outcome.problems == []
+    assert outcome.rounds == 6
+    assert outcome.views > 0
+
+
+@pytest.mark.soak
+def test_many_rounds_of_kills(place: Pair) -> None:
+    rounds = int(os.environ.get("BLOCKREPL_KILL_ROUNDS", "200"))
+    outcome = run_kills(place, rounds, seed=rounds, pace=Pace(0.2))
+    show(outcome)
+    assert outcome.problems == []
+    assert outcome.rounds == rounds
 
 
 @pytest.mark.soak
