@@ -6,7 +6,7 @@ SECONDS ?= 600
 ROUNDS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench soak kills clean
+.PHONY: help setup demo test check bench soak slow kills clean
 
 help: ## list the targets
 	@echo "usage: make TARGET"
@@ -32,6 +32,9 @@ bench: setup ## measure against the peers; ROWS="name name" runs some; writes bu
 
 soak: setup ## the point-in-time oracle and its faults for SECONDS (default 600)
 	@BLOCKREPL_SOAK_SECONDS=$(SECONDS) $(PYTHON) -m pytest -m soak --timeout=0
+
+slow: setup ## a link at a tenth of what the guest writes, for SECONDS; its points and latencies
+	@BLOCKREPL_SLOW_SECONDS=$(SECONDS) $(PYTHON) -m pytest -m soak --timeout=0 -s -k tenth_of_the_load
 
 kills: setup ## kill -9 server, agent and receiver in random order for ROUNDS rounds (default 200)
 	@BLOCKREPL_KILL_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest -m soak --timeout=0 -s -k rounds_of_kills

@@ -74,8 +74,7 @@ class Kills(Run):
         """Until history goes on, and then for a moment."""
 
         def is_disturbed() -> bool:
-            group = self.place.group(GROUP)
-            return group["state"] != "replicating"
+            return bool(self.place.group(GROUP)["state"] != "replicating")
 
         run_while(running, is_disturbed, poll_seconds=0.2, seconds_max=SETTLE_SECONDS)
         self._let_run(running, CALM_SECONDS)

@@ -58,6 +58,7 @@ class Run:
         self.outcome = Outcome()
         self.ring_bytes = RING_BYTES
         self.instants = INSTANTS
+        self.address: str | None = None  # of a link in between
         self.early: list[View] = []  # seen while the load was running
         self.disk: Disk
         self.clock: SourceClock
@@ -66,7 +67,7 @@ class Run:
         place = self.place
         place.receiver("receiver", "init")
         place.start_receiver()
-        place.join()
+        place.join(self.address)
         self.disk = Disk(place, size_bytes=DISK_BYTES, ring_bytes=self.ring_bytes, group=GROUP)
         self.clock = open_clock(self.disk.disks.home.source_directory)
         place.start_agent()
