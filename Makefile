@@ -3,9 +3,10 @@
 PYTHON := .venv/bin/python
 ROWS ?=
 SECONDS ?= 600
+ROUNDS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench soak fuzz clean
+.PHONY: help setup demo test check bench soak slow kills fuzz clean
 
 help: ## list the targets
 	@echo "usage: make TARGET"
@@ -35,6 +36,12 @@ soak: setup ## the point-in-time oracle and its faults for SECONDS (default 600)
 fuzz: setup ## every parser of foreign bytes, coverage-guided, for SECONDS in all (default 600)
 	@$(PYTHON) -m pip install --quiet $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["fuzz"])')
 	@nice $(PYTHON) tests/fuzz.py $(SECONDS)
+
+slow: setup ## a link at a tenth of what the guest writes, for SECONDS; its points and latencies
+	@BLOCKREPL_SLOW_SECONDS=$(SECONDS) $(PYTHON) -m pytest -m soak --timeout=0 -s -k tenth_of_the_load
+
+kills: setup ## kill -9 server, agent and receiver in random order for ROUNDS rounds (default 200)
+	@BLOCKREPL_KILL_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest -m soak --timeout=0 -s -k rounds_of_kills
 
 clean: ## remove what was built (.venv stays)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

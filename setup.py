@@ -30,7 +30,10 @@ def extension(name: str, *sources: str) -> Extension:
 
 EXTENSIONS = [
     extension(
-        "blockrepl.capture._core", "blockrepl/capture/_core.pyx", "blockrepl/capture/device.c"
+        "blockrepl.capture._core",
+        "blockrepl/capture/_core.pyx",
+        "blockrepl/capture/device.c",
+        "blockrepl/capture/hot_map.c",
     ),
     extension("blockrepl.storage._gather", "blockrepl/storage/_gather.pyx"),
     extension("blockrepl.storage._ring", "blockrepl/storage/_ring.pyx"),

@@ -8,6 +8,7 @@ NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,62}"  # every name; safe as a part of a p
 
 SECTOR_BYTES = 512  # a disk's size is a multiple of it
 REGION_BYTES = 1 * MIB  # grain of the hot map and of resync
+HOT_REGIONS_MAX = 16384  # per disk: 16 GiB to compare after a power cut, half a minute of reading
 DISK_BYTES_MAX = 64 * 1024 * 1024 * MIB  # 64 TiB: its region maps in shared memory take 128 MiB
 
 RING_BYTES_DEFAULT = 64 * MIB

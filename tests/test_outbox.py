@@ -94,7 +94,7 @@ class World:
         self.written = 0  # records in the ring ever
         self.to_put: deque[str] = deque()
         self.has_work = trio.Event()
-        self.pressed = False
+        self.pressed = self.crowded = False
         self.epoch = 1
         self.reading: dict[int, int] = {}  # region -> stretch in which it was put
         self.told_kept: set[int] = set()
@@ -136,6 +136,9 @@ class World:
 
     def is_pressed(self) -> bool:
         return self.pressed
+
+    def is_crowded(self) -> bool:
+        return self.crowded
 
     def check_kept(self) -> None:
         """All that is in the spool has let go of its ring."""
@@ -358,6 +361,8 @@ class World:
                 await self.down()
             case "press":
                 self.pressed = not self.pressed
+            case "crowd":
+                self.crowded = not self.crowded
             case "spool full":
                 self.bounds = FULL if self.bounds is BOUNDS else BOUNDS
                 self.outbox.spool.bounds = self.bounds
@@ -399,7 +404,7 @@ class World:
         self.files.is_full = False
         self.files.may_go.set()
         self.may_send.set()
-        self.pressed = False
+        self.pressed = self.crowded = False
         await self.up(nursery)
         self.enqueue("records")
 
@@ -423,7 +428,7 @@ STEPS = st.lists(
             [
                 *("write",) * 6, "mark", *("sync",) * 3, "base", "compare", *("commit",) * 4,
                 "commit unheard", *("up",) * 3, "down", *("press",) * 2, "spool full", "disk full",
-                "disk stops", "disk goes on", "link stops", "link goes on", "crash",
+                "disk stops", "disk goes on", "link stops", "link goes on", "crash", "crowd",
                 *("wait",) * 4,
             ]
         ),

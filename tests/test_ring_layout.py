@@ -1,4 +1,4 @@
-"""formats/ring.py and formats/hot_map.py, and their tables, say what ring.h and device.c do."""
+"""formats/ring.py and formats/hot_map.py, and their tables, say what ring.h and hot_map.c do."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ int main(void)
     HEADER(size_bytes); HEADER(region_bytes); HEADER(region_count); HEADER(slot_count);
     HEADER(payload_bytes); HEADER(clock_offset); HEADER(stale_marks); HEADER(head); HEADER(busy);
     HEADER(last_stamp); HEADER(gap_from); HEADER(dropped); HEADER(written_bytes);
-    HEADER(hot_regions); HEADER(writer_pid); HEADER(flushed); HEADER(tail);
-    HEADER(durable);
+    HEADER(hot_regions); HEADER(writer_pid); HEADER(flushed); HEADER(flush_failed);
+    HEADER(tail); HEADER(durable);
     INFLIGHT(start); INFLIGHT(end); INFLIGHT(generation); INFLIGHT(pad);
     SLOT(stamp); SLOT(offset); SLOT(position); SLOT(length); SLOT(kind);
     NUMBER(sizeof(struct ring_header)); NUMBER(sizeof(struct ring_inflight));
@@ -70,6 +70,7 @@ FIELDS = {
     "hot_regions": ("hot regions", layout.HOT_REGIONS_AT),
     "writer_pid": ("writer's process id", layout.WRITER_AT),
     "flushed": ("records before this sequence are on the local disk", layout.FLUSHED_AT),
+    "flush_failed": ("1 once the local disk has failed to flush", layout.FLUSH_FAILED_AT),
     "tail": ("tail", layout.TAIL_AT),
     "durable": ("durable", layout.DURABLE_AT),
 }
@@ -227,9 +228,10 @@ def test_the_hot_map_is_as_its_table_says() -> None:
 
 
 def test_capture_reads_the_map_where_its_table_says() -> None:
-    source = (HEADERS / "device.c").read_text()
+    source = (HEADERS / "hot_map.c").read_text()
     [found] = re.findall(r"#define MAP_HEADER_BYTES (\d+)", source)
     assert int(found) == hot_map.HEADER_BYTES
+    source = (HEADERS / "device.c").read_text()
     [found] = re.findall(r"#define RECORD_BYTES_MAX \((\d+)u << 20\)", source)
     assert int(found) * MIB == limits.REQUEST_BYTES_MAX
 

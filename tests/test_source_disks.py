@@ -16,6 +16,7 @@ from ring_writer import RingWriter
 from blockrepl import limits
 from blockrepl.errors import StateError, UsageError
 from blockrepl.formats import hot_map
+from blockrepl.formats import ring as layout
 from blockrepl.formats.frame import RecordKind
 from blockrepl.storage.clock import SourceClock, open_clock
 from blockrepl.storage.home import Home
@@ -423,6 +424,17 @@ def test_a_ring_with_records_that_are_not_durable_is_kept(
     disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
 ) -> None:
     RingWriter(ring.path).append(RecordKind.FLUSH)
+    assert not disks.retire_ring(entry, ring, clock)
+    assert_kept(disks, entry, ring)
+
+
+def test_a_ring_whose_disk_has_failed_to_flush_is_kept(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    """Guards flush_failed in SourceDisks.retire_ring."""
+    with ring.path.open("r+b") as file:
+        file.seek(layout.FLUSH_FAILED_AT)
+        file.write(b"\1")
     assert not disks.retire_ring(entry, ring, clock)
     assert_kept(disks, entry, ring)
 

@@ -8,6 +8,7 @@ def start(
     ring_fd: int,
     size_bytes: int,
     region_bytes: int,
+    hot_regions_max: int,
     on_error: Callable[[int], None],
 ) -> None: ...
 def stop() -> None: ...

@@ -24,7 +24,8 @@ cdef extern from "device.h" nogil:
     struct device:
         pass
     int device_open(device **out, int image_fd, int map_fd, int ring_fd, uint64_t size_bytes,
-                    uint64_t region_bytes)
+                    uint64_t region_bytes, uint64_t hot_regions_max)
+    int device_start(device *device)
     void device_close(device *device)
     int device_read(device *device, void *data, uint32_t length, uint64_t offset)
     int device_write(device *device, const void *data, uint32_t length, uint64_t offset, int fua)
@@ -51,13 +52,15 @@ cdef object set_error = None
 
 
 def start(int image_fd, int map_fd, int ring_fd, uint64_t size_bytes, uint64_t region_bytes,
-          on_error):
+          uint64_t hot_regions_max, on_error):
     """Open the device over descriptors of the image, the hot map and the ring."""
     global served, served_size, set_error
     cdef int rc
     set_error = on_error
     outlive_parent()
-    rc = device_open(&served, image_fd, map_fd, ring_fd, size_bytes, region_bytes)
+    rc = device_open(&served, image_fd, map_fd, ring_fd, size_bytes, region_bytes, hot_regions_max)
+    if rc == 0:
+        rc = device_start(served)
     if rc:
         raise OSError(-rc, os.strerror(-rc))
     served_size = size_bytes

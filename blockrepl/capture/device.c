@@ -4,7 +4,7 @@
  *
  *   1. take the range (overlapping writes one after the other; the range is visible in the ring,
  *      so a killed server leaves word of what was in flight)
- *   2. make its regions hot, durably, if they are cold
+ *   2. make its regions hot, durably, if they are cold (hot_map.h)
  *   3. write to the local disk; with FUA, fdatasync
  *   4. append the record: copy the payload, take the stamp, publish
  *   5. release the range; the return is the guest's acknowledgement
@@ -13,15 +13,10 @@
  * its regions are marked stale, and so they are when the ring is full in 4. A stale mark and the
  * start of the gap are published inside the same busy section as the stamp would have been, so
  * that the agent never passes a watermark over a record that is missing.
- *
- * Cooling happens after a guest's flush, at most once a second: a region goes cold when its last
- * record is durable at the receiver, was followed by a local flush, it is not being synced, no
- * write is in flight on it (checked under the range lock: a write takes its range before it looks
- * whether its region is hot), and COOL_SECONDS have passed, so that a busy region does not pay an
- * fdatasync over and over.
  */
 #define _GNU_SOURCE
 #include "device.h"
+#include "hot_map.h"
 #include "ring.h"
 
 #include <errno.h>
@@ -37,19 +32,17 @@
 #include <time.h>
 #include <unistd.h>
 
-#define MAP_HEADER_BYTES 4096 /* formats/hot_map.py */
-#define COOL_SECONDS 10
 #define ZERO_CHUNK (1u << 20)
 #define RECORD_BYTES_MAX (4u << 20) /* limits.REQUEST_BYTES_MAX */
 
 struct device {
-    int image_fd, map_fd;
+    int image_fd;
     int is_block;
     uint64_t size, region_bytes, region_count;
     struct ring_header *ring;
     size_t ring_bytes;
     struct ring_inflight *inflight;
-    uint8_t *stale, *syncing;
+    uint8_t *stale;
     struct ring_slot *slots;
     uint8_t *payload;
     uint64_t payload_head;
@@ -57,12 +50,7 @@ struct device {
     pthread_cond_t range_freed;
     int ranges_used; /* slots at and beyond this index are free */
     pthread_mutex_t append_lock;
-    pthread_mutex_t hot_lock;
-    uint8_t *hot;          /* a byte per region: 1 = hot and durably so */
-    uint8_t *bits;         /* the map file's bits, as last written */
-    uint64_t *last_record; /* per region: sequence after its last record */
-    uint32_t *last_second; /* per region: when that was, CLOCK_MONOTONIC seconds */
-    uint32_t cooled_second;
+    struct hot_map map;
     uint8_t *zeros;
 };
 
@@ -98,7 +86,12 @@ static int transfer(int fd, void *data, size_t length, uint64_t offset, int writ
     return 0;
 }
 
-static int sync_file(int fd) { return fdatasync(fd) < 0 ? -errno : 0; }
+static int sync_image(struct device *d, uint64_t head)
+{
+    int rc = fdatasync(d->image_fd) < 0 ? -errno : 0;
+    hot_map_flush_ended(&d->map, head, rc);
+    return rc;
+}
 
 /* --- ranges ------------------------------------------------------------------------------- */
 
@@ -143,102 +136,12 @@ static void release_range(struct device *d, int index)
     pthread_mutex_unlock(&d->range_lock);
 }
 
-/* --- the hot map -------------------------------------------------------------------------- */
-
-static int write_bits(struct device *d, uint64_t first, uint64_t last)
-{
-    uint64_t from = first / 8, to = last / 8 + 1;
-    return transfer(d->map_fd, d->bits + from, to - from, MAP_HEADER_BYTES + from, 1);
-}
-
-static int make_hot(struct device *d, uint64_t start, uint64_t end)
-{
-    uint64_t first = start / d->region_bytes, last = (end - 1) / d->region_bytes, cold = first;
-    int rc;
-    while (cold <= last && __atomic_load_n(&d->hot[cold], __ATOMIC_ACQUIRE))
-        cold++;
-    if (cold > last)
-        return 0;
-    pthread_mutex_lock(&d->hot_lock);
-    for (uint64_t r = cold; r <= last; r++)
-        d->bits[r / 8] |= (uint8_t)(1u << (r % 8));
-    rc = write_bits(d, cold, last);
-    if (rc == 0)
-        rc = sync_file(d->map_fd);
-    if (rc == 0)
-        for (uint64_t r = cold; r <= last; r++)
-            if (!d->hot[r]) {
-                __atomic_store_n(&d->hot[r], 1, __ATOMIC_RELEASE);
-                d->ring->hot_regions++;
-            }
-    pthread_mutex_unlock(&d->hot_lock);
-    return rc;
-}
-
-static int in_flight(struct device *d, uint64_t region)
-{
-    uint64_t start = region * d->region_bytes, end = start + d->region_bytes;
-    for (int i = 0; i < d->ranges_used; i++)
-        if ((d->inflight[i].generation & 1) && d->inflight[i].start < end &&
-            start < d->inflight[i].end)
-            return 1;
-    return 0;
-}
-
-/* Neither stale nor syncing, at one and the same moment, though the agent moves the region from one
- * to the other between our looks: into syncing (seen second), or back to stale (seen third). */
-static int is_synced(struct device *d, uint64_t region)
-{
-    return !ring_load_byte(&d->stale[region]) && !ring_load_byte(&d->syncing[region]) &&
-           !ring_load_byte(&d->stale[region]);
-}
-
-/* `flushed`: records before this sequence were followed by a local flush. */
-static void cool(struct device *d, uint64_t flushed)
-{
-    uint32_t now = (uint32_t)(monotonic() / 1000000000u);
-    uint64_t durable = ring_load(&d->ring->durable), low = UINT64_MAX, high = 0;
-    if (durable > flushed)
-        durable = flushed;
-    pthread_mutex_lock(&d->hot_lock);
-    if (d->cooled_second == now) {
-        pthread_mutex_unlock(&d->hot_lock);
-        return;
-    }
-    d->cooled_second = now;
-    pthread_mutex_lock(&d->range_lock);
-    for (uint64_t r = 0; r < d->region_count; r++) {
-        if (!d->hot[r] || !is_synced(d, r) || d->last_record[r] > durable ||
-            now - d->last_second[r] < COOL_SECONDS || in_flight(d, r))
-            continue;
-        __atomic_store_n(&d->hot[r], 0, __ATOMIC_RELEASE);
-        d->bits[r / 8] &= (uint8_t)~(1u << (r % 8));
-        d->ring->hot_regions--;
-        low = r < low ? r : low;
-        high = r;
-    }
-    pthread_mutex_unlock(&d->range_lock);
-    if (low != UINT64_MAX)
-        (void)write_bits(d, low, high); /* a bit that stays set costs a resync, never truth */
-    pthread_mutex_unlock(&d->hot_lock);
-}
-
 /* --- the ring ----------------------------------------------------------------------------- */
 
 static uint64_t next_stamp(struct device *d)
 {
     uint64_t now = monotonic() + (uint64_t)d->ring->clock_offset;
     return now > d->ring->last_stamp ? now : d->ring->last_stamp + 1;
-}
-
-/* `stamp`: of the change, whose clock is read already. */
-static void touch(struct device *d, uint64_t start, uint64_t end, uint64_t sequence, uint64_t stamp)
-{
-    uint32_t now = (uint32_t)((stamp - (uint64_t)d->ring->clock_offset) / 1000000000u);
-    for (uint64_t r = start / d->region_bytes; r <= (end - 1) / d->region_bytes; r++) {
-        d->last_record[r] = sequence;
-        d->last_second[r] = now;
-    }
 }
 
 /* Under append_lock: give up the record for this range; its regions must be sent again. */
@@ -255,7 +158,7 @@ static void mark_gap(struct device *d, uint64_t start, uint64_t end)
     }
     /* the agent may send the region's content before it is on the local disk: it cools only after
      * a flush that began after this write, as if the record had been kept */
-    touch(d, start, end, ring->head + 1, ring->last_stamp);
+    hot_map_touch(&d->map, start, end, ring->head + 1);
     ring->dropped++;
     if (!ring_load(&ring->gap_from))
         ring_swap(&ring->gap_from, 0, ring->last_stamp);
@@ -293,7 +196,7 @@ static void append(struct device *d, int kind, uint64_t offset, uint32_t length,
     d->payload_head += need;
     ring->written_bytes += need;
     if (length)
-        touch(d, offset, offset + length, head + 1, slot->stamp);
+        hot_map_touch(&d->map, offset, offset + length, head + 1);
     ring_store(&ring->head, head + 1);
     ring_store(&ring->busy, ring->busy + 1);
     pthread_mutex_unlock(&d->append_lock);
@@ -375,17 +278,19 @@ static int change(struct device *d, int kind, const void *data, uint32_t length,
                   int punch, int fast, int fua)
 {
     int rc, range;
+    uint64_t head;
     if (length == 0)
         return 0;
     if (offset > d->size || length > d->size - offset)
         return -ENOSPC;
     range = take_range(d, offset, offset + length);
-    rc = make_hot(d, offset, offset + length);
+    rc = hot_map_heat(&d->map, offset, offset + length);
     if (rc == 0) {
+        head = ring_load(&d->ring->head);
         rc = data ? transfer(d->image_fd, (void *)data, length, offset, 1)
                   : local_zero(d, offset, length, punch, fast);
         if (rc == 0 && fua)
-            rc = sync_file(d->image_fd);
+            rc = sync_image(d, head);
         if (rc == 0)
             append_parts(d, kind | (fua ? RECORD_FUA : 0), offset, length, data);
         else if (rc != -EOPNOTSUPP)
@@ -412,14 +317,10 @@ int device_trim(struct device *d, uint32_t length, uint64_t offset, int fua)
 
 int device_flush(struct device *d)
 {
-    uint64_t before = ring_load(&d->ring->head);
-    int rc = sync_file(d->image_fd);
-    if (rc)
-        return rc;
-    append(d, RECORD_FLUSH, 0, 0, NULL);
-    ring_store(&d->ring->flushed, before);
-    cool(d, before);
-    return 0;
+    int rc = sync_image(d, ring_load(&d->ring->head));
+    if (rc == 0)
+        append(d, RECORD_FLUSH, 0, 0, NULL);
+    return rc;
 }
 
 int device_extent(struct device *d, uint64_t offset, uint64_t length, uint64_t *extent_length,
@@ -478,8 +379,8 @@ static int map_ring(struct device *d, int ring_fd)
         return -EINVAL;
     d->inflight = (struct ring_inflight *)((uint8_t *)ring + RING_HEADER_BYTES);
     d->stale = (uint8_t *)d->inflight + inflight_part;
-    d->syncing = d->stale + region_part;
-    d->slots = (struct ring_slot *)(d->syncing + region_part);
+    d->map.syncing = d->stale + region_part;
+    d->slots = (struct ring_slot *)(d->stale + 2 * region_part);
     d->payload = (uint8_t *)d->slots + page_up(ring->slot_count * sizeof(struct ring_slot));
     return 0;
 }
@@ -505,23 +406,22 @@ static void recover_ring(struct device *d)
     ring->writer_pid = (uint64_t)getpid();
 }
 
-static int load_map(struct device *d)
+static int open_map(struct device *d, int map_fd, uint64_t regions_max)
 {
-    uint64_t bytes = (d->region_count + 7) / 8;
-    uint32_t now = (uint32_t)(monotonic() / 1000000000u);
-    int rc = transfer(d->map_fd, d->bits, bytes, MAP_HEADER_BYTES, 0);
-    d->ring->hot_regions = 0;
-    for (uint64_t r = 0; rc == 0 && r < d->region_count; r++) {
-        d->hot[r] = (d->bits[r / 8] >> (r % 8)) & 1;
-        d->ring->hot_regions += d->hot[r];
-        d->last_record[r] = d->ring->head;
-        d->last_second[r] = now;
-    }
-    return rc;
+    d->map.map_fd = map_fd;
+    d->map.region_bytes = d->region_bytes;
+    d->map.region_count = d->region_count;
+    d->map.regions_max = regions_max;
+    d->map.ring = d->ring;
+    d->map.inflight = d->inflight;
+    d->map.stale = d->stale;
+    d->map.range_lock = &d->range_lock;
+    d->map.ranges_used = &d->ranges_used;
+    return hot_map_open(&d->map, d->image_fd);
 }
 
 int device_open(struct device **out, int image_fd, int map_fd, int ring_fd, uint64_t size_bytes,
-                uint64_t region_bytes)
+                uint64_t region_bytes, uint64_t hot_regions_max)
 {
     struct stat st;
     int rc;
@@ -529,20 +429,14 @@ int device_open(struct device **out, int image_fd, int map_fd, int ring_fd, uint
     if (!d)
         return -ENOMEM;
     d->image_fd = image_fd;
-    d->map_fd = map_fd;
     d->size = size_bytes;
     d->region_bytes = region_bytes;
     d->region_count = (size_bytes + region_bytes - 1) / region_bytes;
     pthread_mutex_init(&d->range_lock, NULL);
     pthread_cond_init(&d->range_freed, NULL);
     pthread_mutex_init(&d->append_lock, NULL);
-    pthread_mutex_init(&d->hot_lock, NULL);
-    d->hot = calloc(d->region_count, 1);
-    d->bits = calloc((d->region_count + 7) / 8, 1);
-    d->last_record = calloc(d->region_count, sizeof *d->last_record);
-    d->last_second = calloc(d->region_count, sizeof *d->last_second);
     d->zeros = calloc(ZERO_CHUNK, 1);
-    if (!d->hot || !d->bits || !d->last_record || !d->last_second || !d->zeros)
+    if (!d->zeros)
         rc = -ENOMEM;
     else if (fstat(image_fd, &st) < 0)
         rc = -errno;
@@ -550,9 +444,11 @@ int device_open(struct device **out, int image_fd, int map_fd, int ring_fd, uint
         d->is_block = S_ISBLK(st.st_mode);
         rc = map_ring(d, ring_fd);
     }
+    if (rc == 0)
+        rc = open_map(d, map_fd, hot_regions_max);
     if (rc == 0) {
         recover_ring(d);
-        rc = load_map(d);
+        rc = hot_map_load(&d->map);
     }
     if (rc) {
         device_close(d);
@@ -562,20 +458,18 @@ int device_open(struct device **out, int image_fd, int map_fd, int ring_fd, uint
     return 0;
 }
 
+int device_start(struct device *d) { return hot_map_start(&d->map); }
+
 void device_close(struct device *d)
 {
     if (!d)
         return;
+    hot_map_close(&d->map);
     if (d->ring)
         munmap(d->ring, d->ring_bytes);
     pthread_mutex_destroy(&d->range_lock);
     pthread_cond_destroy(&d->range_freed);
     pthread_mutex_destroy(&d->append_lock);
-    pthread_mutex_destroy(&d->hot_lock);
-    free(d->hot);
-    free(d->bits);
-    free(d->last_record);
-    free(d->last_second);
     free(d->zeros);
     free(d);
 }

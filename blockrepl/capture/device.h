@@ -9,7 +9,8 @@ struct device;
 
 /* All functions return 0 or a negative errno. */
 int device_open(struct device **out, int image_fd, int map_fd, int ring_fd, uint64_t size_bytes,
-                uint64_t region_bytes);
+                uint64_t region_bytes, uint64_t hot_regions_max);
+int device_start(struct device *device); /* the thread that cools the hot map */
 void device_close(struct device *device);
 int device_read(struct device *device, void *data, uint32_t length, uint64_t offset);
 int device_write(struct device *device, const void *data, uint32_t length, uint64_t offset,

@@ -58,7 +58,9 @@ struct ring_header {
     uint64_t hot_regions;     /* 176 */
     uint64_t writer_pid;      /* 184 */
     uint64_t flushed;         /* 192: all records before this sequence are in the local disk */
-    uint8_t pad1[56];
+    uint64_t flush_failed;    /* 200: 1 once the local disk has failed to flush: what is on it is not
+                                      known, and nothing cools as long as this ring is there */
+    uint8_t pad1[48];
     /* written by the agent */
     uint64_t tail;            /* 256: records before this may be overwritten */
     uint64_t durable;         /* 264: records before this are durable at the receiver, or their

@@ -12,7 +12,7 @@ offset  size  field
 4096          a bit per region, lowest bit first; 1 = hot
 ======  ====  ==========================================
 
-Capture sets a bit and makes it durable before it writes to a cold region (device.c). Nothing else
+Capture sets a bit and makes it durable before it writes to a cold region (hot_map.h). Nothing else
 writes the file while a server holds the image's lock.
 """
 

@@ -27,6 +27,7 @@ offset  size  header field
 176     8     hot regions
 184     8     writer's process id
 192     8     records before this sequence are on the local disk
+200     8     1 once the local disk has failed to flush
 256     8     tail: records before this sequence may be overwritten
 264     8     durable: records before this sequence are durable at the receiver
 ======  ====  ===========================================================================
@@ -59,6 +60,7 @@ WRITTEN_AT = 168
 HOT_REGIONS_AT = 176
 WRITER_AT = 184
 FLUSHED_AT = 192
+FLUSH_FAILED_AT = 200
 TAIL_AT = 256
 DURABLE_AT = 264
 

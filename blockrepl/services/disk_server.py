@@ -82,6 +82,7 @@ def exec_server(disks: SourceDisks, name: str) -> None:
         f"ring={ring}",
         f"size={entry.size_bytes}",
         f"region={limits.REGION_BYTES}",
+        f"hot={limits.HOT_REGIONS_MAX}",
     ]
     print(f"disk {name} ready on {path}", flush=True)
     os.execve(program, command, environment)

@@ -51,6 +51,7 @@ POLL_SECONDS = 0.004
 IDLE_POLL_SECONDS = 0.01
 SPOOL_POLL_SECONDS = 0.02  # fewer, larger frames while nobody waits for them
 PRESSURE = 0.5  # of a ring, at which frames leave memory for the spool
+CROWD = 0.25  # of a ring: less than this in memory is not what fills it
 
 
 @dataclass(eq=False)
@@ -161,6 +162,14 @@ class GroupPump:
 
     def is_pressed(self) -> bool:
         return any(disk.ring is not None and disk.ring.fill() > PRESSURE for disk in self.disks)
+
+    def is_crowded(self) -> bool:
+        return any(
+            disk.ring is not None
+            and disk.ring.fill() > PRESSURE
+            and disk.ring.fill(disk.cursor) > CROWD
+            for disk in self.disks
+        )
 
     def kept(self, release: Release) -> None:
         disk = self._by_id.get(release.disk)

@@ -5,8 +5,9 @@ It outlives sessions. The pump puts frames in, in order; while there is a link, 
 =========  ===========================  ==========================  ============================
 mode       a new frame goes to          frames are sent from        left when
 =========  ===========================  ==========================  ============================
-direct     memory                       memory                      spooling: no link, or memory
-                                                                    is full and a ring fills up
+direct     memory                       memory                      spooling: no link, or a ring
+                                                                    fills up, and memory is full
+                                                                    or holds much of that ring
 spooling   the spool                    the spool                   draining: all of it was sent
 draining   memory                       nowhere                     direct: all of the spool is
                                                                     acknowledged, and it is given
@@ -65,7 +66,11 @@ class Owner(Protocol):
     """What an outbox tells, and asks, the one whose frames it holds."""
 
     def is_pressed(self) -> bool:
-        """Whether a ring is so full that frames must leave memory."""
+        """Whether a ring is so full that frames must leave a memory that is full."""
+        ...
+
+    def is_crowded(self) -> bool:
+        """Whether a ring is so full of what is in memory that frames must leave it in any case."""
         ...
 
     def kept(self, release: Release) -> None:
@@ -126,6 +131,7 @@ class Outbox:
         self._read: Item | None = None  # read from the spool, not yet sent
         self._spool_lock = trio.StrictFIFOLock()
         self._moving = False
+        self._crowded_after = 0.0  # a full spool was tried just now
         self._freed_while_moving: list[Release] = []
         self._to_give_back: Attached | None = None
         self._sync_epochs: dict[
@@ -206,17 +212,23 @@ class Outbox:
             if not placed:
                 await self._wait(FULL_SECONDS)
             return placed
-        if self._has_memory(item.size_bytes):
+        has_memory = self._has_memory(item.size_bytes)
+        if has_memory and not self._is_crowded():
             self._hold(item)
             return True
-        if not self._owner.is_pressed():
+        if not has_memory and not self._owner.is_pressed():
             await self._wait(PRESSURE_SECONDS)
             return False
         async with self._spool_lock:
             moved = await self._move_to_spool()
         if not moved:
-            await self._wait(FULL_SECONDS)
+            self._crowded_after = trio.current_time() + FULL_SECONDS
+            if not has_memory:
+                await self._wait(FULL_SECONDS)
         return False
+
+    def _is_crowded(self) -> bool:
+        return self._owner.is_crowded() and trio.current_time() >= self._crowded_after
 
     def _hold(self, item: Item) -> None:
         self._memory.append(item)

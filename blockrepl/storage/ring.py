@@ -151,6 +151,10 @@ class RingReader:
     def last_stamp(self) -> int:
         return self._words.load(layout.LAST_STAMP_AT)
 
+    def flush_failed(self) -> bool:
+        """Whether the local disk has failed to flush since the ring was made."""
+        return self._words.load(layout.FLUSH_FAILED_AT) != 0
+
     def stale_marks(self) -> int:
         return self._words.load(layout.STALE_MARKS_AT)
 
@@ -175,9 +179,9 @@ class RingReader:
         start = self._slots[first % self.geometry.slot_count]
         return int(last["position"]) + _payload_length(last) - int(start["position"])
 
-    def fill(self) -> float:
-        """How full it is, 0 to 1, by payload or by slots."""
-        head = self.head()
+    def fill(self, head: int | None = None) -> float:
+        """How full it is, up to ``head``, 0 to 1, by payload or by slots."""
+        head = self.head() if head is None else head
         slots = (head - self.tail()) / self.geometry.slot_count
         return max(slots, self.used_bytes(head) / self.geometry.payload_bytes)
 

@@ -290,7 +290,7 @@ class SourceDisks:
                     return False  # what another ring holds is not known here
                 if ring.needs_sync() or ring.is_syncing() or ring.gap_from():
                     return False
-                if ring.head() != ring.durable():
+                if ring.head() != ring.durable() or ring.flush_failed():
                     return False
                 os.fsync(descriptor)
                 cold = hot_map.encode(

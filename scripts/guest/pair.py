@@ -97,9 +97,13 @@ class Pair:
         os.killpg(service.process.pid, signal.SIGKILL)
         self.scratch.stop(service)
 
-    def join(self) -> None:
-        """Give the source its identity: a token from the receiver, used once."""
-        token = self.receiver("receiver", "invite").strip()
+    def join(self, address: str | None = None) -> None:
+        """Give the source its identity: a token from the receiver, used once.
+
+        ``address``: where the source is to reach the receiver, if not at its own port.
+        """
+        words = ("--address", address) if address else ()
+        token = self.receiver("receiver", "invite", *words).strip()
         self._say(self.source_home, ("agent", "join", "TOKEN"))
         self.source("agent", "join", token, quiet=True)
 

@@ -56,6 +56,9 @@ class Run:
         self.place, self.seed = place, seed
         self.random = random.Random(seed)
         self.outcome = Outcome()
+        self.ring_bytes = RING_BYTES
+        self.instants = INSTANTS
+        self.address: str | None = None  # of a link in between
         self.early: list[View] = []  # seen while the load was running
         self.disk: Disk
         self.clock: SourceClock
@@ -64,8 +67,8 @@ class Run:
         place = self.place
         place.receiver("receiver", "init")
         place.start_receiver()
-        place.join()
-        self.disk = Disk(place, size_bytes=DISK_BYTES, ring_bytes=RING_BYTES, group=GROUP)
+        place.join(self.address)
+        self.disk = Disk(place, size_bytes=DISK_BYTES, ring_bytes=self.ring_bytes, group=GROUP)
         self.clock = open_clock(self.disk.disks.home.source_directory)
         place.start_agent()
         self.disk.start()
@@ -95,8 +98,11 @@ class Run:
         return made.returncode == 0 or "exists" in made.stderr
 
     def _kill(self, name: str) -> None:
+        self.place.kill(name)
+        self.start(name)
+
+    def start(self, name: str) -> None:
         place = self.place
-        place.kill(name)
         match name:
             case "agent":
                 place.start_agent()
@@ -151,8 +157,8 @@ class Run:
         first = max(int(group["floor_ns"]), int(history.issued[0]) - NANOSECONDS_PER_SECOND)
         latest = int(group["latest_ns"])
         ends = history.ended[history.acknowledged & (history.ended >= first)].tolist()
-        chosen = [self.random.randint(first, latest) for _ in range(INSTANTS // 2)]
-        return chosen + [self.random.choice(ends) + 1 for _ in range(INSTANTS - len(chosen))]
+        chosen = [self.random.randint(first, latest) for _ in range(self.instants // 2)]
+        return chosen + [self.random.choice(ends) + 1 for _ in range(self.instants - len(chosen))]
 
     def _view(self, root: Path, at_ns: int) -> View | None:
         """The disk at an instant; None where the product refuses the point."""
