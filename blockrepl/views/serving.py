@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +16,11 @@ import trio
 from blockrepl.errors import StateError
 from blockrepl.model import points
 from blockrepl.model.points import Resolved
+from blockrepl.storage.forks import open_overlays
 from blockrepl.storage.history import ReplicaHistory
+from blockrepl.views.forking import Wanted, open_wanted
 from blockrepl.views.fuse import READERS, ViewFileSystem
+from blockrepl.views.fuse_fork import ForkFileSystem
 from blockrepl.views.fuse_wait import fuse_descriptors, install
 from blockrepl.views.mounting import check_mount_point, mounts
 
@@ -29,19 +32,17 @@ def serve(
     home: Path,
     group: str,
     directory: Path,
-    at: str | None,
+    wanted: Wanted,
     ready: Callable[[Resolved | None], None],
 ) -> None:
     """Mount and serve until unmounted, or until SIGTERM or SIGINT. ``ready`` is called once."""
     path = check_mount_point(directory)
-    with ReplicaHistory.open(home, group) as replica:
-        state = replica.state()
-        resolved = None
-        if at is not None:
-            resolved = replica.resolve(points.parse(at), time.time_ns(), state)
-        files = ViewFileSystem(replica, resolved.at_ns if resolved else None, state)
+    with contextlib.ExitStack() as closing:
+        replica = closing.enter_context(ReplicaHistory.open(home, group))
+        files, resolved = closing.enter_context(_files(replica, wanted))
         options = set(pyfuse3.default_options)
-        options |= {"ro", "subtype=blockrepl", f"fsname=blockrepl:{group}:{os.getpid()}"}
+        options |= {"subtype=blockrepl", f"fsname=blockrepl:{group}:{os.getpid()}"}
+        options.add("rw" if wanted.is_fork else "ro")
         if os.geteuid() == 0:
             options.add("allow_other")
         before = fuse_descriptors()
@@ -60,6 +61,28 @@ def serve(
             # Unmounted already, the directory may be somebody else's mount by now.
             is_mounted = any(mount.process == os.getpid() for mount in mounts())
             pyfuse3.close(unmount=is_mounted)
+
+
+@contextlib.contextmanager
+def _files(
+    replica: ReplicaHistory, wanted: Wanted
+) -> Iterator[tuple[ViewFileSystem, Resolved | None]]:
+    """The file system that is wanted, and the instant if it is of one."""
+    files: ViewFileSystem
+    with contextlib.ExitStack() as closing:
+        if wanted.is_fork:
+            opened, resolved = open_wanted(replica, wanted)
+            closing.callback(opened.close)
+            overlays = open_overlays(opened.directory, opened.fork)
+            files = ForkFileSystem(replica, resolved.at_ns, replica.state(), overlays)
+        else:
+            state = replica.state()
+            resolved = None
+            if wanted.at is not None:
+                resolved = replica.resolve(points.parse(wanted.at), time.time_ns(), state)
+            files = ViewFileSystem(replica, resolved.at_ns if resolved else None, state)
+        closing.callback(files.close)
+        yield files, resolved
 
 
 async def _serve(path: Path, ready: Callable[[], None]) -> None:
