@@ -1,34 +1,34 @@
 """The block map of a fork: which blocks of a disk its overlay holds, and which it made zeros.
 
-A file that is only appended to, all little-endian:
+A file that is only appended to; integers are unsigned, little-endian:
 
 ======  ====  ==========================================================
-offset  type  field of the header (HEADER_BYTES)
+offset  size  field of the header (HEADER_BYTES)
 ======  ====  ==========================================================
-0       8s    magic ``BRFORK1`` and a zero
-8       u64   the disk's size in bytes
-16      u32   bytes of a block
-20      u32   zero
-24      u64   xxh3-64 of bytes 0 to 23
+0       8     magic ``BRFORK1`` and a zero
+8       8     the disk's size in bytes
+16      4     bytes of a block
+20      4     zero
+24      8     xxh3-64 of bytes 0 to 23
 ======  ====  ==========================================================
 
 Then records, each of them the blocks that changed their state between two flushes:
 
 ======  ====  ==========================================================
-offset  type  field of a record
+offset  size  field of a record
 ======  ====  ==========================================================
-0       u32   number of changes
-4       u32   zero
-8       u64   xxh3-64, seeded with the record's offset, of all but these 8 bytes
+0       4     number of changes
+4       4     zero
+8       8     xxh3-64, seeded with the record's offset, of all but these 8 bytes
 16      ...   changes
 ======  ====  ==========================================================
 
 ======  ====  ==========================================================
-offset  type  field of a change (CHANGE_BYTES)
+offset  size  field of a change (CHANGE_BYTES)
 ======  ====  ==========================================================
-0       u64   first block
-8       u32   number of blocks
-12      u32   what they are from then on: 1 data of the overlay, 2 zeros
+0       8     first block
+8       4     number of blocks
+12      4     what they are from then on: 1 data of the overlay, 2 zeros
 ======  ====  ==========================================================
 
 The reader applies record after record, from no block at all; a later change wins. The file ends
