@@ -45,6 +45,7 @@ COMMANDS = {
     "point": ("point", "Resolve a point and explain it."),
     "mount": ("mount", "Mount a group as it was at any instant."),
     "umount": ("mount", "Unmount what mount has mounted."),
+    "serve": ("serve", "Serve a group over NBD as it was at any instant."),
     "fork": ("fork", "Writable views that are kept: create, list, remove."),
     "export": ("export", "Write a disk, as it was at a point, to a file."),
     "doctor": ("doctor", "What this machine lacks, and how to install it."),
