@@ -2,7 +2,8 @@
 
 Parameters: ``replica`` (its directory), ``at_ns``; ``disk``, the export without a name (needless
 when there is one disk); ``fork``, a fork's directory: what is written goes there. Whoever starts
-nbdkit holds the fork's lock. PYTHONPATH names the directories that hold the blockrepl package and
+nbdkit holds the fork's lock, and the other end of the pipe ``until``: this process ends with it,
+whatever its clients do. PYTHONPATH names the directories that hold the blockrepl package and
 what it needs.
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 import builtins
 import errno
 import logging
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +39,7 @@ def config(key: str, value: str) -> None:
 
 
 def config_complete() -> None:
-    missing = {"replica", "at_ns"} - _parameters.keys()
+    missing = {"replica", "at_ns", "until"} - _parameters.keys()
     if missing:
         raise RuntimeError(f"missing parameters: {', '.join(sorted(missing))}")
 
@@ -55,6 +58,20 @@ def after_fork() -> None:
         _views.append(WritableView(view, forks.open_overlays(directory, forks.load(directory))))
     else:
         _views.append(view)
+    threading.Thread(target=_end, args=(int(_parameters["until"]),), daemon=True).start()
+
+
+def _end(until: int) -> None:
+    """Wait for the parent's end, or its word; what was written to the fork is made durable."""
+    os.read(until, 1)
+    status = 0
+    try:
+        for name in _views[0].disks if "fork" in _parameters else ():
+            _fork().flush(name)
+    except BlockreplError as error:
+        log.error("%s", error)
+        status = 1
+    os._exit(status)
 
 
 def list_exports(readonly: bool, is_tls: bool) -> builtins.list[str]:

@@ -152,16 +152,22 @@ def test_a_served_fork_is_written_to_and_thrown_away(journal: Journal, tmp_path:
 def test_a_named_fork_survives_its_server_s_and_its_parent_s_death(
     journal: Journal, tmp_path: Path
 ) -> None:
-    """Guards the flush of FUA writes in plugins/view.py (`_force`), and `--exit-with-parent`."""
+    """Guards, in plugins/view.py, the flush of FUA writes (`_force`), and the end of the pipe and
+    the flush then (`_end`), with a client that stays.
+    """
     stamp, option = at(journal, 20)
     wanted = journal.model.at(stamp)["root"]
-    for turn, victim in enumerate(("server", "parent")):
+    for turn, victim in enumerate(("server", "parent", "nobody")):
         served = Serving(journal, tmp_path / "s", option, "--fork=kept")
         client = served.client("root")
         assert read_all(client) == wanted
         data = bytes([turn + 65]) * 5000
-        client.write(turn * 3000, data, flags=FUA)
+        client.write(turn * 3000, data, flags=0 if victim == "nobody" else FUA)
         wanted[turn * 3000 : turn * 3000 + 5000] = data
+        if victim == "nobody":
+            assert served.end() == ""
+            client.vanish()
+            continue
         server = served.server()
         os.kill(server if victim == "server" else served.process.pid, signal.SIGKILL)
         wait_for(partial(is_gone, server), "nbdkit's end")

@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from blockrepl.errors import DamageError, StateError, StorageError
 from blockrepl.model.points import Resolved
@@ -193,22 +194,36 @@ def nbdkit(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """nbdkit with the view plugin, from when it listens on a socket. StateError, StorageError.
 
-    It ends with its parent: nothing is left of a killed one.
+    It ends when its parent's end of a pipe is closed, by whatever: nothing is left of a killed one.
+    (Told by a signal, nbdkit would wait for its clients to leave.)
     """
     require("nbdkit", "nbdkit nbdkit-plugin-python")
     listening = socket.with_name("listening")
+    reader, writer = os.pipe()
     command = [
-        *("nbdkit", "--foreground", "--exit-with-parent"),
-        *(() if is_writable else ("--readonly",)),
+        *("nbdkit", "--foreground", *(() if is_writable else ("--readonly",))),
         *("--unix", str(socket), "--pidfile", str(listening)),
-        *("python", str(plugin_script("view")), *arguments),
+        *("python", str(plugin_script("view")), f"until={reader}", *arguments),
     ]
-    with running(command, errors, env=_environment(), inherited=inherited) as process:
+    with contextlib.ExitStack() as closing, open(writer, "wb") as held:
+        try:
+            process = closing.enter_context(
+                running(command, errors, env=_environment(), inherited=[reader, *inherited])
+            )
+        finally:
+            os.close(reader)
+        closing.callback(_end, process, held)
         while not listening.exists():
             if process.poll() is not None:
                 raise errors.failure(process.returncode)
             time.sleep(0.01)
         yield process
+
+
+def _end(process: subprocess.Popen[bytes], held: IO[bytes]) -> None:
+    held.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_SECONDS)
 
 
 def require(program: str, packages: str) -> None:
