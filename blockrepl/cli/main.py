@@ -48,6 +48,7 @@ COMMANDS = {
     "serve": ("serve", "Serve a group over NBD as it was at any instant."),
     "fork": ("fork", "Writable views that are kept: create, list, remove."),
     "export": ("export", "Write a disk, as it was at a point, to a file."),
+    "diff": ("diff", "What was written between two points; a patch of it."),
     "doctor": ("doctor", "What this machine lacks, and how to install it."),
     "completion": ("completion", "Print the completion script of a shell."),
 }

@@ -37,7 +37,7 @@ Progress = Callable[[int], None]
 def export_raw(view: View, disk: str, target: Path, progress: Progress) -> None:
     """Write a sparse raw image. DamageError, StorageError, OSError."""
     size_bytes = view.disk(disk).size_bytes
-    with _replacing(target) as temporary, temporary.open("r+b", buffering=0) as file:
+    with replacing(target) as temporary, temporary.open("r+b", buffering=0) as file:
         file.truncate(size_bytes)
         for area in range(0, size_bytes, AREA_BYTES):
             for extent in view.extents(disk, area, AREA_BYTES):
@@ -67,7 +67,7 @@ def export_qcow2(replica: Path, view: View, disk: str, target: Path, progress: P
     size_bytes = view.disk(disk).size_bytes
     require("qemu-img", "qemu-utils")
     with contextlib.ExitStack() as closing:
-        temporary = closing.enter_context(_replacing(target))
+        temporary = closing.enter_context(replacing(target))
         errors = closing.enter_context(ErrorLines())
         directory = closing.enter_context(tempfile.TemporaryDirectory(prefix="blockrepl-export-"))
         socket = Path(directory, "socket")
@@ -98,7 +98,7 @@ def _percents(stream: IO[bytes]) -> Iterator[float]:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A temporary file beside the target that becomes it in the end, or goes."""
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     with ending_in_order():
