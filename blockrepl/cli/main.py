@@ -49,6 +49,7 @@ COMMANDS = {
     "fork": ("fork", "Writable views that are kept: create, list, remove."),
     "export": ("export", "Write a disk, as it was at a point, to a file."),
     "diff": ("diff", "What was written between two points; a patch of it."),
+    "bisect": ("bisect", "Find the write that made a group bad."),
     "doctor": ("doctor", "What this machine lacks, and how to install it."),
     "completion": ("completion", "Print the completion script of a shell."),
 }

@@ -40,27 +40,34 @@ def serve(
     with contextlib.ExitStack() as closing:
         replica = closing.enter_context(ReplicaHistory.open(home, group))
         files, resolved = closing.enter_context(_files(replica, wanted))
-        options = set(pyfuse3.default_options)
-        options |= {"subtype=blockrepl", f"fsname=blockrepl:{group}:{os.getpid()}"}
-        options.add("rw" if wanted.is_fork else "ro")
-        if os.geteuid() == 0:
-            options.add("allow_other")
-        before = fuse_descriptors()
-        try:
-            pyfuse3.init(files, str(path), options)
-        except RuntimeError as error:
-            raise StateError(
-                f"cannot mount on {directory}: the kernel or fusermount3 refused",
-                hint="see: blockrepl doctor",
-            ) from error
-        for descriptor in fuse_descriptors() - before:
-            install(descriptor)
-        try:
-            trio.run(_serve, path, partial(ready, resolved))
-        finally:
-            # Unmounted already, the directory may be somebody else's mount by now.
-            is_mounted = any(mount.process == os.getpid() for mount in mounts())
-            pyfuse3.close(unmount=is_mounted)
+        closing.enter_context(mounted(files, path, group, is_writable=wanted.is_fork))
+        trio.run(_serve, path, partial(ready, resolved))
+
+
+@contextlib.contextmanager
+def mounted(files: ViewFileSystem, path: Path, group: str, *, is_writable: bool) -> Iterator[None]:
+    """A mount that pyfuse3 answers in this process, undone at the end. StateError."""
+    options = set(pyfuse3.default_options)
+    options |= {"subtype=blockrepl", f"fsname=blockrepl:{group}:{os.getpid()}"}
+    options.add("rw" if is_writable else "ro")
+    if os.geteuid() == 0:
+        options.add("allow_other")
+    before = fuse_descriptors()
+    try:
+        pyfuse3.init(files, str(path), options)
+    except RuntimeError as error:
+        raise StateError(
+            f"cannot mount on {path}: the kernel or fusermount3 refused",
+            hint="see: blockrepl doctor",
+        ) from error
+    for descriptor in fuse_descriptors() - before:
+        install(descriptor)
+    try:
+        yield
+    finally:
+        # Unmounted already, the directory may be somebody else's mount by now.
+        is_mounted = any(mount.process == os.getpid() for mount in mounts())
+        pyfuse3.close(unmount=is_mounted)
 
 
 @contextlib.contextmanager
@@ -99,8 +106,13 @@ async def _serve(path: Path, ready: Callable[[], None]) -> None:
 
         nursery.start_soon(end_on_signal)
         nursery.start_soon(tell_when_ready)
-        await pyfuse3.main(TASKS, TASKS)
+        await answer()
         nursery.cancel_scope.cancel()
+
+
+async def answer() -> None:
+    """Answer the kernel until unmounted or `pyfuse3.terminate`."""
+    await pyfuse3.main(TASKS, TASKS)
 
 
 def _read_ahead(path: Path) -> None:
