@@ -59,6 +59,7 @@ FORK_BLOCK_BYTES = 4 * KIB  # copied as one when a part of it is written: what g
 FORK_ROOM_STEP_BYTES = 16 * MIB  # taken between two looks at the file system's free room
 FORK_RESERVE_BYTES = 1 * GIB  # forks leave so much free: the journal comes first
 FORK_RESERVE_SHARE = 0.05  # of the file system, where that is less
+FORK_SWEEP_SECONDS = 60.0  # between two looks for forks that have expired
 FORKS_MAX = 1000  # of a group
 
 WATERMARK_SECONDS = 1.0  # an idle group's watermark moves at least this often

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from journal_model import GROUP, Journal, Record, small_segments
 from serving import as_root, tool, wait_for
+from test_export import command
 from test_fuse import Mounted, blockrepl, digests, expected, serving_process
 from test_view import SIZES
 
@@ -437,3 +438,28 @@ def test_a_fork_of_an_instant_that_is_gone_says_so(journal: Journal, tmp_path: P
     assert "before the floor" in fail(journal, "mount", GROUP, tmp_path / "m", "--fork=old")
     succeed(journal, "fork", "remove", GROUP, "old")
     assert subprocess.run(["mountpoint", "-q", tmp_path / "m"], check=False).returncode
+
+
+def test_the_receiver_removes_forks_that_have_expired(journal: Journal) -> None:
+    """Guards `ReceiverGroups.sweep_forks`, and that it waits for nobody."""
+    for name in ("old", "young"):
+        _, option = at(journal, 10)
+        succeed(journal, "fork", "create", GROUP, name, option, "--expires=2h")
+    journal.close()
+    path = journal.directory / "forks" / "old" / "fork.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"expires_ns": 1}))
+    with pins.lock(journal.directory):
+        assert forks.sweep_if_free(journal.directory) == []
+    succeed(journal, "receiver", "init")
+    receiver = subprocess.Popen(
+        command(journal, "receiver", "run", "--listen", "127.0.0.1:0"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: not path.parent.exists(), "the expired fork's end")
+    finally:
+        receiver.terminate()
+        receiver.wait(30)
+    assert (journal.directory / "forks" / "young").exists()
+    journal.open()

@@ -251,6 +251,16 @@ def sweep(replica: Path) -> list[str]:
     return expired
 
 
+def sweep_if_free(replica: Path) -> list[str]:
+    """`sweep`, unless somebody is just making, opening or removing one: then another time."""
+    try:
+        held = exclusive_lock(replica / pins.LOCK_NAME)
+    except StateError:
+        return []
+    with held:
+        return sweep(replica)
+
+
 def _directories(replica: Path) -> Iterator[Path]:
     try:
         yield from sorted(path for path in (replica / DIRECTORY_NAME).iterdir() if path.is_dir())
@@ -271,9 +281,12 @@ def _find(replica: Path, group: str, name: str) -> Path:
 def _holder(directory: Path) -> int | None:
     """The process that has a fork open; 0 when it does not say."""
     path = directory / LOCK_NAME
-    if not path.exists() or not is_locked(path):
+    try:
+        if not is_locked(path):
+            return None
+        text = path.read_text().strip()
+    except FileNotFoundError:
         return None
-    text = path.read_text().strip()
     return int(text) if text.isdecimal() else 0
 
 

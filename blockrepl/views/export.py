@@ -72,11 +72,13 @@ def export_qcow2(replica: Path, view: View, disk: str, target: Path, progress: P
         directory = closing.enter_context(tempfile.TemporaryDirectory(prefix="blockrepl-export-"))
         socket = Path(directory, "socket")
         arguments = [f"replica={replica}", f"disk={disk}", f"at_ns={view.at_ns}"]
-        closing.enter_context(nbdkit(arguments, socket, errors))
-        # When nbdkit ends with a killed export, qemu-img ends for want of a server.
         uri = f"nbd+unix:///?socket={socket}"
         command = ["qemu-img", "convert", "-p", "-f", "raw", "-O", "qcow2", uri, str(temporary)]
-        with running(command, errors, stdout=subprocess.PIPE) as process:
+        # When nbdkit ends with a killed export, qemu-img ends for want of a server.
+        with (
+            nbdkit(arguments, socket, errors),
+            running(command, errors, stdout=subprocess.PIPE) as process,
+        ):
             assert process.stdout is not None
             for percent in _percents(process.stdout):
                 progress(int(size_bytes * percent / 100))

@@ -175,7 +175,7 @@ class ErrorLines:
                     self._lines.append(line)
 
     def failure(self, status: int) -> StorageError | DamageError:
-        """Why a program has ended: the view's own words, else the last line."""
+        """Why a program has failed, when all have ended: the view's own words, or the last line."""
         self.close()
         if self._told:
             return DamageError(self._told, hint="an earlier point may be readable")
