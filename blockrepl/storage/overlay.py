@@ -185,10 +185,17 @@ class Overlay:
                 raise BlockingIOError(errno.EAGAIN, "cannot tell") from error
             raise self._failure(error, "read") from error
 
-    def write(self, offset: int, data: Buffer, below: Below) -> None:
-        """Write; all of it or, with StorageError, perhaps a part. Code "full": nothing."""
-        with self._lock:
+    def write(self, offset: int, data: Buffer, below: Below, *, wait: bool = True) -> None:
+        """Write; all of it or, with StorageError, perhaps a part. Code "full": nothing.
+
+        Without ``wait``: BlockingIOError, and nothing written, when it would take a device's time.
+        """
+        if not self._lock.acquire(blocking=wait):
+            raise BlockingIOError(errno.EAGAIN, "another write is under way")
+        try:
             self._write(offset, data, below)
+        finally:
+            self._lock.release()
 
     def _write(self, offset: int, data: Buffer, below: Below) -> None:
         self._check()

@@ -12,7 +12,7 @@ from blockrepl.errors import UsageError
 from blockrepl.formats.fork_map import BELOW, DATA
 from blockrepl.formats.frame import Buffer
 from blockrepl.storage.content import Extent, add_extent
-from blockrepl.storage.overlay import Below, Overlay
+from blockrepl.storage.overlay import Overlay
 from blockrepl.views.view import View, ViewDisk, coarse
 
 
@@ -68,22 +68,23 @@ class WritableView:
                 add_extent(found, extent.offset, after, extent.is_data)
         return coarse(found, grain, disk.size_bytes)
 
-    def write(self, name: str, offset: int, data: Buffer) -> None:
-        """UsageError beyond the disk's end; StorageError, code "full" when there is no room."""
+    def write(self, name: str, offset: int, data: Buffer, *, wait: bool = True) -> None:
+        """UsageError beyond the disk's end; StorageError, code "full" when there is no room.
+
+        Without ``wait``: BlockingIOError when it would take a device's time.
+        """
         self._check(name, offset, len(data))
-        self._overlays[name].write(offset, data, self._below(name))
+        below = partial(self._view.read, name, wait=wait)
+        self._overlays[name].write(offset, data, below, wait=wait)
 
     def zero(self, name: str, offset: int, length: int) -> None:
         """As a write of zeros, without taking room for them."""
         self._check(name, offset, length)
-        self._overlays[name].zero(offset, length, self._below(name))
+        self._overlays[name].zero(offset, length, partial(self._view.read, name))
 
     def flush(self, name: str) -> None:
         """Make durable what was written to a disk. StorageError."""
         self._overlays[name].flush()
-
-    def _below(self, name: str) -> Below:
-        return partial(self._view.read, name)
 
     def _check(self, name: str, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.disk(name).size_bytes:

@@ -88,7 +88,13 @@ class ForkFileSystem(ViewFileSystem):
         _, disk = self._open[fh]
         if off + len(buf) > self._fork.disk(disk).size_bytes:
             raise FUSEError(errno.ENOSPC)
-        await self._in_thread(partial(self._fork.write, disk, off, buf))
+        try:
+            # Into the page cache most often: a thread would take several times as long.
+            self._fork.write(disk, off, buf, wait=False)
+        except BlockingIOError:
+            await self._in_thread(partial(self._fork.write, disk, off, buf))
+        except BlockreplError as error:
+            raise self._failed(error) from error
         return len(buf)
 
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
