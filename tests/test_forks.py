@@ -450,6 +450,20 @@ def test_a_fork_of_an_instant_that_is_gone_says_so(journal: Journal, tmp_path: P
     assert subprocess.run(["mountpoint", "-q", tmp_path / "m"], check=False).returncode
 
 
+def test_a_damaged_fork_is_told_of_and_can_be_removed(
+    journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("good", "bad"):
+        succeed(journal, "fork", "create", GROUP, name, "--at=latest")
+    (journal.directory / "forks" / "bad" / "fork.json").write_text("{")
+    listed = json.loads(succeed(journal, "fork", "list", GROUP, "--json"))
+    assert [row["name"] for row in listed] == ["good"]
+    assert "bad/fork.json is damaged" in caplog.text
+    assert "is damaged" in fail(journal, "serve", GROUP, "--fork=bad")
+    succeed(journal, "fork", "remove", GROUP, "bad")
+    assert not (journal.directory / "forks" / "bad").exists()
+
+
 def test_the_receiver_removes_forks_that_have_expired(journal: Journal) -> None:
     """Guards `ReceiverGroups.sweep_forks`, and that it waits for nobody."""
     for name in ("old", "young"):

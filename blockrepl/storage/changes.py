@@ -15,18 +15,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blockrepl.formats.frame import KIND_MASK, Columns, FrameHeader, RecordKind
+from blockrepl.formats.frame import KIND_MASK, Columns, RecordKind
 from blockrepl.model.ranges import Union
 from blockrepl.storage.history import ReplicaHistory, State
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A frame with records of the interval: its segment, its ordinal there, and its header."""
+    """A frame that may have records of the interval: its segment, and its ordinal there."""
 
     segment: int
     ordinal: int
-    header: FrameHeader
+    disk: bytes
+    first_stamp: int
+    last_stamp: int
+    record_count: int
 
 
 def places(
@@ -53,12 +56,21 @@ def places(
                 and header.last_stamp > after_ns
                 and header.first_stamp <= upto_ns
             ):
-                yield Place(segment.number, ordinal, header)
+                yield Place(
+                    segment.number,
+                    ordinal,
+                    header.disk,
+                    header.first_stamp,
+                    header.last_stamp,
+                    header.record_count,
+                )
 
 
-def records(history: ReplicaHistory, place: Place, after_ns: int, upto_ns: int) -> Columns:
+def records(
+    history: ReplicaHistory, segment: int, ordinal: int, after_ns: int, upto_ns: int
+) -> Columns:
     """A frame's records of the interval that change something. DamageError."""
-    columns = history.index.segment(place.segment).columns(place.ordinal)
+    columns = history.index.segment(segment).columns(ordinal)
     which = (columns.stamps > np.uint64(after_ns)) & (columns.stamps <= np.uint64(upto_ns))
     which &= (columns.kinds & np.uint8(KIND_MASK)) != RecordKind.FLUSH
     return Columns(
@@ -75,8 +87,8 @@ def changed_ranges(
     """Per disk what was written, zeroed or trimmed in (after, upto], and by how many records."""
     found = {disk: (Union(), 0) for disk in disks}
     for place in places(history, state, disks, after_ns, upto_ns):
-        columns = records(history, place, after_ns, upto_ns)
-        ranges, count = found[place.header.disk]
+        columns = records(history, place.segment, place.ordinal, after_ns, upto_ns)
+        ranges, count = found[place.disk]
         ranges.add(columns.offsets, columns.offsets + columns.lengths)
-        found[place.header.disk] = (ranges, count + len(columns.stamps))
+        found[place.disk] = (ranges, count + len(columns.stamps))
     return found

@@ -10,15 +10,16 @@ of a long history read little.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
 from blockrepl.errors import StateError
-from blockrepl.formats.frame import U64
+from blockrepl.formats.frame import U64, Columns
 from blockrepl.model.bisect import Candidates
-from blockrepl.storage.changes import Place, places, records
+from blockrepl.storage.changes import places, records
 from blockrepl.storage.history import ReplicaHistory, State
 
 EXACT_RECORDS_MAX = 2_000_000  # whose stamps are held at once: 16 MB, twice while sorting
@@ -50,11 +51,17 @@ class Cuts:
         upto_ns: int,
     ) -> None:
         self._history = history
-        self._places: list[Place] = list(places(history, state, disks, after_ns, upto_ns))
-        headers = [place.header for place in self._places]
-        self._first = np.array([header.first_stamp for header in headers], np.uint64)
-        self._last = np.array([header.last_stamp for header in headers], np.uint64)
-        self._counts = np.array([header.record_count for header in headers], np.uint64)
+        self._disks = sorted(disks)
+        # Columns, of eight bytes for each frame: a day may have millions.
+        rows = array("Q")
+        for place in places(history, state, disks, after_ns, upto_ns):
+            disk = self._disks.index(place.disk)
+            stamps = place.first_stamp, place.last_stamp
+            rows.extend((place.segment, place.ordinal, disk, *stamps, place.record_count))
+        table = np.frombuffer(rows, np.uint64).reshape(-1, 6).T if rows else np.zeros((6, 0))
+        table = table.astype(np.uint64)
+        self._segments, self._ordinals, self._disk_places = table[0], table[1], table[2]
+        self._first, self._last, self._counts = table[3], table[4], table[5]
         self._gaps = [
             (gap.from_ns, upto_ns + 1 if gap.to_ns is None else gap.to_ns)
             for gap in history.history(state).gaps
@@ -66,8 +73,7 @@ class Cuts:
         for index in np.argsort(self._last)[::-1].tolist():
             if int(self._moved(self._last[index : index + 1])[0]) <= best:
                 break  # and so are all before it
-            place = self._places[index]
-            stamps = self._moved(records(self._history, place, after_ns, upto_ns).stamps)
+            stamps = self._moved(self._records(index, after_ns, upto_ns).stamps)
             best = max(best, int(stamps[stamps <= np.uint64(upto_ns)].max(initial=0)))
         if best == after_ns:
             raise StateError(
@@ -92,8 +98,10 @@ class Cuts:
         """The records that show at ``upto`` and not at ``after``: the first ones, and how many."""
         found: list[Record] = []
         count = 0
-        for place in self._overlapping(after_ns, upto_ns):
-            columns = records(self._history, place, after_ns, upto_ns)
+        for index in self._overlapping(after_ns, upto_ns):
+            columns = self._records(index, after_ns, upto_ns)
+            disk = self._disks[int(self._disk_places[index])]
+            where = int(self._segments[index]), int(self._ordinals[index])
             count += len(columns.stamps)
             rows = zip(
                 columns.offsets[:RECORDS_TOLD_MAX].tolist(),
@@ -103,17 +111,22 @@ class Cuts:
                 strict=True,
             )
             for offset, length, kind, at_ns in rows:
-                where = place.segment, place.ordinal
-                found.append(Record(place.header.disk, offset, length, kind, at_ns, *where))
+                found.append(Record(disk, offset, length, kind, at_ns, *where))
         found.sort(key=lambda record: record.at_ns)
         return found[:RECORDS_TOLD_MAX], count
 
     def is_gap_end(self, at_ns: int) -> bool:
         return any(at_ns == end for _, end in self._gaps)
 
-    def _overlapping(self, after_ns: int, upto_ns: int) -> list[Place]:
+    def _records(self, index: int, after_ns: int, upto_ns: int) -> Columns:
+        segment, ordinal = int(self._segments[index]), int(self._ordinals[index])
+        return records(self._history, segment, ordinal, after_ns, upto_ns)
+
+    def _overlapping(self, after_ns: int, upto_ns: int) -> list[int]:
+        """The frames that may have records in (after, upto]."""
         which = (self._last > np.uint64(after_ns)) & (self._first <= np.uint64(upto_ns))
-        return [self._places[index] for index in np.flatnonzero(which).tolist()]
+        found: list[int] = np.flatnonzero(which).tolist()
+        return found
 
     def _count(self, after_ns: int, upto_ns: int) -> int:
         """At most how many records are in (after, upto]."""
@@ -123,8 +136,8 @@ class Cuts:
     def _exact(self, after_ns: int, upto_ns: int) -> U64:
         """The distinct cuts in (after, upto], ascending."""
         parts = [np.zeros(0, np.uint64)]
-        for place in self._overlapping(after_ns, upto_ns):
-            parts.append(records(self._history, place, after_ns, upto_ns).stamps)
+        for index in self._overlapping(after_ns, upto_ns):
+            parts.append(self._records(index, after_ns, upto_ns).stamps)
         cuts: U64 = np.unique(self._moved(np.concatenate(parts)))
         return cuts[(cuts > np.uint64(after_ns)) & (cuts <= np.uint64(upto_ns))]
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -49,6 +50,8 @@ from blockrepl.storage.home import (
 from blockrepl.storage.overlay import Overlay, Room, create_overlay
 from blockrepl.storage.pins import Pin
 from blockrepl.units import format_instant
+
+log = logging.getLogger(__name__)
 
 DIRECTORY_NAME = "forks"
 FILE_NAME = "fork.json"
@@ -212,11 +215,15 @@ def statuses(replica: Path) -> list[ForkStatus]:
     for directory in _directories(replica):
         if directory.name.startswith((_NEW, _GONE)):
             continue
-        with contextlib.suppress(FileNotFoundError, DamageError):
+        try:
             fork, process = load(directory), _holder(directory)
             if fork.name or process is not None:
                 used = sum((directory / f"{d.name}.img").stat().st_blocks for d in fork.disks)
                 found.append(ForkStatus(fork, used * 512, process))
+        except FileNotFoundError:  # it has just been thrown away
+            continue
+        except DamageError as error:
+            log.warning("%s; %s", error, error.hint)
     return found
 
 
