@@ -58,6 +58,13 @@ SPOOL_FREE_SHARE = 0.2  # of the free space, where that is less than the default
 SPOOL_RESERVE_BYTES_DEFAULT = 1 * GIB  # left free for everybody else on the spool's file system
 SPOOL_FILE_BYTES = 64 * MIB  # given back one at a time
 
+FORK_BLOCK_BYTES = 4 * KIB  # copied as one when a part of it is written: what guests write in
+FORK_ROOM_STEP_BYTES = 16 * MIB  # taken between two looks at the file system's free room
+FORK_RESERVE_BYTES = 1 * GIB  # forks leave so much free: the journal comes first
+FORK_RESERVE_SHARE = 0.05  # of the file system, where that is less
+FORK_SWEEP_SECONDS = 60.0  # between two looks for forks that have expired
+FORKS_MAX = 1000  # of a group
+
 WATERMARK_SECONDS = 1.0  # an idle group's watermark moves at least this often
 COMMIT_SECONDS = 0.003  # frames that arrive within it share one fdatasync
 

@@ -102,7 +102,7 @@ def test_a_killed_export_leaves_no_server_behind(
     journal = Journal(tmp_path / "home", {"root": 192 * MIB})
     process = export_under_way(journal, tmp_path, "qcow2")
     deadline = time.monotonic() + 20
-    while not list(tmp_path.glob("blockrepl-export-*/pid")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("blockrepl-export-*/listening")) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.kill()
     process.communicate(timeout=20)

@@ -298,7 +298,7 @@ def test_a_foreground_mount_ends_with_a_signal(journal: Journal, tmp_path: Path)
         (["mount", GROUP, "empty", "--at", "-1000d"], 1, "before the floor"),
         (["mount", GROUP, "empty", "--at", "2099-01-01T00:00:00Z"], 1, "future"),
         (["mount", GROUP, "empty", "--at", "??"], 2, "neither a time nor a name"),
-        (["mount", GROUP, "empty", "--writable"], 2, "comes with forks"),
+        (["mount", GROUP, "empty", "--writable"], 2, "--at POINT"),
         (["umount", "empty"], 1, "no mount of blockrepl"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -41,15 +42,18 @@ def export(
 
     OUT appears when it is complete and durable; what fails or is interrupted leaves nothing.
     """
+    from blockrepl.storage import pins
     from blockrepl.storage.history import ReplicaHistory
     from blockrepl.views import export as exports
     from blockrepl.views.view import View
 
     point = points.parse(at)
     exports.check_target(out, force=force)
-    with ReplicaHistory.open(home, group) as replica:
+    with ExitStack() as closing:
+        replica = closing.enter_context(ReplicaHistory.open(home, group))
         state = replica.state()
         resolved = replica.resolve(point, time.time_ns(), state)
+        closing.enter_context(pins.holding(replica, resolved.at_ns, resolved.at_ns, "export"))
         view = View(replica, resolved.at_ns, state)
         size_bytes = view.disk(disk).size_bytes
         with progress(f"{disk} to {out.name}", size_bytes) as update:

@@ -45,7 +45,11 @@ COMMANDS = {
     "point": ("point", "Resolve a point and explain it."),
     "mount": ("mount", "Mount a group as it was at any instant."),
     "umount": ("mount", "Unmount what mount has mounted."),
+    "serve": ("serve", "Serve a group over NBD as it was at any instant."),
+    "fork": ("fork", "Writable views that are kept: create, list, remove."),
     "export": ("export", "Write a disk, as it was at a point, to a file."),
+    "diff": ("diff", "What was written between two points; a patch of it."),
+    "bisect": ("bisect", "Find the write that made a group bad."),
     "doctor": ("doctor", "What this machine lacks, and how to install it."),
     "completion": ("completion", "Print the completion script of a shell."),
 }

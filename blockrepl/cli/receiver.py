@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from contextlib import closing
 from pathlib import Path
@@ -18,27 +17,10 @@ from blockrepl.cli.output import (
     progress,
     table,
 )
+from blockrepl.cli.sizes import Duration
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-
-
-class Duration(click.ParamType[float]):
-    """``90s``, ``15m``, ``1h``, ``7d``: seconds."""
-
-    name = "duration"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r"(\d{1,9})([smhdw])", str(value))
-        if match is None or not int(match[1]):
-            self.fail(f"{value!r} is no duration; write 90s, 15m, 1h or 7d", param, ctx)
-        return float(int(match[1]) * _UNITS[match[2]])
 
 
 @click.group()

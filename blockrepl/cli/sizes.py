@@ -1,4 +1,4 @@
-"""Sizes as people write them on a command line."""
+"""Sizes and durations as people write them on a command line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import click
 
 from blockrepl.units import parse_size
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 class SizeType(click.ParamType[int]):
@@ -31,3 +33,19 @@ class RateType(SizeType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         size = value.strip().removesuffix("/s") if isinstance(value, str) else value
         return super().convert(size, param, ctx)
+
+
+class Duration(click.ParamType[float]):
+    """``90s``, ``15m``, ``1h``, ``7d``: seconds."""
+
+    name = "duration"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d{1,9})([smhdw])", str(value))
+        if match is None or not int(match[1]):
+            self.fail(f"{value!r} is no duration; write 90s, 15m, 1h or 7d", param, ctx)
+        return float(int(match[1]) * _SECONDS[match[2]])

@@ -19,8 +19,18 @@ _NODE_NAME_CHARACTERS_MAX = 31  # QEMU's limit
 _SERIAL_CHARACTERS_MAX = 20  # virtio-blk's limit
 
 
-def uri(socket: Path) -> str:
-    return f"nbd+unix:///?socket={quote(str(socket))}"
+def uri(socket: Path, export: str = "") -> str:
+    return f"nbd+unix:///{export}?socket={quote(str(socket))}"
+
+
+def qemu_view(name: str, socket: Path, *, read_only: bool) -> str:
+    """Options for a disk of a served view: the export of its name. There is no reconnecting."""
+    node = _shortened(f"view-{name}", _NODE_NAME_CHARACTERS_MAX)
+    path = str(socket).replace(",", ",,")
+    blockdev = f"driver=nbd,node-name={node},server.type=unix,server.path={path},export={name}," + (
+        "read-only=on" if read_only else "discard=unmap,detect-zeroes=unmap"
+    )
+    return f"-blockdev {shlex.quote(blockdev)} -device virtio-blk-pci,drive={node}"
 
 
 def qemu(name: str, socket: Path) -> str:

@@ -285,6 +285,7 @@ async def run_receiver(home: Home, host: str, port: int, *, ready: Callable[[str
                 await nursery.start(serve_control, application, home.receiver_socket)
                 nursery.start_soon(receiver.watch_trust)
                 nursery.start_soon(groups.write_proofs)
+                nursery.start_soon(groups.sweep_forks)
                 nursery.start_soon(partial(trio.serve_listeners, receiver.serve, listeners))
                 ready(_address(listeners[0]))
         finally:

@@ -17,10 +17,12 @@ from blockrepl.channel.certificates import PeerIdentity
 from blockrepl.errors import BlockreplError, StateError, StorageError
 from blockrepl.formats.comparison import Compare, Verdict
 from blockrepl.formats.messages import Request
+from blockrepl.limits import FORK_SWEEP_SECONDS
 from blockrepl.model.points import Instant, Point
 from blockrepl.services.comparison import PROOF_SECONDS, Comparisons
 from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
 from blockrepl.services.receiver_api import Checkpoint, NewCheckpoint
+from blockrepl.storage import forks
 from blockrepl.storage.catalog import CheckpointRow
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.home import Home
@@ -82,6 +84,20 @@ class ReceiverGroups:
                     await trio.to_thread.run_sync(replica.proofs.write)
                 except StorageError as error:
                     logger.warning("group %s: proofs are not written: %s", replica.name, error)
+
+    async def sweep_forks(self) -> None:
+        """Remove forks that have expired and what crashes left of others; until cancelled."""
+        while True:
+            for committer in list(self.committers.values()):
+                replica = committer.replica
+                try:
+                    names = await trio.to_thread.run_sync(forks.sweep_if_free, replica.directory)
+                except OSError as error:
+                    logger.warning("group %s: forks are not swept: %s", replica.name, error)
+                else:
+                    for name in names:
+                        logger.info("group %s: fork %s has expired", replica.name, name)
+            await trio.sleep(FORK_SWEEP_SECONDS)
 
     def find(self, group: str) -> GroupCommitter:
         """A group in use. StateError."""

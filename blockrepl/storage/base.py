@@ -12,8 +12,6 @@ the folding of old segments. Any tool can open it. Rules:
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import errno
 import os
 from pathlib import Path
@@ -26,12 +24,8 @@ from blockrepl.formats.frame import (
     decode_payload,
     parse_columns,
 )
-from blockrepl.storage.files import Files, write_all
+from blockrepl.storage.files import Files, punch_hole, write_all
 from blockrepl.storage.home import make_directory, sync_directory
-
-KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 def create_image(path: Path, size_bytes: int) -> None:
@@ -104,9 +98,7 @@ class BaseImage:
             if data >= end:
                 return
             hole = min(end, os.lseek(self._descriptor, data, os.SEEK_HOLE))
-            if _libc.fallocate(self._descriptor, KEEP_SIZE_PUNCH_HOLE, data, hole - data):
-                number = ctypes.get_errno()
-                raise OSError(number, os.strerror(number), str(self.path))
+            punch_hole(self._descriptor, data, hole - data)
             offset = hole
 
     def sync(self, *, always: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from blockrepl.formats.frame import Buffer
 
 VECTOR_BUFFERS_MAX = 1024  # IOV_MAX of Linux
 FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 class Files:
@@ -44,6 +48,13 @@ def write_all(files: Files, descriptor: int, buffers: Sequence[Buffer], offset: 
             if written:
                 rest[0] = rest[0][written:]
     return offset
+
+
+def punch_hole(descriptor: int, offset: int, length: int) -> None:
+    """Make a range of a file read as zeros and take no room. OSError."""
+    if _libc.fallocate(descriptor, KEEP_SIZE_PUNCH_HOLE, offset, length):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def is_full(error: OSError) -> bool:

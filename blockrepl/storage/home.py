@@ -179,6 +179,11 @@ class ExclusiveLock:
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
 
+    def fileno(self) -> int:
+        """For a child that shall hold the lock too."""
+        assert self._descriptor is not None
+        return self._descriptor
+
     def close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -218,6 +223,18 @@ def exclusive_lock(path: Path, what: str = "") -> ExclusiveLock:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return ExclusiveLock(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds a lock. Not while others may try to take it: they would fail."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def exclusive_lock_wait(path: Path) -> ExclusiveLock:

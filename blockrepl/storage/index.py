@@ -185,6 +185,12 @@ class JournalIndex:
                 parts, gathered = [kept], 0
         return _flatten(*_shown(parts, first, last))
 
+    def refuse_damage(self, disk: bytes, at_ns: int) -> None:
+        """DamageError when records of a disk up to an instant cannot all be found."""
+        _refuse(self._lost, disk, at_ns)
+        for segment in self._segments.values():
+            _refuse(segment.damage, disk, at_ns)
+
     def _runs(self, disk: bytes, at_ns: int) -> list[tuple[int, RunSource]]:
         """The runs of a disk with records up to an instant, and their segments; newest last."""
         found: list[tuple[int, RunSource]] = []

@@ -9,26 +9,22 @@ qcow2  nbdkit serves the view on a private socket to ``qemu-img convert``
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
-import shutil
-import signal
 import subprocess
-import sysconfig
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
-from blockrepl.errors import DamageError, StateError, StorageError
+from blockrepl.errors import StateError
 from blockrepl.limits import BLOCK_BYTES
-from blockrepl.paths import import_root, plugin_script
 from blockrepl.storage.home import sync_directory
 from blockrepl.units import MIB
+from blockrepl.views.nbd import ErrorLines, ending_in_order, nbdkit, require, running
 from blockrepl.views.view import View
 
 CHUNK_BYTES = 4 * MIB
@@ -41,7 +37,7 @@ Progress = Callable[[int], None]
 def export_raw(view: View, disk: str, target: Path, progress: Progress) -> None:
     """Write a sparse raw image. DamageError, StorageError, OSError."""
     size_bytes = view.disk(disk).size_bytes
-    with _replacing(target) as temporary, temporary.open("r+b", buffering=0) as file:
+    with replacing(target) as temporary, temporary.open("r+b", buffering=0) as file:
         file.truncate(size_bytes)
         for area in range(0, size_bytes, AREA_BYTES):
             for extent in view.extents(disk, area, AREA_BYTES):
@@ -69,76 +65,27 @@ def _write_sparse(file: IO[bytes], data: memoryview, offset: int) -> None:
 def export_qcow2(replica: Path, view: View, disk: str, target: Path, progress: Progress) -> None:
     """Convert with qemu-img. StateError when a program is missing, DamageError, StorageError."""
     size_bytes = view.disk(disk).size_bytes
-    for program, package in (("nbdkit", "nbdkit nbdkit-plugin-python"), ("qemu-img", "qemu-utils")):
-        if shutil.which(program) is None:
-            raise StateError(f"{program} is not installed", hint=f"apt-get install {package}")
-    with _replacing(target) as temporary, tempfile.TemporaryFile() as errors:
+    require("qemu-img", "qemu-utils")
+    with contextlib.ExitStack() as closing:
+        temporary = closing.enter_context(replacing(target))
+        errors = closing.enter_context(ErrorLines())
+        directory = closing.enter_context(tempfile.TemporaryDirectory(prefix="blockrepl-export-"))
+        socket = Path(directory, "socket")
         arguments = [f"replica={replica}", f"disk={disk}", f"at_ns={view.at_ns}"]
-        with _nbdkit(arguments, errors) as uri:
-            command = ["qemu-img", "convert", "-p", "-f", "raw", "-O", "qcow2", uri, str(temporary)]
-            with _running(command, errors, stdout=subprocess.PIPE) as process:
-                assert process.stdout is not None
-                for percent in _percents(process.stdout):
-                    progress(int(size_bytes * percent / 100))
-                status = process.wait()
+        uri = f"nbd+unix:///?socket={socket}"
+        command = ["qemu-img", "convert", "-p", "-f", "raw", "-O", "qcow2", uri, str(temporary)]
+        # When nbdkit ends with a killed export, qemu-img ends for want of a server.
+        with (
+            nbdkit(arguments, socket, errors),
+            running(command, errors, stdout=subprocess.PIPE) as process,
+        ):
+            assert process.stdout is not None
+            for percent in _percents(process.stdout):
+                progress(int(size_bytes * percent / 100))
+            status = process.wait()
         if status:
-            raise _failure(errors, status)
+            raise errors.failure(status)
         progress(size_bytes)
-
-
-@contextmanager
-def _nbdkit(arguments: list[str], errors: IO[bytes]) -> Iterator[str]:
-    """Serve a view on a private socket; yields its URI.
-
-    Not by ``nbdkit --run``: its server would outlive a killed export. This one ends with its
-    parent, and then qemu-img ends for want of a server.
-    """
-    with tempfile.TemporaryDirectory(prefix="blockrepl-export-") as directory:
-        socket, ready = Path(directory, "socket"), Path(directory, "pid")
-        command = [
-            *("nbdkit", "--foreground", "--exit-with-parent", "--readonly"),
-            *("--unix", str(socket), "--pidfile", str(ready)),
-            *("python", str(plugin_script("view")), *arguments),
-        ]
-        with _running(command, errors, env=_environment()) as process:
-            while not ready.exists():
-                if process.poll() is not None:
-                    raise _failure(errors, process.returncode)
-                time.sleep(0.01)
-            yield f"nbd+unix:///?socket={socket}"
-
-
-@contextmanager
-def _running(
-    command: list[str],
-    errors: IO[bytes],
-    *,
-    env: dict[str, str] | None = None,
-    stdout: int = subprocess.DEVNULL,
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A program, in a session of its own so that Ctrl-C is ours to handle; ended in any case."""
-    process = subprocess.Popen(
-        command,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=errors,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-
-
-def _environment() -> dict[str, str]:
-    """For the Python that nbdkit embeds, which knows nothing of this environment's packages."""
-    paths = [str(import_root()), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-    environment.pop("PYTHONHOME", None)
-    return environment
 
 
 def _percents(stream: IO[bytes]) -> Iterator[float]:
@@ -152,24 +99,11 @@ def _percents(stream: IO[bytes]) -> Iterator[float]:
     stream.close()
 
 
-def _failure(errors: IO[bytes], status: int) -> StorageError | DamageError:
-    errors.seek(0)
-    text = errors.read().decode("utf-8", "replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for line in lines:
-        if line.startswith("blockrepl: "):
-            return DamageError(
-                line.removeprefix("blockrepl: "), hint="an earlier point may be readable"
-            )
-    last = lines[-1] if lines else f"status {status}"
-    return StorageError(f"the conversion failed: {last}", hint="see: blockrepl doctor")
-
-
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A temporary file beside the target that becomes it in the end, or goes."""
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    with _ending_in_order():
+    with ending_in_order():
         try:
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             yield temporary
@@ -180,22 +114,6 @@ def _replacing(target: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
             raise
         sync_directory(target.parent)
-
-
-@contextmanager
-def _ending_in_order() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the program instead of cutting it off."""
-
-    def end(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, end) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def check_target(target: Path, *, force: bool) -> None:

@@ -15,6 +15,8 @@ at/INSTANT/DISK.img    file                for ever, pages included (keep_cache)
 INSTANT is ISO 8601 in UTC with nanoseconds. So ``readlink latest`` tells which instant it is now,
 and a program that has followed the link stays at that instant. ``at/`` lists the instants in use.
 
+Each instant in use is pinned (storage/pins.py) until the kernel has forgotten it.
+
 A point that cannot be reached does not exist (ENOENT); the log says why. Damage is EIO, told in
 the log once, with segment and offset.
 
@@ -48,10 +50,12 @@ from pyfuse3 import (
     StatvfsData,
 )
 
-from blockrepl.errors import BlockreplError, DamageError
+from blockrepl.errors import BlockreplError, DamageError, PointError
 from blockrepl.model import points
+from blockrepl.storage import pins
 from blockrepl.storage.history import ReplicaHistory, State
 from blockrepl.units import KIB, format_instant
+from blockrepl.views.fork import WritableView
 from blockrepl.views.fuse_nodes import Folder, Image, Link, Node, Nodes, ViewFolder
 from blockrepl.views.view import View, window_cache
 
@@ -64,6 +68,7 @@ IMAGE_SUFFIX = ".img"
 NAME_BYTES_MAX = 255
 
 Result = TypeVar("Result")
+AnyView = View | WritableView  # the latter: views/fuse_fork.py
 
 ROOT, CHECKPOINTS, AT = InodeT(pyfuse3.ROOT_INODE), InodeT(2), InodeT(3)
 
@@ -78,16 +83,32 @@ class ViewFileSystem(pyfuse3.Operations):
         super().__init__()
         self._replica = replica
         self._windows = window_cache()
-        self._views: dict[int, View] = {}
+        self._views: dict[int, AnyView] = {}
+        self._pins: dict[int, pins.HeldPin | None] = {}
         self._nodes = Nodes()
-        self._open: dict[FileHandleT, tuple[View, str]] = {}
+        self._open: dict[FileHandleT, tuple[AnyView, str]] = {}
         self._next_handle = 1
         self._readers = trio.CapacityLimiter(READERS)
         self._told: set[str] = set()
         self._started_ns = time.time_ns()
         self._root: Node = Folder() if at_ns is None else ViewFolder(at_ns)
         if at_ns is not None:
+            self._pins[at_ns] = self._pin(at_ns)
             self._views[at_ns] = View(replica, at_ns, state, self._windows)
+
+    def _pin(self, at_ns: int) -> pins.HeldPin | None:
+        return pins.hold(self._replica, at_ns, at_ns, "mount")
+
+    def close(self) -> None:
+        """Let go of what is pinned."""
+        self._views = {}
+        self._release_pins()
+
+    def _release_pins(self) -> None:
+        for at_ns in self._pins.keys() - self._views.keys():
+            pin = self._pins.pop(at_ns)
+            if pin is not None:
+                pin.release()
 
     # Names
 
@@ -140,6 +161,7 @@ class ViewFileSystem(pyfuse3.Operations):
         if isinstance(self._root, ViewFolder):
             used.add(self._root.at_ns)
         self._views = {at_ns: view for at_ns, view in self._views.items() if at_ns in used}
+        self._release_pins()
 
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
         node = self._node(inode)
@@ -164,16 +186,25 @@ class ViewFileSystem(pyfuse3.Operations):
             raise FUSEError(errno.ENOENT) from error
         return resolved.at_ns
 
-    async def _view(self, at_ns: int) -> View:
-        view = self._views.get(at_ns)
-        if view is None:
+    async def _view(self, at_ns: int) -> None:
+        """Have a view of an instant, pinned."""
+        if at_ns in self._views:
+            return
 
-            def make() -> View:
-                return View(self._replica, at_ns, self._replica.state(), self._windows)
+        def make() -> tuple[pins.HeldPin | None, View]:
+            pin = self._pin(at_ns)
+            try:
+                return pin, View(self._replica, at_ns, self._replica.state(), self._windows)
+            except BaseException:
+                if pin is not None:
+                    pin.release()
+                raise
 
-            view = await self._in_thread(make)
-            view = self._views.setdefault(at_ns, view)
-        return view
+        pin, view = await self._in_thread(make)
+        if at_ns not in self._views:
+            self._views[at_ns], self._pins[at_ns] = view, pin
+        elif pin is not None:  # another request was quicker
+            pin.release()
 
     # Attributes
 
@@ -305,6 +336,9 @@ class ViewFileSystem(pyfuse3.Operations):
     async def _in_thread(self, function: Callable[[], Result]) -> Result:
         try:
             return await trio.to_thread.run_sync(function, limiter=self._readers)
+        except PointError as error:
+            log.info("%s; %s", error, error.hint)
+            raise FUSEError(errno.ENOENT) from error
         except BlockreplError as error:
             raise self._failed(error) from error
 

@@ -25,6 +25,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,8 +95,10 @@ def check_mount_point(directory: Path) -> Path:
     return path
 
 
-def start(home: Path, group: str, directory: Path, at: str | None) -> Resolved | None:
+def start(home: Path, group: str, directory: Path, options: Sequence[str]) -> Resolved | None:
     """Mount in the background; the point it resolved to, None for the whole tree.
+
+    ``options``: of the command line, that say what is mounted.
 
     Errors of the serving process are raised here. Without an answer it is ended.
     """
@@ -105,7 +108,7 @@ def start(home: Path, group: str, directory: Path, at: str | None) -> Resolved |
     reader, writer = os.pipe()
     arguments = [sys.executable, "-m", "blockrepl.cli.main", "--home", str(home), "mount"]
     arguments += [group, str(path), "--foreground", f"--ready-descriptor={writer}"]
-    arguments += [] if at is None else [f"--at={at}"]
+    arguments += options
     with open(reader, "rb") as answers, log_path.open("ab") as log_file:
         try:
             process = subprocess.Popen(

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +16,11 @@ import trio
 from blockrepl.errors import StateError
 from blockrepl.model import points
 from blockrepl.model.points import Resolved
+from blockrepl.storage.forks import open_overlays
 from blockrepl.storage.history import ReplicaHistory
+from blockrepl.views.forking import Wanted, open_wanted
 from blockrepl.views.fuse import READERS, ViewFileSystem
+from blockrepl.views.fuse_fork import ForkFileSystem
 from blockrepl.views.fuse_wait import fuse_descriptors, install
 from blockrepl.views.mounting import check_mount_point, mounts
 
@@ -29,37 +32,64 @@ def serve(
     home: Path,
     group: str,
     directory: Path,
-    at: str | None,
+    wanted: Wanted,
     ready: Callable[[Resolved | None], None],
 ) -> None:
     """Mount and serve until unmounted, or until SIGTERM or SIGINT. ``ready`` is called once."""
     path = check_mount_point(directory)
-    with ReplicaHistory.open(home, group) as replica:
-        state = replica.state()
-        resolved = None
-        if at is not None:
-            resolved = replica.resolve(points.parse(at), time.time_ns(), state)
-        files = ViewFileSystem(replica, resolved.at_ns if resolved else None, state)
-        options = set(pyfuse3.default_options)
-        options |= {"ro", "subtype=blockrepl", f"fsname=blockrepl:{group}:{os.getpid()}"}
-        if os.geteuid() == 0:
-            options.add("allow_other")
-        before = fuse_descriptors()
-        try:
-            pyfuse3.init(files, str(path), options)
-        except RuntimeError as error:
-            raise StateError(
-                f"cannot mount on {directory}: the kernel or fusermount3 refused",
-                hint="see: blockrepl doctor",
-            ) from error
-        for descriptor in fuse_descriptors() - before:
-            install(descriptor)
-        try:
-            trio.run(_serve, path, partial(ready, resolved))
-        finally:
-            # Unmounted already, the directory may be somebody else's mount by now.
-            is_mounted = any(mount.process == os.getpid() for mount in mounts())
-            pyfuse3.close(unmount=is_mounted)
+    with contextlib.ExitStack() as closing:
+        replica = closing.enter_context(ReplicaHistory.open(home, group))
+        files, resolved = closing.enter_context(_files(replica, wanted))
+        closing.enter_context(mounted(files, path, group, is_writable=wanted.is_fork))
+        trio.run(_serve, path, partial(ready, resolved))
+
+
+@contextlib.contextmanager
+def mounted(files: ViewFileSystem, path: Path, group: str, *, is_writable: bool) -> Iterator[None]:
+    """A mount that pyfuse3 answers in this process, undone at the end. StateError."""
+    options = set(pyfuse3.default_options)
+    options |= {"subtype=blockrepl", f"fsname=blockrepl:{group}:{os.getpid()}"}
+    options.add("rw" if is_writable else "ro")
+    if os.geteuid() == 0:
+        options.add("allow_other")
+    before = fuse_descriptors()
+    try:
+        pyfuse3.init(files, str(path), options)
+    except RuntimeError as error:
+        raise StateError(
+            f"cannot mount on {path}: the kernel or fusermount3 refused",
+            hint="see: blockrepl doctor",
+        ) from error
+    for descriptor in fuse_descriptors() - before:
+        install(descriptor)
+    try:
+        yield
+    finally:
+        # Unmounted already, the directory may be somebody else's mount by now.
+        is_mounted = any(mount.process == os.getpid() for mount in mounts())
+        pyfuse3.close(unmount=is_mounted)
+
+
+@contextlib.contextmanager
+def _files(
+    replica: ReplicaHistory, wanted: Wanted
+) -> Iterator[tuple[ViewFileSystem, Resolved | None]]:
+    """The file system that is wanted, and the instant if it is of one."""
+    files: ViewFileSystem
+    with contextlib.ExitStack() as closing:
+        if wanted.is_fork:
+            opened, resolved = open_wanted(replica, wanted)
+            closing.callback(opened.close)
+            overlays = open_overlays(opened.directory, opened.fork)
+            files = ForkFileSystem(replica, resolved.at_ns, replica.state(), overlays)
+        else:
+            state = replica.state()
+            resolved = None
+            if wanted.at is not None:
+                resolved = replica.resolve(points.parse(wanted.at), time.time_ns(), state)
+            files = ViewFileSystem(replica, resolved.at_ns if resolved else None, state)
+        closing.callback(files.close)
+        yield files, resolved
 
 
 async def _serve(path: Path, ready: Callable[[], None]) -> None:
@@ -76,8 +106,13 @@ async def _serve(path: Path, ready: Callable[[], None]) -> None:
 
         nursery.start_soon(end_on_signal)
         nursery.start_soon(tell_when_ready)
-        await pyfuse3.main(TASKS, TASKS)
+        await answer()
         nursery.cancel_scope.cancel()
+
+
+async def answer() -> None:
+    """Answer the kernel until unmounted or `pyfuse3.terminate`."""
+    await pyfuse3.main(TASKS, TASKS)
 
 
 def _read_ahead(path: Path) -> None:

@@ -107,7 +107,7 @@ class View:
         readers round what they are told.
         """
         disk = self.disk(name)
-        return _coarse(self._extents(disk, offset, length), grain, disk.size_bytes)
+        return coarse(self._extents(disk, offset, length), grain, disk.size_bytes)
 
     def _extents(self, disk: ViewDisk, offset: int, length: int) -> list[Extent]:
         end = min(offset + length, disk.size_bytes)
@@ -153,7 +153,8 @@ class View:
             return window
 
 
-def _coarse(pieces: list[Extent], grain: int, size_bytes: int) -> list[Extent]:
+def coarse(pieces: list[Extent], grain: int, size_bytes: int) -> list[Extent]:
+    """Pieces with zeros that begin and end on a multiple of the grain."""
     if grain == 1:
         return pieces
     coarse: list[Extent] = []

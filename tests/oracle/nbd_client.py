@@ -37,10 +37,11 @@ _EXPORT_NAME = 1
 
 @dataclass
 class Client:
-    """One connection to an export without a name."""
+    """One connection to an export, by default the one without a name."""
 
     path: Path
     seconds: float = 60.0
+    export: str = ""
     size_bytes: int = 0
     flags: int = 0
     _cookie: int = 0
@@ -61,7 +62,8 @@ class Client:
         if (magic, option_magic) != (b"NBDMAGIC", b"IHAVEOPT"):
             raise ConnectionError("not an NBD server")
         self.socket.sendall(struct.pack(">I", _FIXED_NEWSTYLE_NO_ZEROES))
-        self.socket.sendall(_OPTION.pack(b"IHAVEOPT", _EXPORT_NAME, 0))
+        name = self.export.encode()
+        self.socket.sendall(_OPTION.pack(b"IHAVEOPT", _EXPORT_NAME, len(name)) + name)
         self.size_bytes, self.flags = _EXPORT.unpack(self._exactly(_EXPORT.size))
 
     def __enter__(self) -> Self:

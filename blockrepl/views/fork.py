@@ -1,0 +1,101 @@
+"""A fork as the doors see it: a view with an overlay on top, which can be written to.
+
+A block of the overlay hides the view's; a block that was made zeros hides it too. What is read and
+written passes through here, so two readers of one fork see the same.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from blockrepl.errors import UsageError
+from blockrepl.formats.fork_map import BELOW, DATA
+from blockrepl.formats.frame import Buffer
+from blockrepl.storage.content import Extent, add_extent
+from blockrepl.storage.overlay import Overlay
+from blockrepl.views.view import View, ViewDisk, coarse
+
+
+class WritableView:
+    """A view's disks with a fork's overlays. May be used by several threads."""
+
+    def __init__(self, view: View, overlays: dict[str, Overlay]) -> None:
+        self.at_ns = view.at_ns
+        self.disks = {name: disk for name, disk in view.disks.items() if name in overlays}
+        self._view = view
+        self._overlays = overlays
+
+    def disk(self, name: str) -> ViewDisk:
+        """StateError when there is none."""
+        return self._view.disk(name)
+
+    def allocated_bytes(self, name: str) -> int:
+        """About what the disk's content takes."""
+        disk = self.disk(name)
+        own = self._overlays[name].data_bytes
+        return min(disk.size_bytes, self._view.allocated_bytes(name) + own)
+
+    def read(self, name: str, offset: int, length: int, *, wait: bool = True) -> bytearray:
+        """As `View.read`."""
+        overlay, disk = self._overlays[name], self.disk(name)
+        if offset < 0 or length < 0:
+            raise UsageError("a disk is read from 0 on")
+        end = min(offset + length, disk.size_bytes)
+        pieces = overlay.pieces(offset, end)
+        if len(pieces) == 1 and pieces[0][2] == BELOW:
+            return self._view.read(name, offset, length, wait=wait)
+        buffer = bytearray(max(0, end - offset))
+        target = memoryview(buffer)
+        for start, stop, state in pieces:
+            part = target[start - offset : stop - offset]
+            if state == DATA:
+                overlay.read_into(part, start, wait=wait)
+            elif state == BELOW:
+                part[:] = self._view.read(name, start, stop - start, wait=wait)
+        return buffer
+
+    def extents(self, name: str, offset: int, length: int, *, grain: int = 1) -> list[Extent]:
+        """As `View.extents`."""
+        disk = self.disk(name)
+        found: list[Extent] = []
+        end = min(offset + length, disk.size_bytes)
+        for start, stop, state in self._overlays[name].pieces(offset, end):
+            if state != BELOW:
+                add_extent(found, start, stop, state == DATA)
+                continue
+            for extent in self._view.extents(name, start, stop - start):
+                after = extent.offset + extent.length
+                add_extent(found, extent.offset, after, extent.is_data)
+        return coarse(found, grain, disk.size_bytes)
+
+    def write(self, name: str, offset: int, data: Buffer, *, wait: bool = True) -> None:
+        """UsageError beyond the disk's end; StorageError, code "full" when there is no room.
+
+        Without ``wait``: BlockingIOError when it would take a device's time.
+        """
+        self._check(name, offset, len(data))
+        below = partial(self._view.read, name, wait=wait)
+        self._overlays[name].write(offset, data, below, wait=wait)
+
+    def zero(self, name: str, offset: int, length: int) -> None:
+        """As a write of zeros, without taking room for them."""
+        self._check(name, offset, length)
+        self._overlays[name].zero(offset, length, partial(self._view.read, name))
+
+    def flush(self, name: str) -> None:
+        """Make durable what was written to a disk. StorageError."""
+        self._overlays[name].flush()
+
+    def _check(self, name: str, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.disk(name).size_bytes:
+            raise UsageError(f"a write beyond the end of {name}")
+
+    def close(self) -> None:
+        """Flush, and close the overlays. StorageError when they could not be flushed."""
+        try:
+            for name in self._overlays:
+                self.flush(name)
+        finally:
+            for overlay in self._overlays.values():
+                overlay.close()
+            self._overlays = {}
