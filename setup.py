@@ -34,6 +34,7 @@ EXTENSIONS = [
     ),
     extension("blockrepl.storage._gather", "blockrepl/storage/_gather.pyx"),
     extension("blockrepl.storage._ring", "blockrepl/storage/_ring.pyx"),
+    extension("blockrepl.formats._pack", "blockrepl/formats/_pack.pyx"),
     extension("blockrepl.model._paint", "blockrepl/model/_paint.pyx"),
 ]
 

@@ -77,7 +77,7 @@ class View:
     def allocated_bytes(self, name: str) -> int:
         """About what the disk's content takes: its base and, at most, its journal."""
         disk = self.disk(name)
-        journal = self._replica.index.bytes_of(disk.id, self.at_ns)
+        journal = self._replica.index.bytes_until(self.at_ns)
         return min(disk.size_bytes, self._replica.files.allocated_bytes(disk.image) + journal)
 
     def read(self, name: str, offset: int, length: int, *, wait: bool = True) -> bytearray:
