@@ -149,7 +149,7 @@ class ReplicaHistory:
             self._seen = durable
 
     def _refresh(self, rows: Iterable[SegmentRow], durable: Durable | None) -> None:
-        known = {row.number: known_of(row) for row in rows}
+        known = {row.number: Known.of(row) for row in rows}
         self.index.refresh(
             known, None if durable is None else (durable.segment_number, durable.segment_bytes)
         )
@@ -212,10 +212,6 @@ class ReplicaHistory:
             row = state.segments.get(segment.number)
             if row is None or not row.sealed or 0 < row.first_stamp <= at_ns:
                 yield segment
-
-
-def known_of(row: SegmentRow) -> Known:
-    return Known(row.bytes, row.frames, row.first_stamp, row.last_stamp, row.created_ns, row.sealed)
 
 
 def groups(home: Path) -> list[str]:

@@ -33,6 +33,7 @@ from blockrepl.formats.run import Run, concatenate
 from blockrepl.formats.segment import file_name
 from blockrepl.model import extents
 from blockrepl.storage import merged_runs
+from blockrepl.storage.journal import DIRECTORY_NAME as SEGMENTS_NAME
 from blockrepl.storage.merged_runs import MergedFile, MergedRunError
 from blockrepl.storage.reading import ReadFiles
 from blockrepl.storage.runs import directory_cache
@@ -44,7 +45,6 @@ CHUNK_ENTRIES = 128 * 1024  # gathered before what no longer shows is dropped: a
 SHOWS_BASE = 255  # kind of an extent that no record covers
 SHOWS_ZERO = int(RecordKind.ZERO)
 SHOWS_DATA = int(RecordKind.WRITE)
-SEGMENTS_NAME = "segments"
 STAMP_MAX = (1 << 64) - 1
 Result = TypeVar("Result")
 _SEGMENT_NAME = re.compile(r"(\d{12})\.seg")

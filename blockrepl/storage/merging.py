@@ -15,8 +15,9 @@ Step 3 is the commit point: a file of that name is the whole index of the segmen
 (formats/merged_run.py). The segments keep their own runs, so nothing is lost by any of this, and
 ``index/`` may be deleted at any time.
 
-Before step 3 the result is checked against what went in: as many entries, the same sums of every
-column, starts that ascend. A run that would hide a record is never named.
+Before step 3 the result is checked against what went in: as many entries, the same sum of a hash
+of each, starts that ascend. A run that would hide a record is never named. Each run that another
+process made is read whole once; one that is damaged goes, and is made again.
 
 Memory is bounded by STREAM_ENTRIES per input. After each piece ``pause`` is called with the
 seconds it took: it may sleep, and raises to stop.
@@ -29,7 +30,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 from uuid import UUID
@@ -47,6 +48,7 @@ from blockrepl.model.levels import Merge
 from blockrepl.storage import merged_runs
 from blockrepl.storage.files import failure
 from blockrepl.storage.home import make_directory, sync_directory
+from blockrepl.storage.journal import DIRECTORY_NAME as SEGMENTS_NAME
 from blockrepl.storage.merged_runs import MergedFile, MergedRunError
 from blockrepl.storage.reading import ReadFiles
 from blockrepl.storage.runs import directory_cache
@@ -57,6 +59,7 @@ log = logging.getLogger(__name__)
 
 FREE_BYTES_MIN = 256 * MIB  # left for the journal: an index is never worth its room
 TEMPORARY = ".tmp"
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 Pause = Callable[[float], None]
 
 
@@ -69,18 +72,19 @@ class Streamed(Protocol):
 class Merger:
     """Makes and drops the merged runs of one replica. Used by one thread at a time."""
 
-    def __init__(self, directory: Path, segments: Path, group: bytes) -> None:
-        self._directory = directory
-        self._segments = segments
+    def __init__(self, directory: Path, group: bytes) -> None:
+        """``directory``: the replica's."""
+        self._directory = directory / merged_runs.DIRECTORY_NAME
+        self._segments = directory / SEGMENTS_NAME
         self._group = group
         self._failed: set[MergedName] = set()
+        self._proven: set[MergedName] = set()  # read whole, or made, by this process
 
     def step(self, known: Mapping[int, Known], pause: Pause) -> bool:
-        """Do one merge, or drop what is not needed. False when all is as it should be.
+        """Do one merge, prove one run, or drop what is not needed. False when all is done.
 
         ``known`` are all segments, as the catalog has them. StorageError.
         """
-        make_directory(self._directory)
         self._remove(path for path in self._directory.glob(f"*{TEMPORARY}"))
         sealed = list(merged_runs.identities(known).values())
         names = merged_runs.names_present(self._directory)
@@ -100,6 +104,10 @@ class Merger:
             by_range = {(one.first, one.last): one for one in true}
             self._merge(name, merge, by_range, known, pause)
             return True
+        for name in sorted(true):
+            if (name.first, name.last) in plan.keep and name not in self._proven:
+                self._prove(name, pause)
+                return True
         unneeded = [n for n in names if n not in true or (n.first, n.last) not in plan.keep]
         self._remove(self._directory / str(name) for name in unneeded)
         return False
@@ -113,7 +121,7 @@ class Merger:
         first, last = merge.result
         # A segment's own runs are never more than a part of it.
         most = sum(row.bytes for number, row in known.items() if first <= number <= last)
-        place = os.statvfs(self._directory)
+        place = os.statvfs(self._segments)
         return place.f_bavail * place.f_frsize >= FREE_BYTES_MIN + most // 16
 
     def _merge(
@@ -128,10 +136,12 @@ class Merger:
         temporary = path.with_suffix(TEMPORARY)
         files = ReadFiles()
         try:
+            make_directory(self._directory)
             inputs = [self._input(one, present, known, files) for one in merge.inputs]
             write_merged(temporary, name, self._group, inputs, pause)
             os.replace(temporary, path)
             sync_directory(self._directory)
+            self._proven.add(name)
         except MergedRunError as error:
             log.warning("%s; it is made again", error)
             self._remove(iter([self._directory / str(error.name)]))
@@ -143,6 +153,25 @@ class Merger:
         finally:
             files.close()
             self._remove(iter([temporary]))
+
+    def _prove(self, name: MergedName, pause: Pause) -> None:
+        """Read a run whole; one that is damaged goes, to be made again."""
+        files = ReadFiles()
+        try:
+            file = MergedFile(self._directory, name, self._group, files, directory_cache())
+            for disk in file.entries():
+                run = file.run(disk)
+                for is_long in (False, True):
+                    begin = time.monotonic()
+                    for _piece in run.stream(is_long=is_long) if run is not None else ():
+                        pause(time.monotonic() - begin)
+                        begin = time.monotonic()
+            self._proven.add(name)
+        except MergedRunError as error:
+            log.warning("%s; it is made again", error)
+            self._remove(iter([self._directory / str(name)]))
+        finally:
+            files.close()
 
     def _input(
         self,
@@ -168,17 +197,20 @@ class Merger:
 
 @dataclass(slots=True)
 class _Account:
-    """How many entries, and the sum of each column: what goes in must come out."""
+    """How many entries, and a sum over them that tells one set from another, in any order."""
 
     count: int = 0
-    sums: list[int] = field(default_factory=lambda: [0] * len(COLUMNS))
+    sum: int = 0
 
     def add(self, run: Run) -> None:
         self.count += len(run)
-        for place, column in enumerate(COLUMNS):
-            # Modulo 2 ** 64, as numpy adds.
-            total = int(getattr(run, column).sum(dtype=np.uint64))
-            self.sums[place] = (self.sums[place] + total) % (1 << 64)
+        mixed = np.zeros(len(run), np.uint64)
+        for column in COLUMNS:
+            mixed ^= getattr(run, column)
+            mixed *= _MULTIPLIER
+            mixed ^= mixed >> np.uint64(29)
+        # Modulo 2 ** 64, as numpy adds and multiplies.
+        self.sum = (self.sum + int(mixed.sum(dtype=np.uint64))) % (1 << 64)
 
 
 def write_merged(
@@ -220,13 +252,13 @@ def _write_disk(
     went_in, came_out = _Account(), _Account()
     for is_long in (False, True):
         begin = time.monotonic()
-        newest_start = 0
+        newest_start = np.uint64(0)
         for piece in _in_order([run.stream(is_long=is_long) for run in runs], went_in):
             came_out.add(piece)
-            starts = piece.starts
-            if int(starts[0]) < newest_start or bool((starts[1:] < starts[:-1]).any()):
+            starts = np.append(newest_start, piece.starts)
+            if bool((starts[1:] < starts[:-1]).any()):
                 raise DamageError("their entries do not come in order")
-            newest_start = int(starts[-1])
+            newest_start = starts[-1]
             file.write(encoder.add(piece, is_long=is_long))
             pause(time.monotonic() - begin)
             begin = time.monotonic()

@@ -38,6 +38,7 @@ from blockrepl.formats import segment as segments
 from blockrepl.formats.frame import HEADER_BYTES, Columns, FrameHeader, FrameKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, decode_mark
 from blockrepl.formats.run import Run, concatenate, from_frames
+from blockrepl.storage.catalog import SegmentRow
 from blockrepl.storage.reading import ReadFiles, damaged
 from blockrepl.storage.runs import DirectoryCache, FileRun, MemoryRun, MendedRun, RunSource
 
@@ -58,6 +59,12 @@ class Known:
     last_stamp: int = 0  # sealed only: nor newer; 0: it has no records
     created_ns: int = 0  # sealed only
     sealed: bool = False
+
+    @classmethod
+    def of(cls, row: SegmentRow) -> Known:
+        return cls(
+            row.bytes, row.frames, row.first_stamp, row.last_stamp, row.created_ns, row.sealed
+        )
 
     @property
     def scanned_bytes(self) -> int:
