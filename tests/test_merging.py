@@ -15,6 +15,7 @@ import pytest
 from journal_model import GROUP, Journal, Record, small_segments
 
 from blockrepl.errors import DamageError
+from blockrepl.formats import run as run_format
 from blockrepl.formats.frame import RecordKind
 from blockrepl.formats.merged_run import MergedName
 from blockrepl.formats.run import Run, RunEncoder
@@ -38,6 +39,8 @@ def no_pause(_seconds: float) -> None:
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     small_segments(monkeypatch, 4 * KIB)
     monkeypatch.setattr(levels, "FANOUT", 2)
+    monkeypatch.setattr(run_format, "CHUNK_ENTRIES", 2)
+    monkeypatch.setattr(runs, "STREAM_ENTRIES", 4)
 
 
 @pytest.fixture
@@ -269,6 +272,11 @@ def test_a_run_does_not_stand_in_for_a_segment_it_does_not_have(journal: Journal
     numbers = sorted(sealed)[:3]
     name = MergedName.of([sealed[numbers[0]], sealed[numbers[2]]])
     assert not merged_runs.is_true(name, known(journal), list(sealed.values()))
+    # Nor for one that is not sealed: nobody knows yet what it will hold.
+    still_open = {**known(journal), numbers[1]: Known(100, 1, 1)}
+    assert not merged_runs.is_true(
+        name, still_open, list(merged_runs.identities(still_open).values())
+    )
     whole = MergedName.of([sealed[number] for number in numbers])
     assert merged_runs.is_true(whole, known(journal), list(sealed.values()))
 
@@ -378,6 +386,7 @@ def test_a_merge_holds_a_bounded_number_of_entries_however_they_lie(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards STREAM_ENTRIES: a place that is written over and over has no ranges to cut it into."""
+    monkeypatch.setattr(run_format, "CHUNK_ENTRIES", 256)
     monkeypatch.setattr(runs, "STREAM_ENTRIES", 1024)
     monkeypatch.setattr(levels, "FANOUT", 4)
     small_segments(monkeypatch, 64 * KIB)
