@@ -21,6 +21,7 @@ from typing import Generic, TypeVar
 from blockrepl.errors import DamageError, StorageError
 from blockrepl.storage._gather import Gather
 
+IMAGE_SUFFIX = ".img"  # of a base image: what lies together there is read together
 OPEN_FILES_MAX = 128  # descriptors; segments beyond are closed, least recently used first
 
 Key = TypeVar("Key", bound=Hashable)
@@ -75,6 +76,10 @@ class OpenFile:
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if path.suffix != IMAGE_SUFFIX:
+            # Only the index knows what is read next: reading on from here would be for nothing.
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):

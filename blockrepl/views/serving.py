@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import time
@@ -22,6 +23,7 @@ from blockrepl.views.fuse_wait import fuse_descriptors, install
 from blockrepl.views.mounting import check_mount_point, mounts
 
 READ_AHEAD_KIB = 4096  # 128 KiB, the default, reads at 0.4x of this (measured)
+M_ARENA_MAX = -8  # malloc.h
 TASKS = 2 * READERS  # of pyfuse3; with a fixed number it starts and ends none per request
 
 
@@ -34,6 +36,7 @@ def serve(
 ) -> None:
     """Mount and serve until unmounted, or until SIGTERM or SIGINT. ``ready`` is called once."""
     path = check_mount_point(directory)
+    _share_one_heap()
     with ReplicaHistory.open(home, group) as replica:
         state = replica.state()
         resolved = None
@@ -60,6 +63,12 @@ def serve(
             # Unmounted already, the directory may be somebody else's mount by now.
             is_mounted = any(mount.process == os.getpid() for mount in mounts())
             pyfuse3.close(unmount=is_mounted)
+
+
+def _share_one_heap() -> None:
+    """Each reader's thread would keep a heap of its own: 300 MB in place of 200 (measured)."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 async def _serve(path: Path, ready: Callable[[], None]) -> None:
