@@ -27,7 +27,7 @@ import numpy as np
 from blockrepl.errors import DamageError
 from blockrepl.formats import frame as frames
 from blockrepl.formats.frame import Blocks
-from blockrepl.limits import BLOCK_BYTES
+from blockrepl.limits import BLOCK_BYTES, FRAME_PAYLOAD_BYTES_MAX, SEGMENT_FRAMES_MAX
 from blockrepl.storage import _gather
 from blockrepl.storage._gather import Gather, ProvenBlocks
 from blockrepl.storage.index import JournalIndex
@@ -43,6 +43,9 @@ PROVEN_BITS = 18  # proven raw blocks remembered: of 16 GiB of journal, in 5 MB
 REPORTED_MAX = 10_000  # damaged frames that are told once each; later ones are told every time
 
 assert _gather.BLOCK_BYTES == BLOCK_BYTES
+# The keys of _gather.ProvenBlocks; a commit's batch may go beyond a segment's frames.
+assert FRAME_PAYLOAD_BYTES_MAX // BLOCK_BYTES <= 1 << 8
+assert SEGMENT_FRAMES_MAX <= 1 << 16
 
 _LEADS_OUT = "an index entry leads out of the frame's payload"
 _WRONG = {
