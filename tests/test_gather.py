@@ -6,7 +6,7 @@ import errno
 import os
 import random
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +51,9 @@ def store(tmp_path: Path) -> Iterator[Store]:
     image = rng.randbytes(300_000)
     (tmp_path / "segment").write_bytes(stored)
     (tmp_path / "image").write_bytes(image)
-    descriptors = [os.open(tmp_path / name, os.O_RDONLY) for name in ("segment", "image")]
-    yield Store(*descriptors, image, payload, blocks)
-    for descriptor in descriptors:
+    segment, base = (os.open(tmp_path / name, os.O_RDONLY) for name in ("segment", "image"))
+    yield Store(segment, base, image, payload, blocks)
+    for descriptor in (segment, base):
         os.close(descriptor)
 
 
@@ -85,7 +85,19 @@ class Layout:
         self.kinds = bytes(kinds)
 
     def gather(self, proven: ProvenBlocks, first: int, last: int) -> Gather:
-        return Gather(proven, self.bounds, self.kinds, *self.columns, first, last)
+        return gathered(proven, self.bounds, self.kinds, self.columns, first, last)
+
+
+def gathered(
+    proven: ProvenBlocks,
+    bounds: array[int],
+    kinds: bytes,
+    columns: Sequence[array[int]],
+    first: int,
+    last: int,
+) -> Gather:
+    segments, frames, positions = columns
+    return Gather(proven, bounds, kinds, segments, frames, positions, first, last)
 
 
 def orders(store: Store, gather: Gather) -> list[tuple[int, int, int, int, int, bool, int]]:
@@ -135,11 +147,10 @@ def test_more_blocks_than_it_has_room_for_are_forgotten_not_confused(store: Stor
     proven = ProvenBlocks(3)
     for segment in range(500):
         proven.add(segment, 1, 2, segment * 10, 4096)
-    window = (array("Q", [0, 16]), b"\0")
     remembered = 0
     for segment in range(1000):
         columns = (array("I", [segment]), array("I", [1]), array("I", [2 * BLOCK_BYTES]))
-        gather = Gather(proven, *window, *columns, 0, 16)
+        gather = gathered(proven, array("Q", [0, 16]), b"\0", columns, 0, 16)
         remembered += not gather.missing
         assert segment < 500 or gather.missing
     assert 4 <= remembered <= 8
@@ -161,7 +172,7 @@ def test_a_block_that_is_not_true_is_told(
     store: Store, change: dict[str, int], reason: int, frame: int
 ) -> None:
     columns = (array("I", [7]), array("I", [frame]), array("I", [0]))
-    gather = Gather(ProvenBlocks(4), array("Q", [0, 9]), b"\0", *columns, 0, 9)
+    gather = gathered(ProvenBlocks(4), array("Q", [0, 9]), b"\0", columns, 0, 9)
     ((number, descriptor, offset, stored, payload, is_raw, digest),) = orders(store, gather)
     descriptor = change.get("descriptor", descriptor)
     offset += change.get("offset", 0)
@@ -178,7 +189,7 @@ def test_a_block_that_is_not_true_is_told(
 def test_an_entry_that_leads_out_of_its_block_is_told(store: Store) -> None:
     size = len(store.payload[RAW]) - 2 * BLOCK_BYTES
     columns = (array("I", [7]), array("I", [RAW]), array("I", [2 * BLOCK_BYTES + size - 5]))
-    gather = Gather(ProvenBlocks(4), array("Q", [0, 9]), b"\0", *columns, 0, 9)
+    gather = gathered(ProvenBlocks(4), array("Q", [0, 9]), b"\0", columns, 0, 9)
     target = memoryview(bytearray(9))
     assert gather.prove(orders(store, gather), target, 0)[:2] == (0, _gather.LEADS_OUT)
     assert not gather.supply(0, store.payload[RAW][2 * BLOCK_BYTES :], target)
@@ -187,9 +198,10 @@ def test_an_entry_that_leads_out_of_its_block_is_told(store: Store) -> None:
 def test_a_segment_that_ends_too_soon_is_told_and_an_image_is_zeros(store: Store) -> None:
     proven = ProvenBlocks(4)
     proven.add(7, 0, 0, 1 << 30, BLOCK_BYTES)
-    columns = (array("I", [7, 0]), array("I", [0, 0]), array("I", [0, 0]))
-    gather = Gather(proven, array("Q", [1 << 20, (1 << 20) + 9, (1 << 20) + 20]), b"\xff\0",
-                    array("I", [0, 7]), *columns[1:], 1 << 20, (1 << 20) + 20)  # fmt: skip
+    start = 1 << 20  # beyond the image's end
+    bounds = array("Q", [start, start + 9, start + 20])
+    columns = (array("I", [0, 7]), array("I", [0, 0]), array("I", [0, 0]))
+    gather = gathered(proven, bounds, b"\xff\0", columns, start, start + 20)
     descriptors = {7: store.segment, IMAGE: store.image}
     target = memoryview(bytearray(20))
     assert gather.read(descriptors, target, 0) == (_gather.ENDS_TOO_SOON, 7, 1 << 30)
@@ -198,13 +210,13 @@ def test_a_segment_that_ends_too_soon_is_told_and_an_image_is_zeros(store: Store
 
 def test_what_does_not_fit_is_refused(store: Store) -> None:
     columns = (array("I", [7]), array("I", [RAW]), array("I", [0]))
-    window = (array("Q", [10, 20]), b"\0", *columns)
+    bounds = array("Q", [10, 20])
     for first, last in ((9, 12), (12, 21), (14, 13)):
         with pytest.raises(ValueError, match="leads out of its window"):
-            Gather(ProvenBlocks(4), *window, first, last)
+            gathered(ProvenBlocks(4), bounds, b"\0", columns, first, last)
     with pytest.raises(ValueError, match="differ in length"):
-        Gather(ProvenBlocks(4), array("Q", [10]), b"\0", *columns, 10, 10)
-    gather = Gather(ProvenBlocks(4), *window, 10, 20)
+        gathered(ProvenBlocks(4), array("Q", [10]), b"\0", columns, 10, 10)
+    gather = gathered(ProvenBlocks(4), bounds, b"\0", columns, 10, 20)
     with pytest.raises(ValueError, match="too short"):
         gather.prove(orders(store, gather), bytearray(5), 0)
     with pytest.raises(ValueError, match="too short"):
