@@ -7,6 +7,7 @@ doctor` checks it by loading the core in both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -17,12 +18,13 @@ CAPTURE_HEADERS = sorted(str(path.relative_to(HERE)) for path in HERE.glob("bloc
 FLAGS = ["-O2", "-Wall", "-pthread"]
 
 
-def extension(name: str, *sources: str) -> Extension:
+def extension(name: str, *sources: str, libraries: Sequence[str] = ()) -> Extension:
     return Extension(
         name,
         sources=list(sources),
         include_dirs=["blockrepl/capture"],
         depends=CAPTURE_HEADERS,
+        libraries=list(libraries),
         extra_compile_args=FLAGS,
         extra_link_args=["-pthread"],
     )
@@ -35,8 +37,9 @@ EXTENSIONS = [
         "blockrepl/capture/device.c",
         "blockrepl/capture/hot_map.c",
     ),
-    extension("blockrepl.storage._gather", "blockrepl/storage/_gather.pyx"),
+    extension("blockrepl.storage._gather", "blockrepl/storage/_gather.pyx", libraries=["lz4"]),
     extension("blockrepl.storage._ring", "blockrepl/storage/_ring.pyx"),
+    extension("blockrepl.formats._pack", "blockrepl/formats/_pack.pyx"),
     extension("blockrepl.model._paint", "blockrepl/model/_paint.pyx"),
 ]
 

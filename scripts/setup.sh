@@ -10,7 +10,7 @@ PACKAGES=(
     # views
     fuse3
     # building the compiled core and pyfuse3
-    gcc libc6-dev libfuse3-dev make pkg-config python3-dev python3-venv
+    gcc libc6-dev libfuse3-dev liblz4-dev libxxhash-dev make pkg-config python3-dev python3-venv
     # tests, demo and bench: foreign tools to check against, and guests
     libnbd-bin qemu-system-x86 fio git sqlite3 busybox-static
     e2fsprogs xfsprogs btrfs-progs cpio kmod zstd gnutls-bin tcpdump

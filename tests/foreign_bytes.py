@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import UUID
 
+import numpy as np
 import trio
 import xxhash
 from pydantic import ValidationError
@@ -28,7 +29,17 @@ from blockrepl.channel.framing import MessageStream
 from blockrepl.channel.handshake import _ServerNamePeek, enrol_context
 from blockrepl.channel.secure_stream import SecureStream
 from blockrepl.errors import DamageError, PeerError, StateError, TrustError
-from blockrepl.formats import comparison, frame, hot_map, marks, messages, ring, run, segment
+from blockrepl.formats import (
+    comparison,
+    frame,
+    hot_map,
+    marks,
+    merged_run,
+    messages,
+    ring,
+    run,
+    segment,
+)
 from blockrepl.services import agent_api, receiver_api
 from blockrepl.storage import admission, durable
 from blockrepl.storage.catalog import DiskRow
@@ -275,9 +286,33 @@ def segment_header(data: bytes) -> object:
     return segment.decode_header(fixed + struct.pack("<Q", xxhash.xxh3_64_intdigest(fixed)))
 
 
-def index_run(data: bytes) -> object:
+def index_chunk(data: bytes) -> object:
     count = data[0] if data else 0
-    return run.decode_run(data[1:], count)
+    target = run.Run(*(np.zeros(count, kind) for kind in run.COLUMNS.values()))
+    run.decode_chunk(data[1:], count, target, 0)
+    return target
+
+
+def merged_contents(data: bytes) -> object:
+    return merged_run.decode_contents(data, xxhash.xxh3_64_intdigest(data))
+
+
+_ENTRY = segment.RunEntry(
+    disk=DISK,
+    directory_offset=1,
+    chunks=1,
+    long_chunks=0,
+    count=2,
+    first_stamp=3,
+    last_stamp=4,
+    digest=5,
+)
+
+
+def _chunk() -> bytes:
+    entries = run.Run(*(np.arange(2, dtype=kind) for kind in run.COLUMNS.values()))
+    data, encoder = run.encode_run(entries, 0)
+    return data[: encoder.end]
 
 
 def open_ring(data: bytes) -> object:
@@ -425,17 +460,23 @@ TARGETS: dict[str, Target] = {
                 frame_table_offset=64,
                 frame_count=0,
                 frame_table_digest=0,
-                runs=[
-                    segment.RunEntry(
-                        disk=DISK, offset=1, count=2, first_stamp=3, last_stamp=4, digest=5
-                    )
-                ],
+                runs=[_ENTRY],
             )
             .model_dump_json()
             .encode(),
         ),
     ),
-    "index-run": Target(index_run, (b"\2" + bytes(2 * run.ENTRY_BYTES),)),
+    "index-chunk": Target(index_chunk, (b"\2" + _chunk(),)),
+    "index-directory": Target(run.decode_directory, (bytes(2 * run.DIRECTORY.itemsize),)),
+    "merged-header": Target(merged_run.decode_header, (merged_run.encode_header(GROUP),)),
+    "merged-contents": Target(
+        merged_contents,
+        (
+            merged_run.MergedContents(name="x.run", first_stamp=3, last_stamp=4, runs=[_ENTRY])
+            .model_dump_json()
+            .encode(),
+        ),
+    ),
     "ring": Target(open_ring, (_ring(),), (StateError,)),
     "hot-map": Target(
         lambda data: hot_map.decode(data, DISK.bytes, 5 * MIB, MIB),

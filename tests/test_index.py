@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from journal_model import GROUP, Journal, Record, small_segments
 
 from blockrepl.errors import DamageError
+from blockrepl.formats import run as run_format
 from blockrepl.formats.frame import RecordKind
 from blockrepl.formats.run import Run, encode_run
 from blockrepl.formats.segment import RunEntry
 from blockrepl.storage import reading, runs
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.reading import Cache, ReadFiles
-from blockrepl.storage.runs import FileRun, MemoryRun
+from blockrepl.storage.runs import FileRun, MemoryRun, MendedRun, directory_cache
 from blockrepl.units import KIB, MIB
 from blockrepl.views.view import View
 
@@ -38,29 +39,33 @@ def run_of(entries: list[tuple[int, int, int]]) -> Run:
         np.array([start for start, _, _ in entries], np.uint64),
         np.array([stamp for _, stamp, _ in entries], np.uint64),
         np.array([length for _, _, length in entries], np.uint32),
+        np.ones(count, np.uint32),
         np.arange(count, dtype=np.uint32),
         np.zeros(count, np.uint32),
         np.zeros(count, np.uint8),
-    ).sorted()
+    )
 
 
-def in_file(path: Path, run: Run, rebuilt: list[bytes]) -> FileRun:
-    data = encode_run(run)
-    path.write_bytes(b"x" * 64 + data)
+def in_file(path: Path, run: Run, rebuilt: list[DamageError]) -> MendedRun:
+    data, encoder = encode_run(run, 64)
+    directory = encoder.directory().tobytes()
+    path.write_bytes(b"x" * 64 + data + directory)
     entry = RunEntry(
         disk=UUID(int=1),
-        offset=64,
+        directory_offset=encoder.end,
+        chunks=len(encoder.directory()),
+        long_chunks=encoder.long_chunks,
         count=len(run),
         first_stamp=0,
         last_stamp=9,
-        digest=xxhash.xxh3_64_intdigest(data),
+        digest=xxhash.xxh3_64_intdigest(directory),
     )
 
-    def rebuild(disk: bytes, error: DamageError) -> Run:
-        rebuilt.append(disk)
+    def rebuild(error: DamageError) -> Run:
+        rebuilt.append(error)
         return run
 
-    return FileRun(path, entry, ReadFiles(), rebuild)
+    return MendedRun(FileRun(path, entry, ReadFiles(), directory_cache()), rebuild)
 
 
 @settings(deadline=None, max_examples=60)
@@ -79,11 +84,19 @@ def test_a_lookup_finds_what_overlaps_whether_in_memory_or_in_a_file(
         if start < last and start + length > first and stamp <= at
     )
     path = tmp_path_factory.getbasetemp() / "run"
-    rebuilt: list[bytes] = []
-    for source in (MemoryRun(run), in_file(path, run, rebuilt)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runs, "SAMPLE", 2)
-            found = source.overlapping(first, last, at)
+    rebuilt: list[DamageError] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_format, "CHUNK_ENTRIES", 4)
+        sources = (MemoryRun(run), in_file(path, run, rebuilt))
+    for source in sources:
+        found = source.overlapping(first, last, at)
+        for is_long in (False, True):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(runs, "STREAM_ENTRIES", 1024)
+                streamed = [s for part in source.stream(is_long=is_long) for s in part.starts]
+            assert streamed == sorted(
+                start for start, _, length in entries if (length > MIB) == is_long
+            )
         rows = [
             (int(part.starts[i]), int(part.stamps[i]), int(part.lengths[i]))
             for part in found
@@ -94,14 +107,16 @@ def test_a_lookup_finds_what_overlaps_whether_in_memory_or_in_a_file(
 
 
 def test_every_flipped_byte_of_a_run_is_noticed(tmp_path: Path) -> None:
+    """Guards both digests in FileRun: without one, a flipped byte leads elsewhere or nowhere."""
     run = run_of([(4096 * n, n, 4096) for n in range(40)])
-    for place in range(0, 40 * 29, 7):
-        rebuilt: list[bytes] = []
+    in_file(tmp_path / "run", run, [])
+    for place in range(64, (tmp_path / "run").stat().st_size, 3):
+        rebuilt: list[DamageError] = []
         source = in_file(tmp_path / "run", run, rebuilt)
         with (tmp_path / "run").open("r+b") as file:
-            file.seek(64 + place)
+            file.seek(place)
             byte = file.read(1)
-            file.seek(64 + place)
+            file.seek(place)
             file.write(bytes([byte[0] ^ 1]))
         assert sum(map(len, source.overlapping(0, MIB, 100))) == 40
         assert len(rebuilt) == 1
@@ -123,7 +138,7 @@ def test_a_lookup_reads_a_slice_not_the_run(
 
     monkeypatch.setattr(ReadFiles, "read", counted)
     assert sum(map(len, source.overlapping(1024 * MIB, 1088 * MIB, 5))) == 1024
-    assert read < 29 * 1024 * 1.3
+    assert read < 16 * 1024 * 4  # chunks of 1024 entries, and one more at either side
 
 
 def test_what_arrives_late_with_an_older_stamp_does_not_hide_what_is_newer(
@@ -188,7 +203,7 @@ def test_a_long_mount_lets_go_of_entries_once_segments_are_sealed(
             segment.number
             for segment in replica.index.segments()
             for run in segment.runs(disk)
-            if isinstance(run, runs.MemoryRun)
+            if not isinstance(run, MendedRun)
         ]
         assert len(replica.index.segments()) > 10
         assert set(in_memory) <= {replica.index.segments()[-1].number}

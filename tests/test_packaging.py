@@ -19,6 +19,7 @@ CHECKOUT = Path(__file__).parents[1]
 UNITS = CHECKOUT / "scripts" / "systemd"
 CORES = (
     "blockrepl/capture/_core",
+    "blockrepl/formats/_pack",
     "blockrepl/model/_paint",
     "blockrepl/storage/_gather",
     "blockrepl/storage/_ring",

@@ -23,7 +23,18 @@ CONTENTS = Contents(
     frame_table_offset=93,
     frame_count=1,
     frame_table_digest=5,
-    runs=[RunEntry(disk=UUID(int=1), offset=64, count=1, first_stamp=1, last_stamp=2, digest=3)],
+    runs=[
+        RunEntry(
+            disk=UUID(int=1),
+            directory_offset=64,
+            chunks=1,
+            long_chunks=0,
+            count=1,
+            first_stamp=1,
+            last_stamp=2,
+            digest=3,
+        )
+    ],
 )
 
 

@@ -138,10 +138,17 @@ def test_a_sealed_segment_has_an_index_that_leads_to_every_record(tmp_path: Path
     assert headers[-1].frame_bytes + int(table[-1]) == contents.frames_end
     assert [entry.disk.int for entry in contents.runs] == [1, 2]
     for entry in contents.runs:
-        assert entry.offset % 8 == 0
-        stored = data[entry.offset : entry.offset + entry.count * runs.ENTRY_BYTES]
+        run = runs.empty(entry.count)
+        stored = data[entry.directory_offset :][: entry.chunks * runs.DIRECTORY.itemsize]
         assert xxhash.xxh3_64_intdigest(stored) == entry.digest
-        run = runs.decode_run(stored, entry.count)
+        place = 0
+        for chunk in runs.decode_directory(stored):
+            at, size, count = (int(chunk[name]) for name in ("offset", "bytes", "count"))
+            assert xxhash.xxh3_64_intdigest(data[at : at + size]) == int(chunk["digest"])
+            runs.decode_chunk(data[at : at + size], count, run, place)
+            place += count
+        assert place == entry.count
+        assert set(run.segments.tolist()) == {1}
         order = list(zip(run.starts.tolist(), run.stamps.tolist(), strict=True))
         assert order == sorted(order)
         assert (entry.first_stamp, entry.last_stamp) == (

@@ -303,7 +303,7 @@ def test_a_damaged_index_is_rebuilt_from_the_frames(
     assert first is not None
     assert second is not None
     assert third is not None
-    flip(sealed[0], first.runs[0].offset + 3)
+    flip(sealed[0], first.runs[0].directory_offset - 20)
     flip(sealed[1], second.frame_table_offset + 3)
     flip(sealed[2], sealed[2].stat().st_size - 20)
     with ReplicaHistory.open(journal.home, GROUP) as replica:

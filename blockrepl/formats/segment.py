@@ -6,7 +6,7 @@ part        content
 header      64 bytes: magic ``BRSEG001``, u32 version 1, u32 zero, group id (16), u64 segment
             number, u64 stamp of its making, 8 bytes zero, u64 xxh3-64 of bytes 0 to 55
 frames      back to back, as they came over the wire (frame.py)
-runs        sealed only: per disk, the columns of its index run (run.py)
+runs        sealed only: per disk, the chunks of its index run, then their directory (run.py)
 frame table sealed only: u64[frames] file offset of each frame, in order
 contents    sealed only: JSON, ``Contents``
 trailer     sealed only: 48 bytes: magic ``BRSEAL01``, u64 offset of contents, u64 size of
@@ -49,15 +49,17 @@ class SegmentHeader:
 
 
 class RunEntry(BaseModel):
-    """One disk's run within the segment file."""
+    """One disk's run within a file."""
 
     model_config = ConfigDict(frozen=True)
     disk: UUID
-    offset: int
+    directory_offset: int
+    chunks: int
+    long_chunks: int  # of them, the last ones: of entries longer than LONG_BYTES
     count: int
     first_stamp: int
     last_stamp: int
-    digest: int  # xxh3-64 of the run's bytes
+    digest: int  # xxh3-64 of the directory
 
 
 class Contents(BaseModel):

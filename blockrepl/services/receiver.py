@@ -32,6 +32,7 @@ from blockrepl.errors import BlockreplError, PeerError, StateError, StorageError
 from blockrepl.formats.messages import RECEIVER_ACCEPTS, Request, ScrubPass
 from blockrepl.services.control import serve_control
 from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
+from blockrepl.services.index_merging import IndexMerging
 from blockrepl.services.receiver_api import (
     Checkpoint,
     GroupStatus,
@@ -286,6 +287,7 @@ async def run_receiver(home: Home, host: str, port: int, *, ready: Callable[[str
                 nursery.start_soon(receiver.watch_trust)
                 nursery.start_soon(groups.write_proofs)
                 nursery.start_soon(groups.sweep_forks)
+                nursery.start_soon(IndexMerging(groups.committers).run)
                 nursery.start_soon(partial(trio.serve_listeners, receiver.serve, listeners))
                 ready(_address(listeners[0]))
         finally:

@@ -9,18 +9,20 @@ an extent's bytes           are
 zeros                       left as they are: the buffer is zeros before
 of the base image           read from it; beyond its end they are zeros
 of a raw, proven block      read from the segment's file
-of any other block          left to the caller, who gets the block and hands it in (``supply``)
+of any other block          missing: the caller hands in its payload (``supply``), or says where it
+                            is stored and what its digest is (``prove``)
 ==========================  ===================================================================
 
-Reads of one file that go on where the last one ends become one. ``read`` does them all without the
-GIL. ``ProvenBlocks`` knows which stored blocks need no more proof: it remembers as many as it has
+Reads of one file that go on where the last one ends become one. ``read`` does them all, ``prove``
+reads, checks and decompresses stored blocks, and both without the GIL. ``ProvenBlocks`` knows which stored blocks need no more proof: it remembers as many as it has
 room for, four to a set, and forgets the one of a set that was put there first.
 """
 
 import numpy as np
 
-from cpython.mem cimport PyMem_Free, PyMem_Realloc
-from libc.errno cimport errno
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from libc.errno cimport EAGAIN, EINTR, EOPNOTSUPP, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -29,6 +31,23 @@ cdef extern from "<sys/uio.h>" nogil:
         void *iov_base
         size_t iov_len
     ssize_t preadv2(int fd, const iovec *vectors, int count, int64_t offset, int flags)
+
+cdef extern from "<fcntl.h>" nogil:
+    int posix_fadvise(int fd, int64_t offset, int64_t size, int advice)
+    int POSIX_FADV_WILLNEED
+
+cdef extern from * nogil:
+    """
+    #define XXH_INLINE_ALL
+    #include <xxhash.h>
+    #include <lz4.h>
+    #ifndef RWF_NOWAIT
+    #define RWF_NOWAIT 8
+    #endif
+    """
+    uint64_t XXH3_64bits(const void *data, size_t size)
+    int LZ4_decompress_safe(const char *source, char *target, int size, int room)
+    int RWF_NOWAIT
 
 cdef enum:
     BLOCK_SHIFT = 16
@@ -40,6 +59,11 @@ cdef enum:
     MISSING = -2  # and below: the missing block -2 - source
 
 BLOCK_BYTES = BLOCK_SIZE
+# What may be wrong with a stored block, beside an errno.
+ENDS_TOO_SOON = -1
+WRONG_DIGEST = -2
+WRONG_SIZE = -3
+LEADS_OUT = -4
 SHOWS_DATA = DATA
 SHOWS_BASE = BASE
 
@@ -51,6 +75,17 @@ cdef struct Piece:
     int64_t length
     int64_t before  # the piece before it of the same missing block, -1 for none
     int descriptor
+
+
+cdef struct Stored:
+    int descriptor
+    int64_t offset
+    int64_t stored_bytes
+    int64_t payload_bytes
+    bint is_raw
+    uint64_t digest
+    int64_t newest  # piece
+    uint8_t *payload  # room for it; NULL for a raw block: it is its stored bytes
 
 
 cdef inline uint64_t _key(uint64_t segment, uint64_t frame, uint64_t block) noexcept nogil:
@@ -217,6 +252,58 @@ cdef class Gather:
                 found[self.pieces[index].source] = None
         return list(found)
 
+    def prove(self, list wanted, uint8_t[::1] target, int flags):
+        """Read, prove and use missing blocks: (number, descriptor, file offset, stored bytes,
+        payload bytes, whether it is raw, digest).
+
+        Returns (place in ``wanted`` of what failed, errno or what is wrong, payloads): without
+        failure the place is -1, and payloads has those of compressed blocks, None for raw ones.
+        """
+        cdef Py_ssize_t place, count = len(wanted)
+        cdef Py_ssize_t failed = -1
+        cdef int reason = 0
+        cdef bint advised = False
+        cdef Stored *blocks = <Stored *>PyMem_Malloc(max(1, count) * sizeof(Stored))
+        cdef uint8_t *scratch = <uint8_t *>PyMem_Malloc(BLOCK_SIZE)
+        cdef uint8_t *start = &target[0] if target.shape[0] else NULL
+        cdef Stored *block
+        payloads = []
+        try:
+            if blocks == NULL or scratch == NULL:
+                raise MemoryError
+            for place in range(count):
+                block = &blocks[place]
+                (
+                    number, block.descriptor, block.offset, block.stored_bytes,
+                    block.payload_bytes, block.is_raw, block.digest,
+                ) = wanted[place]
+                block.newest = self.newest[number]
+                if not (
+                    0 <= block.stored_bytes <= BLOCK_SIZE and 0 <= block.payload_bytes <= BLOCK_SIZE
+                ):
+                    return place, WRONG_SIZE, []
+                block.payload = NULL
+                payload = None
+                if not block.is_raw:
+                    payload = PyBytes_FromStringAndSize(NULL, block.payload_bytes)
+                    block.payload = <uint8_t *>PyBytes_AS_STRING(payload)
+                payloads.append(payload)
+            for place in range(self.count):
+                if self.pieces[place].into + self.pieces[place].length > target.shape[0]:
+                    raise ValueError("the target is too short")
+            with nogil:
+                for place in range(count):
+                    reason = _prove(
+                        blocks, place, count, scratch, self.pieces, start, flags, &advised
+                    )
+                    if reason:
+                        failed = place
+                        break
+        finally:
+            PyMem_Free(blocks)
+            PyMem_Free(scratch)
+        return failed, reason, payloads
+
     def supply(self, Py_ssize_t number, const uint8_t[::1] block, uint8_t[::1] target):
         """Copy all that is wanted of a missing block. False when it leads out of the block."""
         cdef Py_ssize_t index = self.newest[number]
@@ -272,18 +359,69 @@ cdef int _read_all(
 
 
 cdef int _read(const Piece *piece, uint8_t *target, int flags) noexcept nogil:
+    cdef int failed = _read_range(piece.descriptor, target, piece.length, piece.offset, flags)
+    return 0 if failed == -1 and piece.source == IMAGE else failed
+
+
+cdef int _read_range(
+    int descriptor, uint8_t *target, int64_t length, int64_t offset, int flags
+) noexcept nogil:
     cdef iovec vector
     cdef int64_t done = 0
     cdef ssize_t count
-    while done < piece.length:
+    while done < length:
         vector.iov_base = target + done
-        vector.iov_len = piece.length - done
-        count = preadv2(piece.descriptor, &vector, 1, piece.offset + done, flags)
+        vector.iov_len = length - done
+        count = preadv2(descriptor, &vector, 1, offset + done, flags)
         if count < 0:
-            if errno == 4:  # EINTR
+            if errno == EINTR:
                 continue
             return errno
         if count == 0:
-            return 0 if piece.source == IMAGE else -1
+            return -1
         done += count
+    return 0
+
+
+cdef int _prove(
+    Stored *blocks, Py_ssize_t place, Py_ssize_t count, uint8_t *scratch,
+    const Piece *pieces, uint8_t *target, int flags, bint *advised,
+) noexcept nogil:
+    cdef Stored *block = &blocks[place]
+    cdef int failed = _read_range(
+        block.descriptor, scratch, block.stored_bytes, block.offset, RWF_NOWAIT
+    )
+    cdef Py_ssize_t other
+    cdef const uint8_t *payload = scratch
+    if failed == EAGAIN or failed == EOPNOTSUPP or failed == -1:
+        if flags & RWF_NOWAIT:
+            return EAGAIN
+        # One after the other each would be a wait: the device gets them all at once.
+        for other in range(count if advised[0] else place, count):
+            posix_fadvise(
+                blocks[other].descriptor, blocks[other].offset, blocks[other].stored_bytes,
+                POSIX_FADV_WILLNEED,
+            )
+        advised[0] = True
+        failed = _read_range(block.descriptor, scratch, block.stored_bytes, block.offset, 0)
+    if failed:
+        return failed
+    if XXH3_64bits(scratch, block.stored_bytes) != block.digest:
+        return -2
+    if block.is_raw:
+        if block.stored_bytes != block.payload_bytes:
+            return -3
+    else:
+        if LZ4_decompress_safe(
+            <const char *>scratch, <char *>block.payload, <int>block.stored_bytes,
+            <int>block.payload_bytes,
+        ) != block.payload_bytes:
+            return -3
+        payload = block.payload
+    cdef int64_t index = block.newest
+    while index >= 0:
+        if pieces[index].offset + pieces[index].length > block.payload_bytes:
+            return -4
+        memcpy(target + pieces[index].into, payload + pieces[index].offset, pieces[index].length)
+        index = pieces[index].before
     return 0

@@ -321,6 +321,11 @@ class Catalog:
             for number, created, first, last, sealed, size, frames in rows
         ]
 
+    def sealed_state(self) -> tuple[int, int]:
+        """Another value whenever the sealed segments are others: their count and bytes."""
+        rows = self.rows("SELECT count(*), coalesce(sum(bytes), 0) FROM segments WHERE sealed")
+        return int(rows[0][0]), int(rows[0][1])
+
     def put_segment(self, row: SegmentRow) -> None:
         self.change(
             "INSERT OR REPLACE INTO segments VALUES (?, ?, ?, ?, ?, ?, ?)",

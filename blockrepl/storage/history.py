@@ -69,7 +69,7 @@ class ReplicaHistory:
         self.catalog = Catalog.open_readonly(directory / catalogs.FILE_NAME)
         self.group = self.catalog.group_name
         self._seen: Durable | None = None
-        self.index = JournalIndex(directory / "segments", self.catalog.group_id, self.files)
+        self.index = JournalIndex(directory, self.catalog.group_id, self.files)
         self.payload = PayloadReader(self.index, self.files, block_cache_bytes)
 
     @classmethod
@@ -149,10 +149,7 @@ class ReplicaHistory:
             self._seen = durable
 
     def _refresh(self, rows: Iterable[SegmentRow], durable: Durable | None) -> None:
-        known = {
-            row.number: Known(0 if row.sealed else row.bytes, row.frames, row.first_stamp)
-            for row in rows
-        }
+        known = {row.number: Known.of(row) for row in rows}
         self.index.refresh(
             known, None if durable is None else (durable.segment_number, durable.segment_bytes)
         )
@@ -213,7 +210,7 @@ class ReplicaHistory:
         self.refresh(state)
         for segment in reversed(self.index.segments()):
             row = state.segments.get(segment.number)
-            if row is None or not row.sealed or row.first_stamp <= at_ns:
+            if row is None or not row.sealed or 0 < row.first_stamp <= at_ns:
                 yield segment
 
 

@@ -2,13 +2,14 @@
 
 Algorithm of ``resolve``, for one window of a disk:
 
-1. Take the runs of all segments that have a record of the disk up to the instant, newest first.
+1. Take the runs that have a record of the disk up to the instant, newest first: merged runs, and
+   the own runs of the segments that no merged run stands in for (storage/merged_runs.py).
 2. Gather their entries that overlap the window. Every CHUNK_ENTRIES, keep only what still shows:
    an entry that is wholly covered by newer ones can never show again.
 3. Stop as soon as nothing of the base shows and all that shows is newer than the runs left.
 
 Entries of one instant are ordered by (stamp, segment, frame, position). The cost of a window is
-bounded by what it shows plus a binary search per run, whatever the journal's length; memory by
+bounded by what it shows plus a lookup per run, of which there are logarithmically many; memory by
 CHUNK_ENTRIES plus what shows.
 """
 
@@ -17,20 +18,25 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from blockrepl.errors import DamageError
 from blockrepl.formats.frame import U8, U32, U64, RecordKind
+from blockrepl.formats.merged_run import MergedName
 from blockrepl.formats.run import Run, concatenate
 from blockrepl.formats.segment import file_name
 from blockrepl.model import extents
+from blockrepl.storage import merged_runs
+from blockrepl.storage.journal import DIRECTORY_NAME as SEGMENTS_NAME
+from blockrepl.storage.merged_runs import MergedFile, MergedRunError
 from blockrepl.storage.reading import ReadFiles
-from blockrepl.storage.runs import RunSource
+from blockrepl.storage.runs import directory_cache
 from blockrepl.storage.segment_reader import Damage, Known, SegmentReader
 
 log = logging.getLogger(__name__)
@@ -39,7 +45,31 @@ CHUNK_ENTRIES = 128 * 1024  # gathered before what no longer shows is dropped: a
 SHOWS_BASE = 255  # kind of an extent that no record covers
 SHOWS_ZERO = int(RecordKind.ZERO)
 SHOWS_DATA = int(RecordKind.WRITE)
+STAMP_MAX = (1 << 64) - 1
+Result = TypeVar("Result")
 _SEGMENT_NAME = re.compile(r"(\d{12})\.seg")
+
+
+class LookupRun(Protocol):
+    """What a lookup asks of a run."""
+
+    @property
+    def first_stamp(self) -> int: ...
+
+    @property
+    def last_stamp(self) -> int: ...
+
+    def estimate(self, first: int, last: int) -> int: ...
+
+    def overlapping(self, first: int, last: int, at_ns: int) -> list[Run]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """What lookups use: merged runs, and the segments that none of them stands in for."""
+
+    merged: tuple[MergedFile, ...]
+    segments: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,33 +91,23 @@ class Shown:
         return len(self.starts)
 
 
-@dataclass(frozen=True, slots=True)
-class _Entries:
-    """Entries of several segments."""
-
-    run: Run
-    segments: U32
-
-    def oldest_first(self) -> _Entries:
-        run = self.run
-        order = np.argsort(run.stamps)
-        stamps = run.stamps[order]
-        if bool((stamps[1:] == stamps[:-1]).any()):
-            # Only a resync's records share a stamp; four keys take four times as long.
-            order = np.lexsort((run.positions, run.frames, self.segments, run.stamps))
-        return _Entries(run.take(order), self.segments[order])
-
-
 class JournalIndex:
     """All segments of a replica. ``refresh`` sees what is new; lookups run in any thread."""
 
     def __init__(self, directory: Path, group: bytes, files: ReadFiles) -> None:
-        self._directory = directory
+        """``directory``: the replica's."""
+        self._directory = directory / SEGMENTS_NAME
+        self._merged_directory = directory / merged_runs.DIRECTORY_NAME
         self._group = group
         self._files = files
-        self._lock = threading.Lock()
+        self._directories = directory_cache()
+        self._lock = threading.RLock()
         self._segments: dict[int, SegmentReader] = {}
-        self._lost: tuple[Damage, ...] = ()
+        self._known: dict[int, Known] = {}
+        self._lost: dict[int, Damage] = {}
+        self._given_up: set[MergedName] = set()
+        self._merged_files: dict[MergedName, MergedFile] = {}
+        self._sources = _Sources((), ())
         self._told: set[str] = set()
 
     def refresh(self, known: Mapping[int, Known], durable: tuple[int, int] | None = None) -> None:
@@ -99,11 +119,11 @@ class JournalIndex:
         with self._lock:
             segments = dict(self._segments)
             present = self._files_present()
-            lost = [
-                Damage(None, known[number].first_stamp, self._missing(number))
+            lost = {
+                number: Damage(None, known[number].first_stamp, self._missing(number))
                 for number in known.keys() - present.keys()
                 if known[number].frames
-            ]
+            }
             for number, path in sorted(present.items()):
                 if durable is not None and number > durable[0]:
                     continue
@@ -112,15 +132,41 @@ class JournalIndex:
                     said, limit = Known(durable[1], 0, said.first_stamp), durable[1]
                 segment = segments.get(number)
                 if segment is None:
-                    segment = SegmentReader(path, number, self._group, self._files)
+                    segment = self._reader(path, number)
                 try:
                     segment.refresh(said, limit=limit)
                     segments[number] = segment
                 except DamageError as error:
-                    lost.append(Damage(None, said.first_stamp, error))
+                    lost[number] = Damage(None, said.first_stamp, error)
             self._segments = segments
-            self._tell([*lost, *(d for segment in segments.values() for d in segment.damage)])
-            self._lost = tuple(lost)
+            self._known = dict(known)
+            self._lost = lost
+            self._tell(lost.values())
+            self._choose()
+
+    def _reader(self, path: Path, number: int) -> SegmentReader:
+        return SegmentReader(path, number, self._group, self._files, self._directories)
+
+    def _choose(self) -> None:
+        """Decide which runs lookups use: merged ones, else the segments' own."""
+        present = set(merged_runs.names_present(self._merged_directory)) - self._given_up
+        names = merged_runs.chosen(present, self._known)
+        self._merged_files = {
+            name: self._merged_files.get(name)
+            or MergedFile(self._merged_directory, name, self._group, self._files, self._directories)
+            for name in names
+        }
+        covered = {
+            number for name in names for number in self._known if name.first <= number <= name.last
+        }
+        numbers = (self._segments.keys() | self._lost.keys()) - covered
+        self._sources = _Sources(tuple(self._merged_files.values()), tuple(sorted(numbers)))
+
+    def _give_up(self, error: MergedRunError) -> None:
+        log.warning("%s; smaller runs are read instead", error)
+        with self._lock:
+            self._given_up.add(error.name)
+            self._choose()
 
     def _missing(self, number: int) -> DamageError:
         path = self._directory / file_name(number)
@@ -129,7 +175,7 @@ class JournalIndex:
             hint="points before its records stay readable; restore it from a copy of the replica",
         )
 
-    def _tell(self, damage: list[Damage]) -> None:
+    def _tell(self, damage: Iterable[Damage]) -> None:
         """Log each damage once."""
         for text in {str(each.error): None for each in damage}:
             if text not in self._told:
@@ -149,57 +195,100 @@ class JournalIndex:
         return [segment for _number, segment in sorted(self._segments.items())]
 
     def segment(self, number: int) -> SegmentReader:
-        return self._segments[number]
+        """DamageError when it is missing."""
+        try:
+            return self._segments[number]
+        except KeyError:
+            raise self._missing(number) from None
+
+    def merged(self) -> list[MergedName]:
+        """The merged runs in use, by the segments they stand in for."""
+        return [file.name for file in self._sources.merged]
 
     def estimate(self, disk: bytes, first: int, last: int, at_ns: int) -> int:
         """About how many entries a window has."""
-        return sum(run.estimate(first, last) for _, run in self._runs(disk, at_ns))
+        return self._try(lambda: sum(run.estimate(first, last) for run in self._runs(disk, at_ns)))
 
-    def bytes_of(self, disk: bytes, at_ns: int) -> int:
-        """At most how many bytes of journal hold records of a disk, for an estimate of its use."""
-        numbers = {number for number, _ in self._runs(disk, at_ns)}
-        return sum(self._segments[number].end for number in numbers)
+    def bytes_until(self, at_ns: int) -> int:
+        """At most how many bytes of journal a disk's records up to an instant take."""
+        return sum(row.bytes for row in self._known.values() if row.first_stamp <= at_ns)
 
     def newest_stamp(self, disk: bytes) -> int:
         """Of a disk's records; 0 without any."""
-        runs = (run for segment in self._segments.values() for run in segment.runs(disk))
-        return max((run.last_stamp for run in runs), default=0)
+        return self._try(
+            lambda: max((run.last_stamp for run in self._runs(disk, STAMP_MAX)), default=0)
+        )
 
     def resolve(self, disk: bytes, first: int, last: int, at_ns: int) -> Shown:
         """What [first, last) of a disk shows at an instant. DamageError, StorageError."""
+        return self._try(lambda: self._resolve(disk, first, last, at_ns))
+
+    def _try(self, lookup: Callable[[], Result]) -> Result:
+        """Look up, again without a merged run that turns out to be of no use."""
+        while True:
+            try:
+                return lookup()
+            except MergedRunError as error:
+                self._give_up(error)
+
+    def _resolve(self, disk: bytes, first: int, last: int, at_ns: int) -> Shown:
         left = self._runs(disk, at_ns)
-        parts: list[_Entries] = []
+        parts: list[Run] = []
         gathered = 0
         while left:
-            number, run = left.pop()
-            for found in run.overlapping(first, last, at_ns):
-                parts.append(_Entries(found, np.full(len(found), number, np.uint32)))
+            for found in left.pop().overlapping(first, last, at_ns):
+                parts.append(found)
                 gathered += len(found)
             if gathered >= CHUNK_ENTRIES and left:
-                entries, flat = _shown(parts, first, last)
-                showing = np.unique(flat.winners[flat.winners != extents.BASE])
-                kept = _Entries(entries.run.take(showing), entries.segments[showing])
+                run, flat = _shown(parts, first, last)
+                kept = run.take(np.unique(flat.winners[flat.winners != extents.BASE]))
                 covered = not bool((flat.winners == extents.BASE).any())
-                if covered and int(kept.run.stamps.min()) > left[-1][1].last_stamp:
+                if covered and int(kept.stamps.min()) > left[-1].last_stamp:
                     left = []
                 parts, gathered = [kept], 0
         return _flatten(*_shown(parts, first, last))
 
     def refuse_damage(self, disk: bytes, at_ns: int) -> None:
         """DamageError when records of a disk up to an instant cannot all be found."""
-        _refuse(self._lost, disk, at_ns)
-        for segment in self._segments.values():
-            _refuse(segment.damage, disk, at_ns)
-
-    def _runs(self, disk: bytes, at_ns: int) -> list[tuple[int, RunSource]]:
-        """The runs of a disk with records up to an instant, and their segments; newest last."""
-        found: list[tuple[int, RunSource]] = []
-        _refuse(self._lost, disk, at_ns)
+        _refuse(tuple(self._lost.values()), disk, at_ns)
         for number, segment in self._segments.items():
-            _refuse(segment.damage, disk, at_ns)
-            found += [(number, run) for run in segment.runs(disk) if run.first_stamp <= at_ns]
-        found.sort(key=lambda pair: (pair[1].last_stamp, pair[0]))
+            known = self._known.get(number)
+            if known is None or not known.sealed or _may_show(known, at_ns):
+                _refuse(segment.damage, disk, at_ns)
+
+    def _runs(self, disk: bytes, at_ns: int) -> list[LookupRun]:
+        """The runs of a disk with records up to an instant; newest last. MergedRunError."""
+        found: list[LookupRun] = []
+        sources = self._sources
+        for file in sources.merged:
+            run = file.run(disk)
+            if run is not None:
+                found.append(run)
+        for number in sources.segments:
+            if number in self._lost:
+                _refuse((self._lost[number],), disk, at_ns)
+                continue
+            known = self._known.get(number)
+            if known is not None and known.sealed and not _may_show(known, at_ns):
+                continue
+            segment = self._segments[number]
+            try:
+                damage = segment.damage
+            except DamageError as error:
+                self._tell([Damage(None, 0, error)])
+                raise
+            if damage:
+                self._tell(damage)
+                _refuse(damage, disk, at_ns)
+            found += segment.runs(disk)
+        found = [run for run in found if run.first_stamp <= at_ns]
+        found.sort(key=lambda run: run.last_stamp)
         return found
+
+
+def _may_show(known: Known, at_ns: int) -> bool:
+    """Whether a sealed segment has records up to an instant."""
+    return known.last_stamp > 0 and known.first_stamp <= at_ns
 
 
 def _refuse(damage: tuple[Damage, ...], disk: bytes, at_ns: int) -> None:
@@ -209,18 +298,13 @@ def _refuse(damage: tuple[Damage, ...], disk: bytes, at_ns: int) -> None:
             raise DamageError(str(each.error), hint=each.error.hint)
 
 
-def _shown(parts: list[_Entries], first: int, last: int) -> tuple[_Entries, extents.Extents]:
-    entries = _Entries(
-        concatenate([part.run for part in parts]),
-        np.concatenate([part.segments for part in parts] or [np.zeros(0, np.uint32)]),
-    ).oldest_first()
-    run = entries.run
-    return entries, extents.resolve(run.starts, run.starts + run.lengths, first, last)
+def _shown(parts: list[Run], first: int, last: int) -> tuple[Run, extents.Extents]:
+    run = concatenate(parts).oldest_first()
+    return run, extents.resolve(run.starts, run.ends, first, last)
 
 
-def _flatten(entries: _Entries, flat: extents.Extents) -> Shown:
+def _flatten(run: Run, flat: extents.Extents) -> Shown:
     """Entries' places instead of their numbers; neighbours that read as one become one."""
-    run = entries.run
     count = len(flat)
     kinds = np.full(count, SHOWS_BASE, np.uint8)
     segments, frames, positions = (np.zeros(count, np.uint32) for _ in range(3))
@@ -229,7 +313,7 @@ def _flatten(entries: _Entries, flat: extents.Extents) -> Shown:
     kinds[recorded] = np.where(run.kinds[winners] == SHOWS_DATA, SHOWS_DATA, SHOWS_ZERO)
     data = kinds == SHOWS_DATA
     winners = flat.winners[data]
-    segments[data] = entries.segments[winners]
+    segments[data] = run.segments[winners]
     frames[data] = run.frames[winners]
     into = flat.starts[data] - run.starts[winners]
     positions[data] = run.positions[winners] + into.astype(np.uint32)

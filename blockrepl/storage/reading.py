@@ -21,6 +21,7 @@ from typing import Generic, TypeVar
 from blockrepl.errors import DamageError, StorageError
 from blockrepl.storage._gather import Gather
 
+IMAGE_SUFFIX = ".img"  # of a base image: what lies together there is read together
 OPEN_FILES_MAX = 128  # descriptors; segments beyond are closed, least recently used first
 
 Key = TypeVar("Key", bound=Hashable)
@@ -68,13 +69,17 @@ def damaged(path: Path, offset: int, why: object) -> DamageError:
     )
 
 
-class _OpenFile:
+class OpenFile:
     """Closed when the last reader lets go of it."""
 
     __slots__ = ("descriptor",)
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if path.suffix != IMAGE_SUFFIX:
+            # Only the index knows what is read next: reading on from here would be for nothing.
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -85,40 +90,35 @@ class ReadFiles:
     """Reads of files that never change where they are read. May be used by several threads."""
 
     def __init__(self, open_files_max: int = OPEN_FILES_MAX) -> None:
-        self._open: Cache[Path, _OpenFile] = Cache(open_files_max, lambda _file: 1)
+        self._open: Cache[Path, OpenFile] = Cache(open_files_max, lambda _file: 1)
 
     def close(self) -> None:
         self._open.clear()
 
     def size(self, path: Path) -> int:
         with _named(path, 0):
-            return os.fstat(self._file(path).descriptor).st_size
+            return os.fstat(self.file(path).descriptor).st_size
 
     def allocated_bytes(self, path: Path) -> int:
         with _named(path, 0):
-            return os.fstat(self._file(path).descriptor).st_blocks * 512
+            return os.fstat(self.file(path).descriptor).st_blocks * 512
 
     def read(self, path: Path, size: int, offset: int, *, wait: bool = True) -> bytes:
         """``size`` bytes, fewer only at the end of the file. StorageError."""
-        if not wait:
-            return bytes(self.read_cached(path, size, offset))
         with _named(path, offset):
-            return _read_whole(self._file(path).descriptor, size, offset)
-
-    def read_cached(self, path: Path, size: int, offset: int) -> bytearray:
-        """``size`` bytes from the page cache, else BlockingIOError. StorageError."""
-        with _named(path, offset):
+            descriptor = self.file(path).descriptor
+            if wait:
+                return _read_whole(descriptor, size, offset)
             buffer = bytearray(size)
-            descriptor = self._file(path).descriptor
             if os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT) < size:
                 # At the end of the file, or what comes next is not in the page cache.
                 raise BlockingIOError(errno.EAGAIN, "not in the page cache")
-            return buffer
+            return bytes(buffer)
 
     def will_need(self, path: Path, size: int, offset: int) -> None:
         """Begin to fetch into the page cache; an error will show when it is read."""
         with contextlib.suppress(OSError):
-            descriptor = self._file(path).descriptor
+            descriptor = self.file(path).descriptor
             os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def gather(
@@ -128,20 +128,19 @@ class ReadFiles:
         opened = {}
         for number, path in paths.items():
             with _named(path, 0):
-                opened[number] = self._file(path)
+                opened[number] = self.file(path)
         descriptors = {number: file.descriptor for number, file in opened.items()}
         code, number, offset = gather.read(descriptors, target, 0 if wait else os.RWF_NOWAIT)
         if code < 0:
             raise damaged(paths[number], offset, "the file ends too soon")
         if code:
-            with _named(paths[number], offset):
-                raise OSError(code, os.strerror(code))
+            raise self.failure(paths[number], offset, code)
 
     def data_ranges(self, path: Path, offset: int, end: int) -> list[tuple[int, int]]:
         """The parts of [offset, end) that are not holes."""
         ranges: list[tuple[int, int]] = []
         with _named(path, offset):
-            descriptor = self._file(path).descriptor
+            descriptor = self.file(path).descriptor
             while offset < end:
                 try:
                     data = os.lseek(descriptor, offset, os.SEEK_DATA)
@@ -155,10 +154,19 @@ class ReadFiles:
                 ranges.append((data, offset))
         return ranges
 
-    def _file(self, path: Path) -> _OpenFile:
+    def failure(self, path: Path, offset: int, code: int) -> Exception:
+        """What an errno of a read means: BlockingIOError or StorageError."""
+        try:
+            with _named(path, offset):
+                raise OSError(code, os.strerror(code))
+        except (OSError, StorageError) as error:
+            return error
+
+    def file(self, path: Path) -> OpenFile:
+        """Open as long as it is held. OSError."""
         file = self._open.get(path)
         if file is None:
-            file = _OpenFile(path)
+            file = OpenFile(path)
             self._open.put(path, file)
         return file
 

@@ -3,7 +3,7 @@
 ===========================  ======================================================================
 the file                     is read by
 ===========================  ======================================================================
-sealed, its index is true    index runs in place: proven once, then only the entries a lookup needs
+sealed, its index is true    index runs in place: only what a lookup needs (storage/runs.py)
 sealed, its index is not     its frames, like an open one, up to where they end; one warning
 open, or still to be sealed  its frames' headers and columns, from where the last scan stopped
 ===========================  ======================================================================
@@ -15,6 +15,9 @@ is sealed; the reader then lets go of the entries it held in memory.
 frame must be whole and true. What is not is damage, kept with the oldest stamp it may concern:
 lookups from that stamp on must fail, older points stay readable. Beyond what is known, the file
 ends at the first frame that is cut short or does not match its digests, payload included.
+
+A segment that is known to be sealed is not looked at before it is asked for something: a long
+journal has thousands, and their index is in merged runs.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import xxhash
@@ -33,9 +37,10 @@ from blockrepl.formats import frame as frames
 from blockrepl.formats import segment as segments
 from blockrepl.formats.frame import HEADER_BYTES, Columns, FrameHeader, FrameKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, decode_mark
-from blockrepl.formats.run import Run, concatenate, from_columns
+from blockrepl.formats.run import Run, concatenate, from_frames
+from blockrepl.storage.catalog import SegmentRow
 from blockrepl.storage.reading import ReadFiles, damaged
-from blockrepl.storage.runs import FileRun, MemoryRun, RunSource
+from blockrepl.storage.runs import DirectoryCache, FileRun, MemoryRun, MendedRun, RunSource
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +56,20 @@ class Known:
     bytes: int = 0
     frames: int = 0
     first_stamp: int = 0  # no record in the segment is older
+    last_stamp: int = 0  # sealed only: nor newer; 0: it has no records
+    created_ns: int = 0  # sealed only
+    sealed: bool = False
+
+    @classmethod
+    def of(cls, row: SegmentRow) -> Known:
+        return cls(
+            row.bytes, row.frames, row.first_stamp, row.last_stamp, row.created_ns, row.sealed
+        )
+
+    @property
+    def scanned_bytes(self) -> int:
+        """Bytes of frames that must be whole; of a sealed segment its frames say it."""
+        return 0 if self.sealed else self.bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +84,25 @@ class Damage:
 class SegmentReader:
     """One segment file. ``refresh`` before use; lookups may run in other threads meanwhile."""
 
-    def __init__(self, path: Path, number: int, group: bytes, files: ReadFiles) -> None:
+    def __init__(
+        self,
+        path: Path,
+        number: int,
+        group: bytes,
+        files: ReadFiles,
+        directories: DirectoryCache,
+    ) -> None:
         self.path = path
         self.number = number
-        self.sealed = False
-        self.damage: tuple[Damage, ...] = ()
+        self._sealed = False
         # Of the frames scanned: watermarks by source, and marks with source and frame number.
         self.watermarks: dict[bytes, int] = {}
         self.marks: list[tuple[bytes, int, Mark]] = []
+        self._damage: tuple[Damage, ...] = ()
         self._group = group
         self._files = files
+        self._directories = directories
+        self._put_off: Known | None = None
         self._lock = threading.Lock()
         self._offsets: Sequence[int] = array("Q")
         self._end = segments.HEADER_BYTES
@@ -84,12 +112,24 @@ class SegmentReader:
         self._checked_header = False
 
     @property
-    def end(self) -> int:
-        """File offset just past the last frame seen."""
-        return self._end
+    def sealed(self) -> bool:
+        """Whether its index is used in place."""
+        self._look()
+        return self._sealed
+
+    @property
+    def damage(self) -> tuple[Damage, ...]:
+        self._look()
+        return self._damage
 
     def runs(self, disk: bytes) -> tuple[RunSource, ...]:
+        self._look()
         return self._runs.get(disk, ())
+
+    def disks(self) -> list[bytes]:
+        """Those that have records here."""
+        self._look()
+        return sorted(self._runs)
 
     def refresh(self, known: Known, *, limit: int | None = None) -> None:
         """See what has been appended, or that the file has been sealed. DamageError, StorageError.
@@ -97,23 +137,42 @@ class SegmentReader:
         Nothing beyond ``limit`` bytes is looked at, all of it is known then.
         """
         with self._lock:
-            if self.sealed:
+            if self._sealed:
                 return
-            if not self._checked_header:
-                self._check_header()
-            contents = self._contents()
-            if contents is not None:
-                self._adopt(contents)
-            else:
-                self._scan(known, limit)
+            if known.sealed and not self._checked_header:
+                self._put_off = known
+                return
+            self._take_up(known, limit)
+
+    def _look(self) -> None:
+        """Do what was put off."""
+        if self._put_off is None:
+            return
+        with self._lock:
+            if self._put_off is not None:
+                self._take_up(self._put_off, None)
+                self._put_off = None
+
+    def _take_up(self, known: Known, limit: int | None) -> None:
+        if not self._checked_header:
+            self._check_header(known)
+        contents = self._contents()
+        if contents is not None:
+            self._adopt(contents)
+        else:
+            self._scan(known, limit)
 
     def frame_count(self) -> int:
+        self._look()
         return self._table.frame_count if self._table is not None else len(self._offsets)
 
     def frame_offset(self, ordinal: int) -> int:
         """Where a frame begins in the file. DamageError."""
+        self._look()
         if self._table is not None and len(self._offsets) < self._table.frame_count:
             self._offsets = self._frame_table(self._table)
+        if ordinal >= len(self._offsets):
+            raise self._damaged(0, f"an index entry leads to frame {ordinal}, which it has not")
         return int(self._offsets[ordinal])
 
     def header(self, ordinal: int) -> FrameHeader:
@@ -145,7 +204,7 @@ class SegmentReader:
         header, _start, body = self.body_start(ordinal)
         return frames.parse_columns(header, body)
 
-    def _check_header(self) -> None:
+    def _check_header(self, known: Known) -> None:
         data = self._files.read(self.path, segments.HEADER_BYTES, 0)
         try:
             header = segments.decode_header(data)
@@ -153,6 +212,8 @@ class SegmentReader:
             raise self._damaged(0, error) from error
         if header.group != self._group or header.number != self.number:
             raise DamageError(f"{self.path} is a segment of another group or number")
+        if known.sealed and header.created != known.created_ns:
+            raise DamageError(f"{self.path} is not the segment that the catalog knows")
         self._checked_header = True
 
     def _contents(self) -> segments.Contents | None:
@@ -172,23 +233,21 @@ class SegmentReader:
 
     def _adopt(self, contents: segments.Contents) -> None:
         """Use the index of a file that has been sealed."""
-        self._runs = {
-            entry.disk.bytes: (FileRun(self.path, entry, self._files, self._rebuilt),)
-            for entry in contents.runs
-        }
+        self._runs = {entry.disk.bytes: (self._file_run(entry),) for entry in contents.runs}
         self._table = contents
         self._end = contents.frames_end
-        self.damage = ()
-        self.sealed = True
+        self._damage = ()
+        self._sealed = True
+
+    def _file_run(self, entry: segments.RunEntry) -> MendedRun:
+        run = FileRun(self.path, entry, self._files, self._directories)
+        return MendedRun(run, partial(self._rebuilt, entry.disk.bytes))
 
     def _rebuilt(self, disk: bytes, error: DamageError) -> Run:
         """The entries of a disk from the frames, where the index run is damaged."""
         log.warning("%s; rebuilt from the segment's frames", error)
-        parts = []
-        for ordinal in range(self.frame_count()):
-            if self.header(ordinal).disk == disk:
-                parts.append(from_columns(self.columns(ordinal), ordinal))
-        return concatenate(parts)
+        ordinals = [n for n in range(self.frame_count()) if self.header(n).disk == disk]
+        return from_frames([self.columns(n) for n in ordinals], ordinals, self.number)
 
     def _frame_table(self, contents: segments.Contents) -> Sequence[int]:
         size = contents.frame_count * 8
@@ -212,30 +271,32 @@ class SegmentReader:
 
     def _scan(self, known: Known, limit: int | None) -> None:
         """Take up the frames appended since the last scan."""
-        if self.damage and self.damage[-1].disk is None:
+        if self._damage and self._damage[-1].disk is None:
             return  # what lies behind a header that is not true cannot be found
         size = self._files.size(self.path)
         size = size if limit is None else min(size, limit)
         offsets = array("Q", self._offsets)
-        found: dict[bytes, list[Run]] = {}
-        damage = list(self.damage)
+        found: dict[bytes, tuple[list[Columns], list[int]]] = {}
+        damage = list(self._damage)
         for header, body in self._frames(size, known, damage):
             if body is not None and header.kind == FrameKind.MARK:
                 self._note_mark(header)
             elif body is not None and header.record_count:
-                run = from_columns(frames.parse_columns(header, body), len(offsets))
-                if len(run):
-                    found.setdefault(header.disk, []).append(run)
+                columns, ordinals = found.setdefault(header.disk, ([], []))
+                columns.append(frames.parse_columns(header, body))
+                ordinals.append(len(offsets))
             offsets.append(self._end)
             self._end += header.frame_bytes
             self._frames_seen += 1
             self.watermarks[header.source] = header.watermark
         runs = dict(self._runs)
-        for disk, parts in found.items():
-            runs[disk] = _with_newest(runs.get(disk, ()), MemoryRun(concatenate(parts)))
+        for disk, (columns, ordinals) in found.items():
+            run = from_frames(columns, ordinals, self.number)
+            if len(run):
+                runs[disk] = _with_newest(runs.get(disk, ()), MemoryRun(run))
         self._offsets = offsets
         self._runs = runs
-        self.damage = tuple(damage)
+        self._damage = tuple(damage)
 
     def _note_mark(self, header: FrameHeader) -> None:
         body = self._files.read(self.path, header.body_bytes, self._end + HEADER_BYTES)
@@ -253,7 +314,7 @@ class SegmentReader:
         window = _Window(self.path, self._files, size)
         while self._end + HEADER_BYTES <= size:
             offset = self._end
-            is_known = offset < known.bytes or self._frames_seen < known.frames
+            is_known = offset < known.scanned_bytes or self._frames_seen < known.frames
             try:
                 header = frames.decode_header(window.read(offset, HEADER_BYTES))
                 if offset + header.frame_bytes > size:

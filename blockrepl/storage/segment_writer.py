@@ -34,8 +34,6 @@ from blockrepl.formats.frame import Buffer, FrameHeader
 from blockrepl.storage.files import Files, failure, is_full, write_all
 from blockrepl.storage.home import sync_directory
 
-ALIGNMENT_BYTES = 8  # runs begin on it: numpy copies a whole misaligned column to search it
-
 
 @dataclass(slots=True)
 class OpenSegment:
@@ -207,22 +205,24 @@ def _index(segment: OpenSegment) -> tuple[list[bytes], segments.Contents]:
 
     def add(data: bytes) -> int:
         nonlocal offset
-        padding = bytes(-offset % ALIGNMENT_BYTES)
-        parts.extend((padding, data) if padding else (data,))
-        at = offset + len(padding)
-        offset = at + len(data)
+        parts.append(data)
+        at, offset = offset, offset + len(data)
         return at
 
     for disk, run in _runs(segment).items():
-        data = runs.encode_run(run)
+        data, encoder = runs.encode_run(run, offset)
+        add(data)
+        directory = encoder.directory().tobytes()
         entries.append(
             segments.RunEntry(
                 disk=UUID(bytes=disk),
-                offset=add(data),
+                directory_offset=add(directory),
+                chunks=len(encoder.directory()),
+                long_chunks=encoder.long_chunks,
                 count=len(run),
                 first_stamp=int(run.stamps.min()),
                 last_stamp=int(run.stamps.max()),
-                digest=xxhash.xxh3_64_intdigest(data),
+                digest=xxhash.xxh3_64_intdigest(directory),
             )
         )
     table = segment.offsets.tobytes()
@@ -237,14 +237,18 @@ def _index(segment: OpenSegment) -> tuple[list[bytes], segments.Contents]:
 
 
 def _runs(segment: OpenSegment) -> dict[bytes, runs.Run]:
-    """Per disk, the sorted entries of all its records. Disks without any are left out."""
-    found: dict[bytes, list[runs.Run]] = {}
+    """Per disk, the entries of all its records. Disks without any are left out."""
+    found: dict[bytes, tuple[list[frames.Columns], list[int]]] = {}
     for ordinal, offset in enumerate(segment.offsets):
         header = frames.decode_header(os.pread(segment.descriptor, frames.HEADER_BYTES, offset))
         if header.record_count:
             columns_bytes = header.record_count * frames.RECORD_BYTES
             body = os.pread(segment.descriptor, columns_bytes, offset + frames.HEADER_BYTES)
-            run = runs.from_columns(frames.parse_columns(header, body), ordinal)
-            if len(run):
-                found.setdefault(header.disk, []).append(run)
-    return {disk: runs.concatenate(parts).sorted() for disk, parts in sorted(found.items())}
+            columns, ordinals = found.setdefault(header.disk, ([], []))
+            columns.append(frames.parse_columns(header, body))
+            ordinals.append(ordinal)
+    entries = {
+        disk: runs.from_frames(columns, ordinals, segment.number)
+        for disk, (columns, ordinals) in sorted(found.items())
+    }
+    return {disk: run for disk, run in entries.items() if len(run)}

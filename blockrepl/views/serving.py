@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import time
@@ -25,6 +26,7 @@ from blockrepl.views.fuse_wait import fuse_descriptors, install
 from blockrepl.views.mounting import check_mount_point, mounts
 
 READ_AHEAD_KIB = 4096  # 128 KiB, the default, reads at 0.4x of this (measured)
+M_ARENA_MAX = -8  # malloc.h
 TASKS = 2 * READERS  # of pyfuse3; with a fixed number it starts and ends none per request
 
 
@@ -37,6 +39,7 @@ def serve(
 ) -> None:
     """Mount and serve until unmounted, or until SIGTERM or SIGINT. ``ready`` is called once."""
     path = check_mount_point(directory)
+    _share_one_heap()
     with contextlib.ExitStack() as closing:
         replica = closing.enter_context(ReplicaHistory.open(home, group))
         files, resolved = closing.enter_context(_files(replica, wanted))
@@ -90,6 +93,12 @@ def _files(
             files = ViewFileSystem(replica, resolved.at_ns if resolved else None, state)
         closing.callback(files.close)
         yield files, resolved
+
+
+def _share_one_heap() -> None:
+    """Each reader's thread would keep a heap of its own: 300 MB in place of 200 (measured)."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 async def _serve(path: Path, ready: Callable[[], None]) -> None:

@@ -25,6 +25,7 @@ class Bench:
     rounds: int
     seconds: float  # of load in each turn
     image_bytes: int
+    records: int  # of the longest journal
     peers_only: bool
     progress: Callable[[str], None]
     images: dict[str, Path] = field(default_factory=dict)

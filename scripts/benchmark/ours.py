@@ -132,6 +132,9 @@ class Ours:
         """The journal's files, oldest first."""
         return sorted((self.receiver_home / "replicas" / GROUP / "segments").glob("*.seg"))
 
+    def merged_runs(self) -> list[Path]:
+        return sorted((self.receiver_home / "replicas" / GROUP / "index").glob("*.run"))
+
     def journal_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.segments())
 

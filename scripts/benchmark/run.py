@@ -53,15 +53,14 @@ SCENARIOS = (
         ("lag_p50", "lag_p99", "journal_overhead", "index_bytes_per_record"),
         stream_rows.lag_and_journal,
     ),
-    Scenario(("open_point",), view_rows.open_point),
+    Scenario(("open_point", "point_growth", "memory_view"), view_rows.open_point),
+    Scenario(("merge_ingest",), view_rows.merge_ingest),
     Scenario(("view_sequential", "view_random"), view_rows.views),
     Scenario(
         ("write_iops_depth16_network_down", "write_iops_depth16_network_down_qemu_nbd"),
         write_rows.network_down,
     ),
-    Scenario(
-        ("memory_server", "memory_agent", "memory_receiver", "memory_view"), memory_rows.memory
-    ),
+    Scenario(("memory_server", "memory_agent", "memory_receiver"), memory_rows.memory),
 )
 ROWS = tuple(name for scenario in SCENARIOS for name in scenario.rows)
 
@@ -102,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant (5)")
     parser.add_argument("--seconds", type=float, default=3.0, help="of load in each turn (3)")
     parser.add_argument("--image-mib", type=int, default=1024, help="size of each image (1024)")
+    parser.add_argument(
+        "--records", type=int, default=10_000_000, help="of the longest journal (10 million)"
+    )
     parser.add_argument("--peers-only", action="store_true", help="leave blockrepl out")
     parser.add_argument("--output", type=Path, default=BUILD / "bench.json", help="the JSON file")
     return parser
@@ -121,6 +123,8 @@ def run(arguments: Sequence[str]) -> int:
         names = chosen_rows(options.rows)
         if options.rounds < 1 or options.seconds <= 0 or options.image_mib < 1:
             raise ValueError("rounds, seconds and image size are at least 1")
+        if options.records < 10:
+            raise ValueError("a journal and a tenth of it: at least 10 records")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -134,6 +138,7 @@ def run(arguments: Sequence[str]) -> int:
                 options.rounds,
                 options.seconds,
                 options.image_mib << 20,
+                options.records,
                 options.peers_only,
                 lambda text: print(f"  {text}", file=sys.stderr, flush=True),
             )

@@ -173,7 +173,7 @@ def lag_and_journal(bench: Bench) -> list[Row]:
 
 
 def _index_row(product: Ours, unit: str, goal: Goal) -> Row:
-    """Bytes of sealed segments that are not frames, by record."""
+    """Bytes of sealed segments that are not frames, and of merged runs, by record."""
     figures = []
     records = 0
     for path in product.segments():
@@ -187,5 +187,7 @@ def _index_row(product: Ours, unit: str, goal: Goal) -> Row:
         if count:
             figures.append((len(data) - contents.frames_end) / count)
             records += count
+    merged_bytes = sum(path.stat().st_size for path in product.merged_runs())
+    figures = [figure + merged_bytes / records for figure in figures]
     notes = [f"{len(figures)} sealed segments, {records:,} records"]
     return summarise("index_bytes_per_record", unit, goal, figures, notes=notes)

@@ -1,40 +1,43 @@
-"""Reading a view through FUSE, against the qemu-storage-daemon's FUSE export of the raw image.
+"""Views: opening any point of a long journal, and reading one through FUSE.
 
-Both sides have their data in the page cache of the host, so that the doors are compared and not
-the disk; each file is read at most once per turn from a cold cache of its own.
+The journal is random 4 KiB writes over the whole disk, which no view likes: what lies together on
+the disk lies anywhere in the journal. The peer has a plain raw file with the same bytes. All is
+read from a cold page cache, each block at most once per turn.
+
+Points are opened in this process: from nothing but the replica's directory to the first byte, a new
+point and place each time.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import random
+import shutil
+import time
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
+from statistics import median
 
+from blockrepl.storage.history import ReplicaHistory
+from blockrepl.units import MIB
+from blockrepl.views.view import View
 from scripts.benchmark.bench import Bench
-from scripts.benchmark.load import read_file
-from scripts.benchmark.ours import DISK, GROUP, Ours
+from scripts.benchmark.journals import LongJournal, long_journal, merging, mounted
+from scripts.benchmark.load import MEGABYTE, read_file
+from scripts.benchmark.memory import resident_bytes
 from scripts.benchmark.peers import qsd_fuse
+from scripts.benchmark.processes import MeasurementError
 from scripts.benchmark.report import Goal, Row, summarise
-from scripts.benchmark.rounds import Contestant, interleave
+from scripts.benchmark.rounds import Contestant, clear_page_cache, interleave
+from scripts.make_journal import DISK, GROUP, Journal, make
 
-LATER = "The journal as a time machine"
 PEER = "qemu-storage-daemon, FUSE export"
 SEQUENTIAL = ("view_sequential", "MB/s", Goal(">=", 1.0), "read", 1 << 20)
 RANDOM = ("view_random", "IOPS", Goal(">=", 0.7), "randread", 4096)
-
-
-@contextmanager
-def _view(product: Ours) -> Iterator[Path]:
-    """The group mounted at its latest point; yields the disk's file."""
-    point = product.scratch.directory / "view"
-    point.mkdir(exist_ok=True)
-    product.blockrepl(product.receiver_home, "mount", GROUP, point, "--at", "latest")
-    try:
-        yield point / f"{DISK}.img"
-    finally:
-        product.blockrepl(product.receiver_home, "umount", point)
+POINTS = 100
+BLOCK_BYTES = 4096
+INGEST_RECORDS = 1_000_000
 
 
 def _read(bench: Bench, path: Path, pattern: str, block_bytes: int) -> float:
@@ -47,14 +50,19 @@ def _read(bench: Bench, path: Path, pattern: str, block_bytes: int) -> float:
 
 def views(bench: Bench) -> list[Row]:
     rows = []
+    records = 2 * bench.image_bytes // BLOCK_BYTES
     with ExitStack() as stack:
         files = []
-        if not bench.peers_only:
-            product = bench.product()
-            product.settle()
-            files.append(("ours", stack.enter_context(_view(product))))
-        source = bench.image("ours")
-        files.append((PEER, stack.enter_context(qsd_fuse(bench.scratch, source))))
+        raw = bench.scratch.directory / "raw.img"
+        if bench.peers_only:
+            raw = bench.image("ours")
+        else:
+            bench.progress(f"making a journal of {records:,} records")
+            home = bench.scratch.directory / "view-home"
+            made = long_journal(home, Journal(records, bench.image_bytes, payload="random"))
+            _write_raw(made, raw)
+            files.append(("ours", stack.enter_context(mounted(bench.scratch, made))[0]))
+        files.append((PEER, stack.enter_context(qsd_fuse(bench.scratch, raw))))
         os.sync()
         for name, unit, goal, pattern, block_bytes in (SEQUENTIAL, RANDOM):
             contestants = [
@@ -63,20 +71,115 @@ def views(bench: Bench) -> list[Row]:
             ]
             bench.progress(name)
             figures = interleave(contestants, bench.rounds, progress=bench.progress)
-            rows.append(
-                summarise(
-                    name,
-                    unit,
-                    goal,
-                    figures.get("ours", []),
-                    peer=PEER,
-                    theirs=figures[PEER],
-                    needs=LATER,
-                )
-            )
+            ours, theirs = figures.get("ours", []), figures[PEER]
+            note = f"{records:,} random 4 KiB records"
+            rows.append(summarise(name, unit, goal, ours, peer=PEER, theirs=theirs, notes=[note]))
+    if not bench.peers_only:
+        shutil.rmtree(home)
+        raw.unlink()
     return rows
 
 
+def _write_raw(made: LongJournal, raw: Path) -> None:
+    """The view's bytes as a plain file, each block compared with what a linear replay finds."""
+    journal = made.journal
+    at_ns = journal.stamp(journal.records)
+    shown = journal.newest(at_ns)
+    with ReplicaHistory.open(made.home, GROUP) as replica, raw.open("wb") as file:
+        view = View(replica, at_ns, replica.state())
+        for at in range(0, journal.disk_bytes, MIB):
+            data = view.read(DISK, at, MIB)
+            file.write(data)
+            for place in range(at // BLOCK_BYTES, (at + len(data)) // BLOCK_BYTES):
+                offset = place * BLOCK_BYTES - at
+                if int.from_bytes(data[offset : offset + 8], "little") != int(shown[place]):
+                    raise MeasurementError(f"the view is wrong at {place * BLOCK_BYTES}")
+
+
 def open_point(bench: Bench) -> list[Row]:
-    """Ten million records take a journal that only the later issue makes."""
-    return [summarise("open_point", "s", Goal("<=", 0.5), [], needs=LATER)]
+    """Opening points of journals of all and of a tenth of the records; the memory of a view."""
+    seconds: dict[int, list[float]] = {}
+    held: list[float] = []
+    notes = []
+    if not bench.peers_only:
+        for records in (bench.records // 10, bench.records):
+            bench.progress(f"making a journal of {records:,} records")
+            home = bench.scratch.directory / f"open-{records}"
+            made = long_journal(home, Journal(records, bench.image_bytes))
+            clear_page_cache()
+            seconds[records] = _open_points(made)
+            bench.progress(f"{records:,} records: {median(seconds[records]):.4f} s")
+            if records == bench.records:
+                begin = time.perf_counter()
+                made.journal.newest(made.journal.stamp(records))
+                replay = time.perf_counter() - begin
+                worst = max(seconds[records])
+                notes.append(
+                    f"{records:,} records, {POINTS} random points, worst {worst:.3f} s; "
+                    f"a linear replay of its columns alone {replay:.1f} s"
+                )
+                held.append(_memory_of_view(bench, made) / MEGABYTE)
+            shutil.rmtree(home)
+    ours, tenth = seconds.get(bench.records, []), seconds.get(bench.records // 10, [])
+    return [
+        summarise("open_point", "s", Goal("<=", 0.5), ours, notes=notes),
+        summarise(
+            "point_growth",
+            "s",
+            Goal("<=", 2.0),
+            ours,
+            peer=f"a journal of {bench.records // 10:,} records",
+            theirs=tenth,
+        ),
+        summarise("memory_view", "MB", Goal("<=", 400), held, notes=notes[:1]),
+    ]
+
+
+def _open_points(made: LongJournal) -> list[float]:
+    """Seconds from the replica's directory to the first byte, per point."""
+    journal = made.journal
+    rng = random.Random(journal.seed)
+    taken = []
+    for _ in range(POINTS):
+        record, place = rng.randrange(journal.records), rng.randrange(journal.blocks)
+        begin = time.perf_counter()
+        with ReplicaHistory.open(made.home, GROUP) as replica:
+            view = View(replica, journal.stamp(record), replica.state())
+            view.read(DISK, place * BLOCK_BYTES, BLOCK_BYTES)
+        taken.append(time.perf_counter() - begin)
+    return taken
+
+
+def _memory_of_view(bench: Bench, made: LongJournal) -> int:
+    """The most a mount's process held while its image was read in both ways, in bytes."""
+    most = 0
+    with mounted(bench.scratch, made) as (path, service):
+        for pattern, block_bytes in (("read", 1 << 20), ("randread", BLOCK_BYTES)):
+            _read(bench, path, pattern, block_bytes)
+            most = max(most, sum(map(resident_bytes, service.process_ids())))
+    return most
+
+
+def merge_ingest(bench: Bench) -> list[Row]:
+    """How many records a second a store takes in, with its index merged beside, and without."""
+    name, peer = "merge_ingest", "the same without merging"
+    if bench.peers_only:
+        return [summarise(name, "records/s", Goal(">=", 0.9), [], peer=peer)]
+    contestants = [
+        Contestant("ours", partial(_ingest, bench, True)),
+        Contestant(peer, partial(_ingest, bench, False)),
+    ]
+    figures = interleave(contestants, bench.rounds, progress=bench.progress)
+    ours, theirs = figures["ours"], figures[peer]
+    return [summarise(name, "records/s", Goal(">=", 0.9), ours, peer=peer, theirs=theirs)]
+
+
+def _ingest(bench: Bench, merges: bool) -> float:
+    home = bench.scratch.directory / "ingest"
+    journal = Journal(INGEST_RECORDS, bench.image_bytes)
+    begin = time.perf_counter()
+    with merging(home) if merges else nullcontext():
+        make(home, journal)
+        seconds = time.perf_counter() - begin
+    shutil.rmtree(home)
+    return INGEST_RECORDS / seconds

@@ -1,0 +1,108 @@
+"""The receiver's background merging: it does what there is to do, and ends when it is told to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+from journal_model import GROUP, Journal, small_segments
+
+from blockrepl.errors import StorageError
+from blockrepl.model import levels
+from blockrepl.services import index_merging
+from blockrepl.services.index_merging import IndexMerging
+from blockrepl.storage.history import ReplicaHistory
+from blockrepl.storage.merging import Merger
+from blockrepl.units import KIB
+from blockrepl.views.view import View
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    small_segments(monkeypatch, 4 * KIB)
+    monkeypatch.setattr(levels, "FANOUT", 2)
+    journal = Journal(tmp_path / "home", {"root": 128 * KIB})
+    journal.run(60, batch=4)
+    journal.close()
+    journal.open()
+    yield journal
+    journal.close()
+
+
+def merging_of(journal: Journal) -> IndexMerging:
+    committers: Any = {GROUP: SimpleNamespace(replica=journal.replica)}
+    return IndexMerging(committers)
+
+
+def merged_files(journal: Journal) -> list[str]:
+    return sorted(path.name for path in (journal.directory / "index").iterdir())
+
+
+async def test_it_merges_what_was_sealed_and_then_looks_no_more(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Merger.step
+    settled = trio.Event()
+
+    def watched(self: Merger, *arguments: Any) -> bool:
+        did = step(self, *arguments)
+        if not did:
+            trio.from_thread.run_sync(settled.set)
+        return did
+
+    monkeypatch.setattr(Merger, "step", watched)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(merging_of(journal).run)
+        await settled.wait()
+        nursery.cancel_scope.cancel()
+    assert merged_files(journal)
+    with ReplicaHistory.open(journal.home, GROUP) as replica:
+        view = View(replica, journal.stamp, replica.state())
+        assert view.read("root", 0, 128 * KIB) == journal.model.at(journal.stamp)["root"]
+        assert replica.index.merged()
+
+
+async def test_a_merge_at_work_ends_at_once_when_it_is_cancelled(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards _pause: a merge of many millions would hold up the receiver's end for minutes."""
+    at_work = trio.Event()
+    pause = index_merging._pause
+
+    def slow(_worked_seconds: float) -> None:
+        trio.from_thread.run_sync(at_work.set)
+        pause(1e6)
+
+    monkeypatch.setattr(index_merging, "_pause", slow)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(merging_of(journal).run)
+        await at_work.wait()
+        nursery.cancel_scope.cancel()
+    assert merged_files(journal) == []
+
+
+async def test_what_cannot_be_written_is_told_once_and_tried_again(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    enough = trio.Event()
+    tries = 0
+
+    def step(*_arguments: object) -> bool:
+        nonlocal tries
+        tries += 1
+        if tries == 3:
+            trio.from_thread.run_sync(enough.set)
+        raise StorageError("no room for the index", code="full")
+
+    monkeypatch.setattr(Merger, "step", step)
+    monkeypatch.setattr(index_merging, "LOOK_SECONDS", 0.0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(merging_of(journal).run)
+        await enough.wait()
+        nursery.cancel_scope.cancel()
+    assert [record.message for record in caplog.records] == [
+        "group web: its index is not merged: no room for the index"
+    ]
