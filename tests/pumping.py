@@ -200,13 +200,18 @@ class Source:
 def known(
     entry: DiskEntry, state: DiskState = "ready", ring_id: int | None = None, next_sequence: int = 0
 ) -> AttachedDisk:
-    """What the receiver knows of the disk: by default, its ring."""
+    """What the receiver knows of the disk: by default, its ring. Without any, its base is blank."""
     geometry = read_geometry(ring_path(entry.id.bytes))
     if ring_id is None:
         assert geometry is not None
         ring_id = geometry.ring_id
     return AttachedDisk(
-        id=entry.id, epoch=1, state=state, ring_id=ring_id, next_sequence=next_sequence
+        id=entry.id,
+        epoch=1,
+        state=state,
+        ring_id=ring_id,
+        next_sequence=next_sequence,
+        blank=state == "empty" and ring_id == 0,
     )
 
 

@@ -35,7 +35,7 @@ from blockrepl.errors import PeerError, StateError
 from blockrepl.formats.frame import FrameKind, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
 from blockrepl.formats.messages import Attached
-from blockrepl.services import group_pump
+from blockrepl.services import disk_sync
 from blockrepl.services.group_pump import WantedCheckpoint
 from blockrepl.services.group_replication import GroupReplication
 from blockrepl.services.source_disk import SourceDisk
@@ -462,7 +462,7 @@ async def test_a_record_lost_while_content_is_read_keeps_it_out_of_the_base(
             guest.write(0, b"x" * 512, kept=False)
         return piece
 
-    monkeypatch.setattr(group_pump, "read_piece", read)
+    monkeypatch.setattr(disk_sync, "read_piece", read)
     async with pumping(source, receiver, known(entry, "empty", ring_id=0)):
         await until(receiver.marks)
     assert receiver.of(FrameKind.BASE) == []
