@@ -427,12 +427,12 @@ async def test_a_comparison_of_a_refused_group_is_dropped(
         agent = await peer.attach()
         with monkeypatch.context() as patch:
             patch.setattr(GroupComparison, "compare", compare)
-            await ask(peer, agent, bytes(65536))
+            await ask(peer, agent, bytes(65536), stamp=0)
             refusal = await peer.refusal()
             assert (refusal.code, refusal.group) == ("damage", "web")
-        await ask(peer, agent, bytes(65536))
+        await ask(peer, agent, bytes(65536), stamp=0)
         again = await peer.attach()
-        await ask(peer, again, bytes(65536))
+        await ask(peer, again, bytes(65536), stamp=0)
         assert (await verdict(peer)).differing == ()
 
 

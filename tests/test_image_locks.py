@@ -31,8 +31,13 @@ def qemu_holds(image: Path, directory: Path, *options: str) -> Iterator[None]:
         assert process.poll() is None
         yield
     finally:
-        process.terminate()
-        process.communicate(timeout=20)
+
+        def ended() -> bool:
+            process.terminate()  # again and again: one right after its start has no effect
+            return process.poll() is not None
+
+        wait_for(ended, "qemu-nbd's end")
+        process.communicate()
         socket.unlink(missing_ok=True)
 
 
