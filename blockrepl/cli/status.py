@@ -192,7 +192,7 @@ def _history(group: dict[str, Any]) -> str:
     if group["journal_bytes"] is not None:
         return "none yet: the first sync is not done"
     # A source that the receiver has not answered knows nothing of the history.
-    if group["state"] == "disconnected":
+    if group["state"] in ("disconnected", "spooling"):
         return "unknown while disconnected"
     return "unknown: the receiver does not answer"
 
