@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 UNREADABLE_SECONDS = 5.0  # until a disk whose image gave an error is read again
 COMPARISONS_MAX = 4  # under way per disk: hides the round trip
+AHEAD_BYTES = limits.WINDOW_BYTES // 2  # of frames that wait: content must not hold up records
 COMPARE_REGIONS_MAX = limits.COMPARE_BYTES_MAX // limits.REGION_BYTES
 BLOCKS_PER_REGION = limits.REGION_BYTES // limits.COMPARE_BLOCK_BYTES
 _tokens = count(1)
@@ -84,6 +85,8 @@ class DiskSync:
         disk = self.disk
         if disk.ring is None or trio.current_time() < disk.sync_after:
             return False
+        if self._outbox.waiting_bytes >= AHEAD_BYTES:
+            return False
         if self._differing:
             return True
         return disk.ring.needs_sync() and len(self._comparing) < COMPARISONS_MAX
@@ -108,7 +111,8 @@ class DiskSync:
         return True
 
     async def _begin(self, hole_regions_max: int) -> range:
-        ring, image = self.disk.ring, self.disk.image
+        """The regions to read next; none when the link was lost meanwhile."""
+        ring, image, epoch = self.disk.ring, self.disk.image, self._epoch
         assert ring is not None
         assert image is not None
         regions = await trio.to_thread.run_sync(
@@ -118,6 +122,8 @@ class DiskSync:
             self.disk.entry.size_bytes,
             hole_regions_max,
         )
+        if epoch != self._epoch:
+            return range(0)  # what begins now would never be restarted
         for region in regions:
             ring.begin_sync(region)
         return regions
@@ -132,6 +138,8 @@ class DiskSync:
         may_use_base = disk.may_use_base()
         stamp = max(watermark, disk.sent_stamp)
         regions = await self._begin(HOLE_REGIONS_MAX)
+        if not regions:
+            return
         piece = await trio.to_thread.run_sync(
             read_piece, image, regions, disk.entry.size_bytes, stamp
         )
@@ -147,6 +155,8 @@ class DiskSync:
         disk, epoch = self.disk, self._epoch
         assert disk.image is not None
         regions = await self._begin(COMPARE_REGIONS_MAX)
+        if not regions:
+            return
         stamp = self._outbox.due.watermark
         start = regions.start * limits.REGION_BYTES
         end = min(regions.stop * limits.REGION_BYTES, disk.entry.size_bytes)

@@ -11,8 +11,9 @@ running    works, with a link or (spooling) without   the disks have changed, or
                                                       answer does not fit
 =========  =========================================  ========================================
 
-An agent that finds a spool of this boot starts running at once: the spool says what the receiver
-will know. One from before a reboot is delivered first (storage/spool.py, rule 4).
+An agent that finds a spool that is certain starts running at once: the spool says what the receiver
+will know. One from before a reboot, or a damaged one, waits for the receiver (storage/spool.py,
+rule 6).
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class GroupReplication:
             except (BlockreplError, OSError) as error:
                 self._report(error)
                 await trio.sleep(RETRY_SECONDS)
-        if self.spool.is_of_this_boot:
+        if self.spool.is_certain:
             try:
                 await self._start_from_spool()
             except BlockreplError as error:

@@ -123,6 +123,7 @@ class Outbox:
         self._moving = False
         self._freed_while_moving: list[Release] = []
         self._to_give_back: Attached | None = None
+        self._sync_epochs: dict[int, int] = {}  # of content that was moved to the spool unsent
         self._changed = trio.Event()
 
     # --- what others see
@@ -233,12 +234,10 @@ class Outbox:
             self._owner.interrupted()
             self._forget_unnumbered()
         moved = [item for item in self._memory if item.number]
-        first_unsent = next(
-            (item.number for item in list(self._memory)[self._sent_count :] if item.number),
-            self.due.next_number,
-        )
+        unsent = list(self._memory)[self._sent_count :]
         if not self.spool.has_room(sum(item.size_bytes for item in moved)):
             return False
+        is_new = not self.spool.is_active
         self._moving = True
         try:
             await trio.to_thread.run_sync(
@@ -246,24 +245,32 @@ class Outbox:
             )
         except StorageError as error:
             log.warning("%s", error)
+            moved = [item for item in moved if item.number < self.spool.next_number]
             return False
         finally:
             self._moving = False
-            freed, self._freed_while_moving = self._freed_while_moving, []
-            for release in freed:
-                self._owner.durable(release)
+            if not self.spool.is_active:
+                self._to_give_back = None  # what was to be given back is no more
+            elif is_new:  # else all of it was sent, and what comes behind is to be sent next
+                self.spool.rewind(unsent[0].number if unsent else self.spool.next_number)
+            self._moved(moved if self.spool.is_active else [])
+        return True
+
+    def _moved(self, moved: list[Item]) -> None:
+        """They are in the spool now; those acknowledged meanwhile are out of memory already."""
+        freed, self._freed_while_moving = self._freed_while_moving, []
+        for release in freed:
+            self._owner.durable(release)
         for item in moved:
             item.is_spooled, item.buffers = True, ()
             self._owner.kept(item.release)
-        moved_items = set(moved)
-        left = [item for item in self._memory if item not in moved_items]
-        self._memory = deque(left)
-        self._memory_bytes = sum(item.size_bytes for item in left)
-        self._sent_count = 0
-        if self.window is not None:
-            self.spool.rewind(min(first_unsent, self.spool.next_number))
+            if item.release.regions:
+                self._sync_epochs[item.number] = item.release.sync_epoch
+        gone = set(moved)
+        self._sent_count -= sum(item in gone for item in list(self._memory)[: self._sent_count])
+        self._memory = deque(item for item in self._memory if item not in gone)
+        self._memory_bytes = sum(item.size_bytes for item in self._memory)
         self._notify()
-        return True
 
     def _write_moved(self, known: Attached, buffers: list[tuple[Buffer, ...]]) -> None:
         if not self.spool.is_active:
@@ -283,18 +290,10 @@ class Outbox:
     # --- the link
 
     async def connect(self, attached: Attached, window_messages: int, window_bytes: int) -> None:
-        """Go on where the receiver says. LostError when it does not fit; PeerError, DamageError."""
+        """Go on where the receiver says. LostError when that does not fit. DamageError."""
         async with self._spool_lock:
-            if self.spool.is_active:
-                await trio.to_thread.run_sync(self.spool.rewind, self.known.next_number)
-            while self.known.next_number < attached.next_number:
-                if self.known.next_number == self.due.next_number:
-                    raise PeerError("the receiver claims frames that were never sent")
-                if self.spool.has_unread():
-                    found = await trio.to_thread.run_sync(self.spool.read)
-                    self._acknowledge(_spooled(found))
-                else:
-                    self._acknowledge(self._memory[0])
+            if attached.group_id == self.known.group_id:  # else its numbers are not ours
+                await self._catch_up(attached)
             if problem := self.known.differs(attached):
                 raise LostError(
                     f"the receiver is not where it was: {problem}",
@@ -303,10 +302,24 @@ class Outbox:
             self.window = SendWindow(window_messages, window_bytes)
         self._notify()
 
+    async def _catch_up(self, attached: Attached) -> None:
+        """Acknowledge what the receiver has; read the spool from there on."""
+        if self.spool.is_active:
+            await trio.to_thread.run_sync(self.spool.rewind, self.known.next_number)
+        while self.known.next_number < attached.next_number:
+            if self.spool.has_unread():
+                found = await trio.to_thread.run_sync(self.spool.read)
+                self._acknowledge(_spooled(found))
+            elif self._memory:
+                self._acknowledge(self._memory[0])
+            else:
+                break  # it has frames that were never sent; `differs` says so
+
     def disconnect(self) -> None:
         """The link is gone; what it had under way is kept."""
         self.window = None
         self._read = None
+        self._sync_epochs.clear()
         self._sent_count = 0
         self._memory = deque(item for item in self._memory if item.number)
         self._memory_bytes = sum(item.size_bytes for item in self._memory)
@@ -318,11 +331,12 @@ class Outbox:
         assert self.window is not None
         while True:
             item = await self._next(self.window)
+            buffers = item.buffers  # they are gone once it has moved to the spool
             await shape(item.size_bytes)
             if item.message is MessageType.DATA:
                 self.window.sent(item)  # first: its acknowledgement may come while it is sent
                 self.sent_bytes += item.size_bytes
-            await send(item.message, item.buffers)
+            await send(item.message, buffers)
             if item.is_spooled:
                 item.buffers = ()
 
@@ -361,9 +375,16 @@ class Outbox:
                 except StorageError as error:
                     log.warning("%s", error)
             if self.spool.has_unread():
-                return _spooled(await trio.to_thread.run_sync(self.spool.read))
+                found = await trio.to_thread.run_sync(self.spool.read)
+                return _spooled(found, self._sync_epochs.get(found.header.number, 0))
             if not any(item.is_spooled for item in window.items):
-                await trio.to_thread.run_sync(self.spool.clear)
+                try:
+                    await trio.to_thread.run_sync(self.spool.clear)
+                except StorageError as error:
+                    log.warning("%s", error)
+                    return None
+                self._to_give_back = None
+                self._sync_epochs.clear()
                 self._notify()
         return None
 
@@ -401,9 +422,9 @@ class Outbox:
                         log.warning("%s", error)
 
 
-def _spooled(found: SpooledFrame) -> Item:
+def _spooled(found: SpooledFrame, sync_epoch: int = 0) -> Item:
     header, mark = found.header, found.mark()
     columns = parse_columns(header, found.body) if header.kind == FrameKind.SYNC else None
-    release = release_of(header, columns, mark)
+    release = replace(release_of(header, columns, mark), sync_epoch=sync_epoch)
     buffers = (found.frame,)
     return Item(MessageType.DATA, buffers, header.frame_bytes, release, header, mark, True)

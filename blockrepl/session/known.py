@@ -79,6 +79,8 @@ class Known:
         """What the receiver's answer contradicts, in words; empty when it agrees."""
         if attached.group_id != self.group_id:
             return "another replica"
+        if attached.next_number > self.next_number:
+            return f"it has frames up to {attached.next_number - 1}, which were never sent"
         if attached.next_number != self.next_number:
             return f"frame {attached.next_number} is due there, {self.next_number} here"
         for answer in attached.disks:

@@ -10,12 +10,15 @@ Rules:
 2. It is written after the first frames, and removed before the files: so where it is, the files
    hold every frame from its number on that was ever numbered, and the next number is free to use.
 3. A file is removed when all its frames are durable at the receiver, after ``state.json`` has moved
-   on to the file behind it.
-4. Nothing here is synced before it counts: the ring, which the spool relieves, is memory itself, so
-   a power cut may take either. Rule 2 holds within one boot only; ``is_of_this_boot`` says so, and
-   an older spool is delivered, but numbers nothing before the receiver has said how far it is.
+   on, durably, to the file behind it.
+4. No frame is synced before it counts: the ring, which the spool relieves, is memory itself, so a
+   power cut may take either. Rule 2 holds within one boot only.
 5. Recovery reads all headers, cuts at the first frame that is not whole and true, and forgets what
-   lies behind: what was in it is missing from the ring's sequence, so it is found to be a gap.
+   lies behind: what was in it is missing from the ring's sequence, so it is found to be a gap. A
+   killed agent leaves half a frame at the very end, which was never sent. Anything else is damage.
+6. After damage, or a reboot, frames may have been sent that are not here any more, and their
+   numbers must not be used again: ``is_certain`` is False. What is here is delivered, but nothing
+   is numbered before the receiver has said how far it is.
 
 One task uses a spool at a time. Methods block on the disk.
 """
@@ -96,6 +99,8 @@ class Spool:
         self.state: SpoolState | None = None
         self.next_number = 0
         self.size_bytes = 0
+        self._is_damaged = False
+        self._state_synced = False
         self._boot_id = _BOOT_ID.read_text().strip()
         self._system = files or Files()
         self._files: list[_File] = []
@@ -128,19 +133,27 @@ class Spool:
         return self.state is not None
 
     @property
-    def is_of_this_boot(self) -> bool:
-        return self.state is not None and self.state.boot_id == self._boot_id
+    def is_certain(self) -> bool:
+        """Whether ``next_number`` is free to use, whatever the receiver says (rule 6)."""
+        return (
+            self.state is not None
+            and self.state.boot_id == self._boot_id
+            and not self._is_damaged
+        )
 
     def _recover(self, state: SpoolState) -> None:
         first = state.attached.next_number
-        numbers = sorted(int(path.stem) for path in self.directory.glob(f"*{_SUFFIX}"))
+        paths = [path for path in self.directory.glob(f"*{_SUFFIX}") if path.stem.isdigit()]
+        numbers = sorted(int(path.stem) for path in paths)
         self.next_number = first
         for number in numbers:
             path = self._path(number)
-            if number < first or number != self.next_number:
-                path.unlink()  # delivered before a crash, or behind a frame that is lost
+            if number != self.next_number:
+                self._is_damaged |= number > first  # else delivered before a crash (rule 3)
+                path.unlink()
                 continue
             self._recover_file(path, is_last=number == numbers[-1])
+        self._is_damaged |= not self._files
         self.rewind(first)
 
     def _recover_file(self, path: Path, *, is_last: bool) -> None:
@@ -151,6 +164,8 @@ class Spool:
                 header = self._true_header(opened.fileno(), file.size_bytes, end, is_last)
                 if header is None:
                     log.warning("%s: cut at %d of %d bytes", path, file.size_bytes, end)
+                    is_torn = is_last and self._is_torn(opened.fileno(), file.size_bytes, end)
+                    self._is_damaged |= not is_torn
                     os.ftruncate(opened.fileno(), file.size_bytes)
                     break
                 file.size_bytes += header.frame_bytes
@@ -173,6 +188,16 @@ class Spool:
         except PeerError:
             return None
         return header
+
+    def _is_torn(self, fd: int, at: int, end: int) -> bool:
+        """Whether [at, end) is the beginning of the frame that was due there."""
+        if end - at < frames.HEADER_BYTES:
+            return True
+        try:
+            header = frames.decode_header(os.pread(fd, frames.HEADER_BYTES, at))
+        except PeerError:
+            return False
+        return header.number == self.next_number and at + header.frame_bytes > end
 
     # --- writing
 
@@ -206,31 +231,46 @@ class Spool:
     ) -> None:
         """Start a spool with all frames from ``known.next_number`` on (rule 2). StorageError."""
         assert not self.is_active
-        make_directory(self.directory)
         self.next_number = known.next_number
         try:
+            make_directory(self.directory)
+            for path in self.directory.glob(f"*{_SUFFIX}"):
+                path.unlink()  # else it might be taken for a part of this spool
             self._add_file()
             for buffers in frames:
                 self.append(buffers)
             self._write_state(SpoolState(boot_id=self._boot_id, attached=known, disks=disks))
-        except StorageError:
-            self.clear()
-            raise
+        except (StorageError, OSError) as error:
+            self._forget()
+            if isinstance(error, StorageError):
+                raise
+            raise failure(error, f"cannot make {self.directory}") from error
         self.rewind(known.next_number)
 
-    def _write_state(self, state: SpoolState) -> None:
-        """Not synced (rule 4): a write that stalls here would cost the ring its room."""
+    def _write_state(self, state: SpoolState, *, durably: bool = False) -> None:
+        """Not synced at first (rule 4): what stalls here would cost the ring its room."""
         path, new = self.directory / STATE, self.directory / f".{STATE}.new"
         try:
             new.write_bytes(state.model_dump_json().encode())
+            if durably:
+                self._sync_path(new)
             new.rename(path)
+            if durably:
+                sync_directory(self.directory)
         except OSError as error:
             raise failure(error, f"cannot write {path}") from error
-        self.state = state
+        self.state, self._state_synced = state, durably
+
+    def _sync_path(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._system.sync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def append(self, buffers: Sequence[Buffer]) -> None:
         """Add the frame ``next_number``. StorageError: it was not added."""
-        if self._files[-1].size_bytes >= limits.SPOOL_FILE_BYTES:
+        if not self._files or self._files[-1].size_bytes >= limits.SPOOL_FILE_BYTES:
             self._add_file()
         self._append(buffers)
 
@@ -246,14 +286,15 @@ class Spool:
 
     def _append(self, buffers: Sequence[Buffer]) -> None:
         file = self._files[-1]
-        if self._writing is None:
-            self._writing = os.open(file.path, os.O_RDWR | os.O_CLOEXEC)
         size_bytes = sum(memoryview(buffer).nbytes for buffer in buffers)
         try:
+            if self._writing is None:
+                self._writing = os.open(file.path, os.O_RDWR | os.O_CLOEXEC)
             write_all(self._system, self._writing, buffers, file.size_bytes)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self._system.truncate(self._writing, file.size_bytes)
+            if self._writing is not None:
+                with contextlib.suppress(OSError):
+                    self._system.truncate(self._writing, file.size_bytes)
             raise failure(error, f"cannot write {file.path}") from error
         file.size_bytes += size_bytes
         self.size_bytes += size_bytes
@@ -265,6 +306,9 @@ class Spool:
             return
         try:
             self._system.sync(self._writing)
+            if not self._state_synced:
+                self._sync_path(self.directory / STATE)
+                self._state_synced = True
             sync_directory(self.directory)
         except OSError as error:
             raise failure(error, f"cannot sync the spool in {self.directory}") from error
@@ -284,8 +328,13 @@ class Spool:
         """Read ``number`` next; the spool holds it, or it is ``next_number``. DamageError."""
         places = [i for i, file in enumerate(self._files) if file.first_number <= number]
         self._close_reading()
-        self._read_file, self._read_at = (places[-1] if places else 0), 0
-        self._read_number = self._files[self._read_file].first_number if self._files else number
+        self._read_file, self._read_at, self._read_number = 0, 0, number
+        if not places:
+            if number < self.next_number:
+                raise self._damage()
+            return
+        self._read_file = places[-1]
+        self._read_number = self._files[self._read_file].first_number
         while self._read_number < number:
             self._read_at += self._read_header().frame_bytes
             self._read_number += 1
@@ -347,21 +396,32 @@ class Spool:
     def give_back(self, known: Attached) -> None:
         """Remove the files before a frame that begins one; the receiver has them. StorageError."""
         assert self.state is not None
-        self._write_state(self.state.model_copy(update={"attached": known}))
+        self._write_state(self.state.model_copy(update={"attached": known}), durably=True)
         while self._files[0].first_number < known.next_number:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # removed at the next start, then
                 self._files[0].path.unlink()
             self.size_bytes -= self._files.pop(0).size_bytes
             self._read_file -= 1
+        if self._read_file < 0:  # it stood at the end of the last of them
+            self._close_reading()
+            self._read_file = self._read_at = 0
 
     def clear(self) -> None:
-        """Give everything back; `begin` may follow."""
-        self.close()
-        self.state = None
-        if self.directory.exists():
+        """Give everything back; `begin` may follow. StorageError: it is all there still."""
+        try:
             (self.directory / STATE).unlink(missing_ok=True)
-            for path in self.directory.glob(f"*{_SUFFIX}"):
+        except OSError as error:
+            raise failure(error, f"cannot remove {self.directory / STATE}") from error
+        self._forget()
+
+    def _forget(self) -> None:
+        """Without a state, files mean nothing: `begin` removes those that stay."""
+        self.close()
+        for path in self.directory.glob(f"*{_SUFFIX}"):
+            with contextlib.suppress(OSError):
                 path.unlink()
+        self.state = None
+        self._is_damaged = False
         self._files = []
         self.size_bytes = self.next_number = self._read_file = self._read_at = 0
         self._read_number = 0
