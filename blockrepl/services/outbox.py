@@ -33,7 +33,7 @@ from typing import Protocol
 import trio
 
 from blockrepl import limits
-from blockrepl.errors import PeerError, StateError, StorageError
+from blockrepl.errors import StateError, StorageError
 from blockrepl.formats.frame import (
     Buffer,
     Columns,
@@ -123,7 +123,9 @@ class Outbox:
         self._moving = False
         self._freed_while_moving: list[Release] = []
         self._to_give_back: Attached | None = None
-        self._sync_epochs: dict[int, int] = {}  # of content that was moved to the spool unsent
+        self._sync_epochs: dict[
+            int, int
+        ] = {}  # of content in the spool that was read during this link
         self._changed = trio.Event()
 
     # --- what others see
@@ -224,9 +226,16 @@ class Outbox:
         except StorageError as error:
             log.warning("%s", error)
             return False
-        self._owner.kept(item.release)
+        self._is_kept(item)
         self._notify()
         return True
+
+    def _is_kept(self, item: Item) -> None:
+        """It is in the spool."""
+        item.is_spooled, item.buffers = True, ()
+        self._owner.kept(item.release)
+        if item.release.regions:  # a frame does not say in which stretch its content was read
+            self._sync_epochs[item.number] = item.release.sync_epoch
 
     async def _move_to_spool(self) -> bool:
         """All that is in memory, and with it the mode. The caller holds the lock."""
@@ -249,9 +258,9 @@ class Outbox:
             return False
         finally:
             self._moving = False
-            if not self.spool.is_active:
-                self._to_give_back = None  # what was to be given back is no more
-            elif is_new:  # else all of it was sent, and what comes behind is to be sent next
+            if (
+                is_new and self.spool.is_active
+            ):  # else all of it was sent, and what comes behind is to be sent next
                 self.spool.rewind(unsent[0].number if unsent else self.spool.next_number)
             self._moved(moved if self.spool.is_active else [])
         return True
@@ -262,10 +271,7 @@ class Outbox:
         for release in freed:
             self._owner.durable(release)
         for item in moved:
-            item.is_spooled, item.buffers = True, ()
-            self._owner.kept(item.release)
-            if item.release.regions:
-                self._sync_epochs[item.number] = item.release.sync_epoch
+            self._is_kept(item)
         gone = set(moved)
         self._sent_count -= sum(item in gone for item in list(self._memory)[: self._sent_count])
         self._memory = deque(item for item in self._memory if item not in gone)
@@ -383,7 +389,6 @@ class Outbox:
                 except StorageError as error:
                     log.warning("%s", error)
                     return None
-                self._to_give_back = None
                 self._sync_epochs.clear()
                 self._notify()
         return None

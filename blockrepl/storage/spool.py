@@ -136,9 +136,7 @@ class Spool:
     def is_certain(self) -> bool:
         """Whether ``next_number`` is free to use, whatever the receiver says (rule 6)."""
         return (
-            self.state is not None
-            and self.state.boot_id == self._boot_id
-            and not self._is_damaged
+            self.state is not None and self.state.boot_id == self._boot_id and not self._is_damaged
         )
 
     def _recover(self, state: SpoolState) -> None:
@@ -394,8 +392,12 @@ class Spool:
         return any(file.first_number == number for file in self._files[1:])
 
     def give_back(self, known: Attached) -> None:
-        """Remove the files before a frame that begins one; the receiver has them. StorageError."""
-        assert self.state is not None
+        """Remove the files before a frame that begins one; the receiver has them. StorageError.
+
+        Does nothing when it begins none any more: this may be another spool than it was.
+        """
+        if self.state is None or not self.begins_file(known.next_number):
+            return
         self._write_state(self.state.model_copy(update={"attached": known}), durably=True)
         while self._files[0].first_number < known.next_number:
             with contextlib.suppress(OSError):  # removed at the next start, then
