@@ -45,7 +45,7 @@ class SourceDisk:
         self.sync_after = 0.0  # no content is read before, by Trio's clock
         self.sent_stamp = 0  # of the last record or gap sent
         self.gap_in_flight = 0
-        self.must_compare = True  # the replica may hold content already: ask before sending
+        self._was_blank = False  # the replica held nothing of the disk at its attachment
         self.durable = (0, 0)  # ring, and its records before which all are durable at the receiver
         self._gap_before_ring = 0  # a gap that no ring reports: history broken since this stamp
         self._known_ring = 0
@@ -62,7 +62,7 @@ class SourceDisk:
         """
         same_replica = self.entry.replica == replica
         self.state = known.state
-        self.must_compare = not known.blank
+        self._was_blank = known.blank
         self.epoch = known.epoch
         self.gap_in_flight = 0
         self._gap_before_ring = 0
@@ -225,6 +225,11 @@ class SourceDisk:
         """The source will remember that the receiver has these records: their regions may cool."""
         if self.ring is not None and self.ring.geometry.ring_id == ring_id:
             self.ring.set_durable(sequence)
+
+    @property
+    def must_compare(self) -> bool:
+        """Whether the replica may hold content already: ask before sending."""
+        return not self._was_blank or self.state != "empty"
 
     def may_use_base(self) -> bool:
         """Whether content may go straight into the base image.

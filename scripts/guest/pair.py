@@ -78,8 +78,8 @@ class Pair:
         service = self._start("receiver", self.receiver_home, "receiver", "run", "--listen", listen)
         service.wait_ready(lambda: b"ready" in service.log.read_bytes())
 
-    def start_agent(self) -> None:
-        service = self._start("agent", self.source_home, "agent", "run")
+    def start_agent(self, *options: str) -> None:
+        service = self._start("agent", self.source_home, "agent", "run", *options)
         service.wait_ready(lambda: b"ready" in service.log.read_bytes())
 
     def start_disk(self, name: str) -> None:
