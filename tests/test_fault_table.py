@@ -218,7 +218,8 @@ def test_a_full_disk_at_the_receiver(place: Pair, stage: MakeStage) -> None:
 
 @as_root
 def test_a_full_disk_at_the_spool(place: Pair, stage: MakeStage) -> None:
-    # Guards ``except StorageError`` in Outbox._spool_item and _move_to_spool: the agent would end.
+    # Guards ``has_room`` in Outbox._spool_item: what finds no room must wait in the ring, and there
+    # the gap is seen.
     spool = place.source_home / "source" / "spool"
     it = settled(stage())
     with small_file_system(spool, 6 * MIB):
