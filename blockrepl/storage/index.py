@@ -117,7 +117,9 @@ class JournalIndex:
                     segment.refresh(said, limit=limit)
                     segments[number] = segment
                 except DamageError as error:
-                    lost.append(Damage(None, said.first_stamp, error))
+                    if number in known:
+                        lost.append(Damage(None, said.first_stamp, error))
+                    # else: a file that was just begun when the power went; recovery removes it
             self._segments = segments
             self._tell([*lost, *(d for segment in segments.values() for d in segment.damage)])
             self._lost = tuple(lost)

@@ -51,6 +51,7 @@ class Known:
     bytes: int = 0
     frames: int = 0
     first_stamp: int = 0  # no record in the segment is older
+    sealed: bool = False  # all that its frames say of sources and marks is in the catalog
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,8 @@ class SegmentReader:
             contents = self._contents()
             if contents is not None:
                 self._adopt(contents)
+                if not known.sealed:
+                    self._survey(contents.frame_count)
             else:
                 self._scan(known, limit)
 
@@ -181,6 +184,19 @@ class SegmentReader:
         self.damage = ()
         self.sealed = True
 
+    def _survey(self, frame_count: int) -> None:
+        """Sealed, but the catalog does not know it: it may lack the frames' marks, too."""
+        self.marks = []
+        for ordinal in range(frame_count):
+            try:
+                header = self.header(ordinal)
+            except DamageError as error:
+                log.error("%s", error)
+                continue
+            self.watermarks[header.source] = header.watermark
+            if header.kind == FrameKind.MARK:
+                self._note_mark(header, self.frame_offset(ordinal))
+
     def _rebuilt(self, disk: bytes, error: DamageError) -> Run:
         """The entries of a disk from the frames, where the index run is damaged."""
         log.warning("%s; rebuilt from the segment's frames", error)
@@ -221,7 +237,7 @@ class SegmentReader:
         damage = list(self.damage)
         for header, body in self._frames(size, known, damage):
             if body is not None and header.kind == FrameKind.MARK:
-                self._note_mark(header)
+                self._note_mark(header, self._end)
             elif body is not None and header.record_count:
                 run = from_columns(frames.parse_columns(header, body), len(offsets))
                 if len(run):
@@ -237,12 +253,12 @@ class SegmentReader:
         self._runs = runs
         self.damage = tuple(damage)
 
-    def _note_mark(self, header: FrameHeader) -> None:
-        body = self._files.read(self.path, header.body_bytes, self._end + HEADER_BYTES)
+    def _note_mark(self, header: FrameHeader, offset: int) -> None:
+        body = self._files.read(self.path, header.body_bytes, offset + HEADER_BYTES)
         try:
             mark = decode_mark(frames.decode_payload(header, body))
         except PeerError as error:
-            log.error("%s", self._damaged(self._end, error))
+            log.error("%s", self._damaged(offset, error))
         else:
             self.marks.append((header.source, header.number, mark))
 
