@@ -29,7 +29,7 @@ from blockrepl.formats.frame import Columns, FrameHeader, FrameKind, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, encode_mark
 from blockrepl.formats.messages import AttachDisk, Attached
 from blockrepl.storage.files import Files
-from blockrepl.storage.history import ReplicaHistory
+from blockrepl.storage.history import ReplicaHistory, State
 from blockrepl.storage.replica import Replica, create_replica, open_replica
 from blockrepl.units import KIB
 from blockrepl.views.view import View
@@ -343,15 +343,9 @@ class Source:
             number = self._frames_at(state.latest_ns)
             assert number >= self.acknowledged, "an acknowledged frame is lost"
             script = self.script
-            names = {name for name, (at, _) in script.checkpoints.items() if at <= number}
-            assert set(state.checkpoints) == names
-            ready = {name: at for name, (n, at) in script.ready.items() if n <= number}
-            found = {row.name: row.ready_ns for row in state.disks if row.ready_ns is not None}
-            assert found == ready
-            begun, ended = script.gap_numbers
+            self._check_marks(state, number)
+            begun, _ = script.gap_numbers
             gap = script.model.hidden[0]
-            wanted = [(gap[0], gap[1] if ended <= number else None)] if begun <= number else []
-            assert [(row.from_ns, row.to_ns) for row in state.gaps] == wanted
             for at_ns in self._points(number):
                 if begun <= number and gap[0] <= at_ns < gap[1]:
                     continue
@@ -360,6 +354,23 @@ class Source:
                 for name, disk in view.disks.items():
                     assert view.read(name, 0, disk.size_bytes) == model[name], f"{name} at {at_ns}"
         return number
+
+    def _check_marks(self, state: State, number: int) -> None:
+        """All up to the newest instant; of later ones those whose frames had become durable."""
+        script = self.script
+        names = {name for name, (at, _) in script.checkpoints.items() if at <= number}
+        assert names <= set(state.checkpoints) <= set(script.checkpoints)
+        ready = {name: at for name, (n, at) in script.ready.items() if n <= number}
+        found = {row.name: row.ready_ns for row in state.disks if row.ready_ns is not None}
+        assert ready.items() <= found.items()
+        assert found.items() <= {name: at for name, (_, at) in script.ready.items()}.items()
+        begun, ended = script.gap_numbers
+        begin, end = script.model.hidden[0]
+        gaps = [(row.from_ns, row.to_ns) for row in state.gaps]
+        if ended <= number:
+            assert gaps == [(begin, end)]
+        elif begun <= number:
+            assert gaps in ([(begin, end)], [(begin, None)])
 
     def _frames_at(self, latest_ns: int) -> int:
         """How many frames lead to a watermark: no instant between frames is ever offered."""

@@ -20,7 +20,7 @@ from blockrepl import limits
 from blockrepl.errors import BlockreplError
 from blockrepl.storage import durable
 
-SAMPLE_STEP = 7  # of the default run: every seventh sync, and the losses by turns
+SAMPLE_STEP = 9  # of the default run: every ninth sync, and the losses by turns
 SYNCS_MAX = 400
 
 

@@ -39,8 +39,8 @@ class LossyDisk:
     def restore(self, loss: Loss, seed: int = 0) -> None:
         self._command(restore=loss.value, seed=seed)
 
-    def fail(self, call: int, error: int | Literal["short"]) -> None:
-        self._command(fail=call, error=error)
+    def fail(self, call: int, error: int | Literal["short"], *, only: str = "") -> None:
+        self._command(fail=call, error=error, only=only)
 
     def count(self) -> None:
         """Only begin the counts anew; no fault is due any more."""
