@@ -30,7 +30,7 @@ check: setup ## formatting, lint, types (mypy strict) and import contracts
 bench: setup ## measure against the peers; ROWS="name name" runs some; writes build/bench.json
 	@$(PYTHON) scripts/bench.py $(ROWS)
 
-soak: setup ## the point-in-time oracle and its faults for SECONDS (default 600)
+soak: setup ## the point-in-time oracle for SECONDS (default 600); every power loss, every failed call
 	@BLOCKREPL_SOAK_SECONDS=$(SECONDS) $(PYTHON) -m pytest -m soak --timeout=0
 
 fuzz: setup ## every parser of foreign bytes, coverage-guided, for SECONDS in all (default 600)

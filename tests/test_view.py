@@ -11,6 +11,7 @@ from journal_model import GROUP, START, Journal, Record, small_segments
 
 from blockrepl.errors import DamageError, PointError, StateError, StorageError
 from blockrepl.formats.frame import RecordKind
+from blockrepl.formats.segment import file_name
 from blockrepl.model import points
 from blockrepl.storage.durable import FILE_NAME as DURABLE_NAME
 from blockrepl.storage.history import ReplicaHistory
@@ -220,6 +221,55 @@ def test_marks_that_the_catalog_does_not_know_yet_are_applied_from_the_segments(
     history = replica.history()
     assert history.checkpoints == {"uncatalogued": tagged}
     assert [(gap.from_ns, gap.to_ns) for gap in history.gaps] == [(begin, end)]
+
+
+def test_a_sealed_segment_that_the_catalog_does_not_know_hides_nothing(
+    journal: Journal, replica: ReplicaHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards SegmentReader._survey: a seal may be durable where the catalog's row of it is not.
+    monkeypatch.setattr("blockrepl.storage.replica.Replica._write_catalog", lambda *_: None)
+    while len(segments_of(journal)) < 3:
+        journal.run(12)
+    tagged = journal.checkpoint("uncatalogued")
+    journal.replica.error = StorageError("killed", code="fail-stop")  # closed without a word
+    journal.replica._journal._collect(wait=True)
+    (journal.directory / DURABLE_NAME).unlink()
+    with segments_of(journal)[-1].open("r+b") as newest:
+        newest.truncate(64)
+    state = replica.state()
+    before = [record.stamp for record in journal.model.records if record.stamp <= state.latest_ns]
+    assert len(before) > 10
+    assert tagged > state.latest_ns
+    assert content(View(replica, state.latest_ns, state)) == journal.model.at(state.latest_ns)
+
+
+def test_a_segment_that_was_being_begun_when_power_went_hides_nothing(
+    journal: Journal, replica: ReplicaHistory
+) -> None:
+    # Guards the "else" in JournalIndex.refresh: recovery removes such a file (R1).
+    journal.run(20)
+    (journal.directory / DURABLE_NAME).unlink()
+    number = int(segments_of(journal)[-1].stem) + 1
+    (journal.directory / "segments" / file_name(number)).write_bytes(bytes(64))
+    state = replica.state()
+    assert state.latest_ns == journal.stamp
+    assert content(View(replica, state.latest_ns, state)) == journal.model.at(journal.stamp)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_durable_record_of_an_earlier_boot_is_not_believed(
+    journal: Journal, replica: ReplicaHistory, monkeypatch: pytest.MonkeyPatch, is_old: bool
+) -> None:
+    # Guards _holds: it is never synced, so a power cut may bring back one that says too little.
+    journal.run(20)
+    path = journal.directory / DURABLE_NAME
+    record = path.read_bytes()
+    old = journal.stamp
+    journal.run(20)
+    path.write_bytes(record)
+    if is_old:
+        monkeypatch.setattr("blockrepl.storage.durable.this_boot", lambda: 1)
+    assert replica.state().latest_ns == (journal.stamp if is_old else old)
 
 
 def test_a_disk_is_in_the_views_from_its_first_sync_on(tmp_path: Path) -> None:

@@ -43,6 +43,9 @@ int hot_map_load(struct hot_map *m)
             return n < 0 ? -errno : -EIO;
         at += (uint64_t)n;
     }
+    /* a killed server may have set bits that it did not come to sync */
+    if (fdatasync(m->map_fd) < 0)
+        return -errno;
     m->ring->hot_regions = 0;
     for (uint64_t r = 0; r < m->region_count; r++)
         if ((m->bits[r / 8] >> (r % 8)) & 1) {

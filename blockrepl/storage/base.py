@@ -5,7 +5,8 @@ the folding of old segments. Any tool can open it. Rules:
 
 - Made with the disk's whole size, durably, before the disk is in the catalog.
 - A zero or trim record makes a hole, but only where there is data: a first sync of an empty disk
-  allocates nothing and writes nothing.
+  allocates nothing and writes nothing. Where the file system has no holes, zeros are written, and
+  only over what is none.
 - ``write`` is not durable before ``sync``; both are idempotent, so a sync that broke off is simply
   done again.
 """
@@ -24,8 +25,11 @@ from blockrepl.formats.frame import (
     decode_payload,
     parse_columns,
 )
-from blockrepl.storage.files import Files, punch_hole, write_all
+from blockrepl.storage.files import Files, punch_hole, settle, write_all
 from blockrepl.storage.home import make_directory, sync_directory
+from blockrepl.units import MIB
+
+CHUNK_BYTES = 1 * MIB  # zeros written at once
 
 
 def create_image(path: Path, size_bytes: int) -> None:
@@ -35,7 +39,7 @@ def create_image(path: Path, size_bytes: int) -> None:
     try:
         if os.fstat(descriptor).st_size < size_bytes:
             os.ftruncate(descriptor, size_bytes)
-            os.fsync(descriptor)
+        os.fsync(descriptor)  # also of one that is there: who made it may not have come so far
     finally:
         os.close(descriptor)
     sync_directory(path.parent)
@@ -98,14 +102,29 @@ class BaseImage:
             if data >= end:
                 return
             hole = min(end, os.lseek(self._descriptor, data, os.SEEK_HOLE))
-            punch_hole(self._descriptor, data, hole - data)
+            try:
+                punch_hole(self._descriptor, data, hole - data)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+                self._write_zeros(data, hole)
             offset = hole
+
+    def _write_zeros(self, offset: int, end: int) -> None:
+        for at in range(offset, end, CHUNK_BYTES):
+            size_bytes = min(CHUNK_BYTES, end - at)
+            if os.pread(self._descriptor, size_bytes, at).strip(b"\0"):
+                write_all(self._files, self._descriptor, [bytes(size_bytes)], at)
 
     def sync(self, *, always: bool = False) -> None:
         """Make what was written durable; with ``always``, by whomever. OSError."""
         if self._unsynced or always:
             self._files.sync(self._descriptor)
             self._unsynced = False
+
+    def settle(self) -> None:
+        """Forget what a failed sync has left in memory alone: a comparison must not see it."""
+        settle(self._files, self._descriptor)
 
     def close(self) -> None:
         os.close(self._descriptor)

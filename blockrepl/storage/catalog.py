@@ -115,8 +115,12 @@ class Catalog:
             "group_id": group_id.hex(),
             "created_ns": str(created_ns),
         }
-        catalog_file.create(connection, path, meta)
-        return cls(connection, path, catalog_file.VERSION)
+        try:
+            catalog_file.create(connection, path, meta)
+            return cls(connection, path, catalog_file.VERSION)
+        except BaseException:
+            connection.close()
+            raise
 
     @classmethod
     def open(cls, path: Path) -> Catalog:

@@ -12,13 +12,16 @@ Who opens an older version to write upgrades it, in one transaction. Readers tak
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
 from blockrepl.errors import DamageError, StateError, StorageError
+from blockrepl.storage.files import Files, failure, settle
 
 BUSY_SECONDS = 10.0  # a reader may hold up a checkpoint of the write-ahead log for a moment
 _VERSION_1 = """
@@ -83,6 +86,19 @@ def create(connection: sqlite3.Connection, path: Path, meta: dict[str, str]) -> 
         )
 
 
+def settle_files(path: Path) -> None:
+    """Before the first connection after a crash: SQLite would take a failed sync's pages of its
+    write-ahead log for committed, go on behind them, and lose all of it with the power. OSError.
+    """
+    for file in (path, path.with_name(f"{path.name}-wal")):
+        with suppress(FileNotFoundError):
+            descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                settle(Files(), descriptor)
+            finally:
+                os.close(descriptor)
+
+
 def open_to_write(connection: sqlite3.Connection, path: Path) -> None:
     """Make a catalog ready to be written to: of the newest version. StateError."""
     version = read_version(connection, path)
@@ -129,5 +145,9 @@ def translated(path: Path) -> Iterator[None]:
                 f"the catalog {path} is damaged: {error}",
                 hint="restore it, and the files beside it, from a copy of the replica",
             ) from error
-        code = "full" if name == "SQLITE_FULL" else None
-        raise StorageError(f"the catalog {path} cannot be used: {error}", code=code) from error
+        if name == "SQLITE_FULL":
+            raise failure(OSError(errno.ENOSPC, str(error)), f"cannot write {path}") from error
+        raise StorageError(
+            f"the catalog {path} cannot be used: {error}",
+            hint="check the disk it is on, then restart the receiver",
+        ) from error

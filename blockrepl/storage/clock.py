@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from blockrepl.storage.home import exclusive_lock_wait, write_atomically
+from blockrepl.storage.home import exclusive_lock_wait, sync_directory, write_atomically
 from blockrepl.units import NANOSECONDS_PER_SECOND
 
 LEASE_NS = 60 * NANOSECONDS_PER_SECOND
@@ -77,4 +77,6 @@ def open_clock(source_directory: Path) -> SourceClock:
                 high_water_ns=start + LEASE_NS,
             )
             write_atomically(path, content.model_dump_json().encode())
+        else:  # who wrote it may have been killed before its name was durable
+            sync_directory(source_directory)
     return SourceClock(path, content)

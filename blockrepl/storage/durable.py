@@ -1,6 +1,6 @@
 """The durable record: up to where a group's journal is durable, told to other processes.
 
-One file, ``replicas/<group>/durable``, of 48 bytes, all u64, little-endian:
+One file, ``replicas/<group>/durable``, of 56 bytes, all u64, little-endian:
 
 ======  ==========================================================================
 offset  field
@@ -10,28 +10,35 @@ offset  field
 16      the group's watermark: the least of its live sources' durable watermarks
 24      bytes of all segments together
 32      receiver's clock when this was written, ns
-40      xxh3-64 of bytes 0 to 39
+40      xxh3-64 of the boot id of the receiver's machine, as it was written
+48      xxh3-64 of bytes 0 to 47
 ======  ==========================================================================
 
 Written with one pwrite after every commit and never synced: it is a hint that saves readers from
 asking the receiver. It is never ahead of the truth; after a power cut it may be behind it or not
-match its digest. The authority is the segments.
+match its digest, so a reader believes it only on the machine, and in the boot, that wrote it. The
+authority is the segments.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
 
 FILE_NAME = "durable"
-FIELDS = struct.Struct("<QQQQQ")
+FIELDS = struct.Struct("<QQQQQQ")
 DIGEST = struct.Struct("<Q")
 RECORD_BYTES = FIELDS.size + DIGEST.size
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 READ_TRIES = 8  # a read may fall into the middle of a write
+
+
+def this_boot() -> int:
+    return xxhash.xxh3_64_intdigest(_BOOT_ID.read_bytes())
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,7 @@ class Durable:
     watermark: int
     journal_bytes: int
     updated_ns: int
+    boot: int = field(default_factory=this_boot)
 
 
 def encode_durable(durable: Durable) -> bytes:
@@ -50,6 +58,7 @@ def encode_durable(durable: Durable) -> bytes:
         durable.watermark,
         durable.journal_bytes,
         durable.updated_ns,
+        durable.boot,
     )
     return packed + DIGEST.pack(xxhash.xxh3_64_intdigest(packed))
 
@@ -84,7 +93,11 @@ class DurableFile:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.ftruncate(self._descriptor, RECORD_BYTES)
+        try:
+            os.ftruncate(self._descriptor, RECORD_BYTES)
+        except OSError:
+            self.close()
+            raise
 
     def write(self, durable: Durable) -> None:
         os.pwrite(self._descriptor, encode_durable(durable), 0)

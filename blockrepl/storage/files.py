@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from blockrepl.errors import StorageError
 from blockrepl.formats.frame import Buffer
@@ -28,7 +29,7 @@ class Files:
         os.fdatasync(descriptor)
 
     def forget(self, descriptor: int, offset: int, size_bytes: int) -> None:
-        """Drop synced bytes from the page cache; a hint, nothing depends on it."""
+        """Drop synced bytes (size 0: to the end) from the page cache."""
         with contextlib.suppress(OSError):
             os.posix_fadvise(descriptor, offset, size_bytes, os.POSIX_FADV_DONTNEED)
 
@@ -57,6 +58,16 @@ def punch_hole(descriptor: int, offset: int, length: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
+def settle(files: Files, descriptor: int, offset: int = 0) -> None:
+    """Make what is read from ``offset`` on be what is on the disk. OSError.
+
+    A process that was killed may leave pages that nobody has synced, and a failed sync leaves pages
+    that look clean and are not on the disk: whoever recovers must take neither for durable.
+    """
+    files.sync(descriptor)
+    files.forget(descriptor, offset - offset % mmap.PAGESIZE, 0)
+
+
 def is_full(error: OSError) -> bool:
     return error.errno in FULL_ERRORS
 
@@ -69,8 +80,22 @@ def failure(error: OSError, what: str) -> StorageError:
             hint="free some room on the receiver's file system; replication goes on by itself",
             code="full",
         )
+    return fail_stop(error, what)
+
+
+def fail_stop(error: OSError, what: str) -> StorageError:
+    """One that only a restart helps: of a failed fdatasync, whatever its reason."""
     return StorageError(
         f"{what}: {error.strerror}",
         hint="check the receiver's disk, then restart the receiver: it recovers what is durable",
         code="fail-stop",
     )
+
+
+@contextlib.contextmanager
+def failures(what: str) -> Iterator[None]:
+    """The operating system's errors inside as `failure`."""
+    try:
+        yield
+    except OSError as error:
+        raise failure(error, what) from error

@@ -6,9 +6,10 @@ What is there, in the order in which it is read, so that no step can miss what a
 2. the catalog: disks, gaps, checkpoints (the receiver writes it before the durable record);
 3. segment files, up to 1.
 
-Without a durable record, or when it contradicts the files (a power cut: it is never synced), the
-open segments are read to their last whole frame, marks the catalog does not know yet are applied,
-and the newest instant is the least of the sources' watermarks.
+Without a durable record of this boot, or when it contradicts the files (a power cut: it is never
+synced, so it may be an old one), the open segments are read to their last whole frame, marks the
+catalog does not know yet are applied, and the newest instant is the least of the sources'
+watermarks.
 """
 
 from __future__ import annotations
@@ -129,6 +130,8 @@ class ReplicaHistory:
         return state
 
     def _holds(self, durable: Durable) -> bool:
+        if durable.boot != durables.this_boot():
+            return False
         path = self.directory / "segments" / file_name(durable.segment_number)
         try:
             return path.stat().st_size >= durable.segment_bytes

@@ -54,7 +54,8 @@ class Home:
         """Open the home, made first where there is none. StateError for another version."""
         home = cls(path)
         try:
-            home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not home.path.is_dir():
+                make_directory(home.path.absolute(), 0o700)
             if not home._format_file.exists():
                 write_atomically(home._format_file, FORMAT, 0o644)
         except OSError as error:
@@ -149,11 +150,10 @@ def sync_directory(path: Path) -> None:
 
 def make_directory(path: Path, mode: int = 0o755) -> None:
     """Make a directory and its parents, durably."""
-    if path.is_dir():
-        return
-    make_directory(path.parent, mode)
-    path.mkdir(mode=mode, exist_ok=True)
-    sync_directory(path.parent)
+    if not path.is_dir():
+        make_directory(path.parent, mode)
+        path.mkdir(mode=mode, exist_ok=True)
+    sync_directory(path.parent)  # also where it is: who made it may not have come so far
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:

@@ -137,7 +137,9 @@ class JournalIndex:
                     segment.refresh(said, limit=limit)
                     segments[number] = segment
                 except DamageError as error:
-                    lost[number] = Damage(None, said.first_stamp, error)
+                    if number in known:
+                        lost[number] = Damage(None, said.first_stamp, error)
+                    # else: a file that was just begun when the power went; recovery removes it
             self._segments = segments
             self._known = dict(known)
             self._lost = lost

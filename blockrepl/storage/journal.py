@@ -56,9 +56,7 @@ class Journal:
         self.recovered = recover(
             directory, group, rows=known, durable=durable, replay=replay, files=files
         )
-        newest = self.recovered.newest or create_segment(
-            directory, group, self.recovered.next_number, clock(), files
-        )
+        newest = self.recovered.newest or self._begin(self.recovered.next_number)
         self._sealed_bytes = sum(row.bytes for row in rows if row.sealed)
         self._sealed_bytes += sum(row.bytes for row in self.recovered.sealed)
         self._rows = [*self.recovered.sealed, open_row(newest)]
@@ -68,6 +66,15 @@ class Journal:
         self._unsealed: list[OpenSegment] = []
         for segment in self.recovered.unsealed:
             self._seal_later(segment)
+
+    def _begin(self, number: int) -> OpenSegment:
+        """Begin the first segment, or one behind a sealed file."""
+        try:
+            return create_segment(self._directory, self._group, number, self._clock(), self._files)
+        except StorageError:
+            for segment in self.recovered.unsealed:
+                segment.close()
+            raise
 
     @property
     def segment_number(self) -> int:

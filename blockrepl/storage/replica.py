@@ -35,6 +35,7 @@ import enum
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -45,13 +46,14 @@ from blockrepl.formats.frame import FrameHeader, FrameKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
 from blockrepl.formats.messages import AttachDisk, Attached, AttachedDisk
 from blockrepl.storage import catalog as catalogs
+from blockrepl.storage import catalog_file
 from blockrepl.storage import durable as durables
 from blockrepl.storage.admission import Mark, check_content, check_header, read_mark
 from blockrepl.storage.attachment import attach_disks, image_path
 from blockrepl.storage.base import BaseImage, is_blank
 from blockrepl.storage.catalog import Catalog, CheckpointRow, DiskRow, GapRow, SourceRow
 from blockrepl.storage.durable import Durable, DurableFile, read_durable
-from blockrepl.storage.files import Files, failure
+from blockrepl.storage.files import Files, fail_stop, failure, failures
 from blockrepl.storage.home import make_directory
 from blockrepl.storage.journal import DIRECTORY_NAME, Journal
 from blockrepl.storage.proofs import Proofs
@@ -106,25 +108,30 @@ class Replica:
         self._reload()
         self._forget_staged()
         durable = read_durable(directory / durables.FILE_NAME)
+        self._boot = durables.this_boot()
         self._watermark = durable.watermark if durable else 0
-        self._journal = Journal(
-            directory / DIRECTORY_NAME,
-            self.group_id,
-            rows=catalog.segments(),
-            durable=durable,
-            replay=self._replay,
-            files=files,
-            clock=clock,
-        )
-        self._durable_file = DurableFile(directory / durables.FILE_NAME)
-        try:
+        with ExitStack() as opened:
+            self._journal = Journal(
+                directory / DIRECTORY_NAME,
+                self.group_id,
+                rows=catalog.segments(),
+                durable=durable,
+                replay=self._replay,
+                files=files,
+                clock=clock,
+            )
+            opened.callback(self._journal.close)
+            self._durable_file = DurableFile(directory / durables.FILE_NAME)
+            opened.callback(self._durable_file.close)
+            for disk in self._disks.values():
+                if disk.ready_ns is None:
+                    image = self._image(disk)
+                    opened.callback(image.close)
+                    image.settle()
             self._take_staged()
             self._write_catalog()
             self._publish()
-        except BaseException:
-            self._journal.close()
-            self._durable_file.close()
-            raise
+            opened.pop_all()
         recovered = self._journal.recovered
         if recovered.cut_bytes or recovered.damaged_frames:
             logger.warning(
@@ -279,7 +286,7 @@ class Replica:
             try:
                 image.sync(always=disk in seeded)
             except OSError as error:
-                raise StorageError(f"cannot sync {image.path}: {error.strerror}") from error
+                raise fail_stop(error, f"cannot sync {image.path}") from error
         for header, _ in self._staged_base:
             received = self._base_bytes.get(header.disk, 0)
             self._base_bytes[header.disk] = received + header.payload_bytes
@@ -345,6 +352,7 @@ class Replica:
             self._watermark,
             self._journal.total_bytes,
             self._clock(),
+            self._boot,
         )
         try:
             self._durable_file.write(record)
@@ -361,7 +369,7 @@ class Replica:
             try:
                 self._images[disk.id] = BaseImage(path, disk.size_bytes, self._files)
             except OSError as error:
-                raise StorageError(f"cannot open {path}: {error.strerror}") from error
+                raise failure(error, f"cannot open {path}") from error
         return self._images[disk.id]
 
     # What others see
@@ -401,15 +409,17 @@ class Replica:
 
 def create_replica(directory: Path, group: str, *, clock: Callable[[], int] = time.time_ns) -> None:
     """Make an empty replica, durably. Harmless when there is one. DamageError, StorageError."""
-    make_directory(directory)
     path = directory / catalogs.FILE_NAME
-    _check_catalog(directory)
-    try:
-        Catalog.open_readonly(path).close()
-    except StateError as error:
-        if error.code != "no-catalog":
-            raise
-        Catalog.create(path, group, uuid4().bytes, clock()).close()
+    with failures(f"cannot make a replica in {directory}"):
+        make_directory(directory)
+        _check_catalog(directory)
+        try:
+            # To write: a power loss while it was made may have left SQLite something to roll back.
+            Catalog.open(path).close()
+        except StateError as error:
+            if error.code != "no-catalog":
+                raise
+            Catalog.create(path, group, uuid4().bytes, clock()).close()
 
 
 def open_replica(
@@ -419,13 +429,15 @@ def open_replica(
 
     DamageError or StorageError when that cannot be done without losing acknowledged history.
     """
-    _check_catalog(directory)
-    catalog = Catalog.open(directory / catalogs.FILE_NAME)
-    try:
-        return Replica(directory, catalog, files or Files(), clock)
-    except BaseException:
-        catalog.close()
-        raise
+    with failures(f"cannot open the replica {directory}"):
+        _check_catalog(directory)
+        catalog_file.settle_files(directory / catalogs.FILE_NAME)
+        catalog = Catalog.open(directory / catalogs.FILE_NAME)
+        try:
+            return Replica(directory, catalog, files or Files(), clock)
+        except BaseException:
+            catalog.close()
+            raise
 
 
 def _check_catalog(directory: Path) -> None:

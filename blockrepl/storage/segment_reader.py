@@ -159,6 +159,8 @@ class SegmentReader:
         contents = self._contents()
         if contents is not None:
             self._adopt(contents)
+            if not known.sealed:
+                self._survey(contents.frame_count)
         else:
             self._scan(known, limit)
 
@@ -243,6 +245,19 @@ class SegmentReader:
         run = FileRun(self.path, entry, self._files, self._directories)
         return MendedRun(run, partial(self._rebuilt, entry.disk.bytes))
 
+    def _survey(self, frame_count: int) -> None:
+        """Sealed, but the catalog does not know it: it may lack the frames' marks, too."""
+        self.marks = []
+        for ordinal in range(frame_count):
+            try:
+                header = self.header(ordinal)
+            except DamageError as error:
+                log.error("%s", error)
+                continue
+            self.watermarks[header.source] = header.watermark
+            if header.kind == FrameKind.MARK:
+                self._note_mark(header, self.frame_offset(ordinal))
+
     def _rebuilt(self, disk: bytes, error: DamageError) -> Run:
         """The entries of a disk from the frames, where the index run is damaged."""
         log.warning("%s; rebuilt from the segment's frames", error)
@@ -280,7 +295,7 @@ class SegmentReader:
         damage = list(self._damage)
         for header, body in self._frames(size, known, damage):
             if body is not None and header.kind == FrameKind.MARK:
-                self._note_mark(header)
+                self._note_mark(header, self._end)
             elif body is not None and header.record_count:
                 columns, ordinals = found.setdefault(header.disk, ([], []))
                 columns.append(frames.parse_columns(header, body))
@@ -298,12 +313,12 @@ class SegmentReader:
         self._runs = runs
         self._damage = tuple(damage)
 
-    def _note_mark(self, header: FrameHeader) -> None:
-        body = self._files.read(self.path, header.body_bytes, self._end + HEADER_BYTES)
+    def _note_mark(self, header: FrameHeader, offset: int) -> None:
+        body = self._files.read(self.path, header.body_bytes, offset + HEADER_BYTES)
         try:
             mark = decode_mark(frames.decode_payload(header, body))
         except PeerError as error:
-            log.error("%s", self._damaged(self._end, error))
+            log.error("%s", self._damaged(offset, error))
         else:
             self.marks.append((header.source, header.number, mark))
 

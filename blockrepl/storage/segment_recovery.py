@@ -22,6 +22,8 @@ R9    a file of another group or number               DamageError
 ====  ==============================================  =============================================
 
 Every frame of a file that the catalog does not call sealed is replayed to the caller, in order.
+What is found is on the disk: the file is synced and read anew beyond what is known, for a frame in
+the page cache alone would be called durable, and be lost with the power.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from blockrepl.formats import frame as frames
 from blockrepl.formats import segment as segments
 from blockrepl.storage.catalog import SegmentRow
 from blockrepl.storage.durable import Durable
-from blockrepl.storage.files import Files, failure
+from blockrepl.storage.files import Files, failure, settle
 from blockrepl.storage.home import sync_directory
 from blockrepl.storage.segment_writer import OpenSegment
 
@@ -142,9 +144,10 @@ class _Recovery:
 
     def _take_frames(self, segment: OpenSegment) -> bool:
         """Whether the segment goes on being used, with its descriptor."""
+        known_bytes = self.known.get(segment.number, 0)
+        settle(self.files, segment.descriptor, known_bytes)
         file_bytes = os.fstat(segment.descriptor).st_size
         contents = _contents(segment.descriptor, file_bytes)
-        known_bytes = self.known.get(segment.number, 0)
         self.result.damaged_frames += _scan(segment, known_bytes, self.replay, contents)
         if contents is not None:  # R6
             self.result.sealed.append(_sealed_row(segment, file_bytes))

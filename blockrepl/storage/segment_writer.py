@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
@@ -31,7 +32,7 @@ from blockrepl.formats import frame as frames
 from blockrepl.formats import run as runs
 from blockrepl.formats import segment as segments
 from blockrepl.formats.frame import Buffer, FrameHeader
-from blockrepl.storage.files import Files, failure, is_full, write_all
+from blockrepl.storage.files import Files, fail_stop, failure, failures, is_full, write_all
 from blockrepl.storage.home import sync_directory
 
 
@@ -75,7 +76,7 @@ class OpenSegment:
 def create_segment(
     directory: Path, group: bytes, number: int, created_ns: int, files: Files
 ) -> OpenSegment:
-    """Begin a segment, durably. StorageError; then no file is left."""
+    """Begin a segment, durably. StorageError; then no file is left, if that can be helped."""
     path = directory / segments.file_name(number)
     header = segments.encode_header(segments.SegmentHeader(group, number, created_ns))
     descriptor = -1
@@ -87,7 +88,8 @@ def create_segment(
     except OSError as error:
         if descriptor >= 0:
             os.close(descriptor)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
         raise failure(error, f"cannot begin segment {path}") from error
     return OpenSegment(number, created_ns, path, descriptor, xxhash.xxh3_64(header), len(header))
 
@@ -185,15 +187,19 @@ def seal(segment: OpenSegment, files: Files) -> int:
     trailer = segments.Trailer(
         offset, len(encoded), xxhash.xxh3_64_intdigest(encoded), digest.intdigest()
     )
+    what = f"cannot seal {segment.path}"
     try:
         size = write_all(
             files, segment.descriptor, [*parts, encoded, segments.encode_trailer(trailer)], end
         )
+    except OSError as error:
+        with failures(what):
+            files.truncate(segment.descriptor, end)
+        raise failure(error, what) from error
+    try:
         files.sync(segment.descriptor)
     except OSError as error:
-        if is_full(error):
-            files.truncate(segment.descriptor, end)
-        raise failure(error, f"cannot seal {segment.path}") from error
+        raise fail_stop(error, what) from error
     return size
 
 

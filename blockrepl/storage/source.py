@@ -332,6 +332,8 @@ def _create_image(image: Path, size_bytes: int) -> bool:
         ) from error
     try:
         os.ftruncate(descriptor, size_bytes)
+        os.fsync(descriptor)
+        sync_directory(image.absolute().parent)
     except OSError as error:
         image.unlink()
         raise StateError(

@@ -14,6 +14,8 @@ from typing import Any, Literal
 from lossy.filesystem import CONTROL
 from lossy.nodes import Loss
 
+When = Literal["before", "after"]
+
 
 class LossyDisk:
     """The commands (lossy/filesystem.py) as methods. Each begins the counts anew."""
@@ -31,14 +33,14 @@ class LossyDisk:
     def lose_power(self) -> None:
         self._command(cut=0)
 
-    def lose_power_at(self, sync: int, when: Literal["before", "after"]) -> None:
+    def lose_power_at(self, sync: int, when: When) -> None:
         self._command(cut=sync, when=when)
 
     def restore(self, loss: Loss, seed: int = 0) -> None:
         self._command(restore=loss.value, seed=seed)
 
-    def fail(self, call: int, error: int | Literal["short"]) -> None:
-        self._command(fail=call, error=error)
+    def fail(self, call: int, error: int | Literal["short"], *, only: str = "") -> None:
+        self._command(fail=call, error=error, only=only)
 
     def count(self) -> None:
         """Only begin the counts anew; no fault is due any more."""

@@ -12,6 +12,7 @@ command                                does
                                        that were open stay dead: EIO
 {"fail": N, "error": E}                the N-th counted call from now fails with errno E, once. A
                                        failed fsync of a file loses what was written (nodes.py)
+{..., "only": CALL}                    counts calls of that name alone: "fsync"
 {"fail": N, "error": "short"}          the first write from the N-th counted call on writes half
 {"full": true|false}                   whatever takes room fails with ENOSPC
 {"free_bytes": N}                      what statfs says is free
@@ -83,7 +84,7 @@ class LossyFileSystem(pyfuse3.Operations):
         self._syncs = self._calls = 0
         self._cut_at, self._cut_after = -1, False
         self._fail_at, self._error = -1, 0
-        self._failed = ""
+        self._failed, self._only = "", ""
 
     def _number(self, node: Node) -> Node:
         node.inode = self._next_inode
@@ -118,7 +119,7 @@ class LossyFileSystem(pyfuse3.Operations):
         self._cut_at, self._cut_after = command.get("cut", -1), command.get("when") == "after"
         self._fail_at = command.get("fail", -1)
         self._error = 0 if command.get("error") == "short" else command.get("error", errno.EIO)
-        self._failed = ""
+        self._failed, self._only = "", command.get("only", "")
         if self._cut_at == 0:
             self._is_on = False
         if "restore" in command:
@@ -146,6 +147,8 @@ class LossyFileSystem(pyfuse3.Operations):
             return False
         if takes_room and self._is_full:
             raise FUSEError(errno.ENOSPC)
+        if self._only and call != self._only:
+            return False
         self._calls += 1
         if self._failed or self._fail_at < 0 or self._calls < self._fail_at:
             return False
