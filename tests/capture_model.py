@@ -335,7 +335,12 @@ def misuse(world: World, seed: int, actions: int) -> None:
             is_nested[0] = False
 
     def guest_write() -> None:
-        world.write(*data(), fua=choose.random() < 0.05)
+        if choose.random() > 0.05 or is_nested[0]:
+            world.write(*data())
+            return
+        is_nested[0] = True  # it holds its range while it flushes: another write might wait for it
+        world.write(*data(), fua=True)
+        is_nested[0] = False
 
     def sync_one() -> None:
         stale = np.flatnonzero(world.ring.stale).tolist()

@@ -202,6 +202,9 @@ static int is_selected(const struct hot_map *m, uint64_t region, const struct se
 
 static int wants_flush(const struct hot_map *m, const struct selection *s)
 {
+    uint64_t since = m->steps - m->flushed_step;
+    if (since < FLUSH_SECONDS || (!s->at_most && since < IDLE_FLUSH_SECONDS))
+        return 0;
     for (uint64_t r = next_hot(m, 0); r < m->region_count; r = next_hot(m, r + 1))
         if (age(m, r) >= m->flushed && is_selected(m, r, s))
             return 1;
@@ -252,8 +255,7 @@ void hot_map_step(struct hot_map *m)
     if (!ring_load(&m->ring->hot_regions))
         return;
     select_oldest(m, &s);
-    if (m->flush_fd >= 0 && !ring_load(&m->ring->flush_failed) && m->steps >= m->flushed_step + FLUSH_SECONDS &&
-        wants_flush(m, &s))
+    if (m->flush_fd >= 0 && !ring_load(&m->ring->flush_failed) && wants_flush(m, &s))
         flush_image(m);
     flushed = ring_load(&m->flushed);
     if (ring_load(&m->ring->flush_failed)) /* after `flushed`: one that failed does not count */

@@ -13,9 +13,11 @@
  *      1 and 3 allow to go
  *
  * A thread of its own looks once a second (`hot_map_step`). Where only 2 is missing, as with a guest
- * that never flushes, it flushes the image itself, at most once in FLUSH_SECONDS. The guest never
- * waits for it, and it never waits for anybody: while the receiver is away nothing is durable there,
- * and the map grows beyond its bound, to all that is written.
+ * that never flushes, it flushes the image itself: for the bound at most once in FLUSH_SECONDS, for
+ * what is merely idle once in IDLE_FLUSH_SECONDS, since a guest that comes back to a cold disk pays
+ * for each region again. The guest never waits for the thread, and that never waits for anybody:
+ * while the receiver is away nothing is durable there, and the map grows beyond its bound, to all
+ * that is written.
  *
  * What the bound costs: random writes over more than it holds find cold regions, and each pays an
  * fdatasync of the map. What it buys: after a power cut no more than that is compared.
@@ -34,6 +36,7 @@
 
 #define COOL_SECONDS 10
 #define FLUSH_SECONDS 5
+#define IDLE_FLUSH_SECONDS 300
 #define AGE_BUCKETS 4096 /* the oldest are told from the others to this fraction of their ages */
 
 struct hot_map {
