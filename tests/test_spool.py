@@ -280,6 +280,16 @@ def test_a_file_that_is_missing_ends_the_spool_before_it(
     again.close()
 
 
+def test_a_spool_whose_only_file_is_missing_is_not_certain(tmp_path: Path) -> None:
+    # Guards ``|= not self._files`` in Spool._recover.
+    spool = begun(tmp_path, 5, 6)
+    [path] = spool.directory.glob("*.frames")
+    path.unlink()
+    again = reopened(spool)
+    assert (again.next_number, again.is_certain) == (5, False)
+    again.close()
+
+
 @CRASH
 @given(room=st.integers(0, 3000), can_truncate=st.booleans(), later=st.booleans())
 def test_a_frame_that_found_no_room_was_not_added_and_is_added_later(
