@@ -221,3 +221,14 @@ def test_what_does_not_fit_is_refused(store: Store) -> None:
         gather.prove(orders(store, gather), bytearray(5), 0)
     with pytest.raises(ValueError, match="too short"):
         gather.supply(0, store.payload[RAW][:BLOCK_BYTES], bytearray(5))
+
+
+def test_places_that_follow_one_another_in_different_files_are_read_from_each(store: Store) -> None:
+    """Guards the comparison of sources in Gather._add."""
+    proven = ProvenBlocks(4)
+    proven.add(7, RAW, 0, 100, BLOCK_BYTES)
+    columns = (array("I", [0, 7]), array("I", [0, RAW]), array("I", [0, 0]))
+    gather = gathered(proven, array("Q", [0, 100, 200]), b"\xff\0", columns, 0, 200)
+    target = memoryview(bytearray(200))
+    assert gather.read({7: store.segment, IMAGE: store.image}, target, 0) == (0, 0, 0)
+    assert target == store.image_bytes[:100] + os.pread(store.segment, 100, 100)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from dataclasses import dataclass
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -57,29 +57,24 @@ _WRONG = {
 Place = tuple[int, int, int]  # segment, frame, block
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A missing block of a gather, and where it is stored."""
-
-    number: int
-    place: Place
-    file: OpenFile
-    offset: int
-    stored_bytes: int
-    payload_bytes: int
-    is_raw: bool
-    digest: int
+# As Gather.prove takes it: number, descriptor, offset, stored bytes, payload bytes, is raw, digest.
+Order = tuple[int, int, int, int, int, bool, int]
 
 
-@dataclass(frozen=True, slots=True)
 class _Table:
-    """Blocks of a frame and where its body starts in the file."""
+    """Blocks of a frame, and where each is stored in the file. Plain arrays: see content.Window."""
 
-    blocks: Blocks
-    body_offset: int
+    __slots__ = ("digests", "offsets", "payload_bytes", "raw")
+
+    def __init__(self, blocks: Blocks, body_offset: int) -> None:
+        offsets = blocks.offsets + np.uint64(body_offset)
+        self.offsets = array("Q", offsets.tobytes())
+        self.digests = array("Q", np.asarray(blocks.digests).tobytes())
+        self.raw = blocks.raw.tobytes()
+        self.payload_bytes = blocks.payload_bytes
 
     def cost(self) -> int:
-        return 256 + 17 * len(self.blocks.digests)
+        return 400 + 17 * len(self.digests)
 
 
 class PayloadReader:
@@ -107,40 +102,33 @@ class PayloadReader:
             raise BlockingIOError(errno.EAGAIN, "many blocks to prove")
         if wait:
             self._fetch_tables(gather.missing)
-        wanted: list[_Stored] = []
+        orders: list[Order] = []
+        opened: dict[int, OpenFile] = {}  # held until their blocks are read
         for number, place in enumerate(gather.missing):
             block = self._blocks.get(place)
             if block is None:
-                wanted.append(self._stored(number, place, wait))
+                orders.append(self._order(number, place, opened, wait))
             elif not gather.supply(number, block, target):
                 raise self._damage(place, self._frame_offset(place), _LEADS_OUT)
-        if wanted:
-            self._prove(gather, wanted, target, wait)
+        if orders:
+            self._prove(gather, orders, target, wait)
 
-    def _prove(self, gather: Gather, wanted: list[_Stored], target: memoryview, wait: bool) -> None:
-        orders = [
-            (
-                each.number,
-                each.file.descriptor,
-                each.offset,
-                each.stored_bytes,
-                each.payload_bytes,
-                each.is_raw,
-                each.digest,
-            )
-            for each in wanted
-        ]
+    def _prove(self, gather: Gather, orders: list[Order], target: memoryview, wait: bool) -> None:
         failed, reason, payloads = gather.prove(orders, target, 0 if wait else os.RWF_NOWAIT)
         if failed >= 0:
-            stored = wanted[failed]
+            number, _, offset, *_ = orders[failed]
+            place = gather.missing[number]
             if reason in _WRONG:
-                raise self._damage(stored.place, stored.offset, _WRONG[reason])
-            raise self._files.failure(self.path(stored.place[0]), stored.offset, reason)
-        for each, payload in zip(wanted, payloads, strict=True):
+                raise self._damage(place, offset, _WRONG[reason])
+            raise self._files.failure(self.path(place[0]), offset, reason)
+        for (number, _, offset, _, payload_bytes, *_), payload in zip(
+            orders, payloads, strict=True
+        ):
+            place = gather.missing[number]
             if payload is None:
-                self.proven.add(*each.place, each.offset, each.payload_bytes)
+                self.proven.add(*place, offset, payload_bytes)
             else:
-                self._blocks.put(each.place, payload)
+                self._blocks.put(place, payload)
 
     def _fetch_tables(self, places: list[Place]) -> None:
         """Let the device fetch all tables at once: one after the other, each would be a wait."""
@@ -151,22 +139,23 @@ class PayloadReader:
                 reader = self._index.segment(segment)
                 self._files.will_need(reader.path, TABLE_READ_BYTES, reader.frame_offset(frame))
 
-    def _stored(self, number: int, place: Place, wait: bool) -> _Stored:
+    def _order(self, number: int, place: Place, opened: dict[int, OpenFile], wait: bool) -> Order:
         segment, frame, index = place
         table = self._table(segment, frame, wait)
-        blocks = table.blocks
-        if index >= len(blocks.digests):
+        if index >= len(table.digests):
             raise self._damage(place, self._frame_offset(place), _LEADS_OUT)
-        first, last = blocks.offsets[index : index + 2].tolist()
-        return _Stored(
+        file = opened.get(segment)
+        if file is None:
+            file = opened[segment] = self._files.open(self.path(segment))
+        offset = table.offsets[index]
+        return (
             number,
-            place,
-            self._files.file(self.path(segment)),
-            table.body_offset + first,
-            last - first,
-            min(BLOCK_BYTES, blocks.payload_bytes - index * BLOCK_BYTES),
-            bool(blocks.raw[index]),
-            int(blocks.digests[index]),
+            file.descriptor,
+            offset,
+            table.offsets[index + 1] - offset,
+            min(BLOCK_BYTES, table.payload_bytes - index * BLOCK_BYTES),
+            table.raw[index] != 0,
+            table.digests[index],
         )
 
     def _frame_offset(self, place: Place) -> int:
@@ -180,12 +169,7 @@ class PayloadReader:
             except DamageError as error:
                 self._report(segment, frame, error)
                 raise
-            blocks = frames.parse_blocks(header, body)
-            # Copies: a view would keep the columns beside the table alive.
-            table = _Table(
-                Blocks(blocks.offsets, blocks.raw, np.array(blocks.digests), blocks.payload_bytes),
-                start,
-            )
+            table = _Table(frames.parse_blocks(header, body), start)
             self._tables.put((segment, frame), table)
         return table
 

@@ -127,8 +127,7 @@ class ReadFiles:
         """Do a gather's reads; beyond a base image's end ``target`` stays. StorageError."""
         opened = {}
         for number, path in paths.items():
-            with _named(path, 0):
-                opened[number] = self.file(path)
+            opened[number] = self.open(path)
         descriptors = {number: file.descriptor for number, file in opened.items()}
         code, number, offset = gather.read(descriptors, target, 0 if wait else os.RWF_NOWAIT)
         if code < 0:
@@ -161,6 +160,11 @@ class ReadFiles:
                 raise OSError(code, os.strerror(code))
         except (OSError, StorageError) as error:
             return error
+
+    def open(self, path: Path) -> OpenFile:
+        """Open as long as it is held. StorageError."""
+        with _named(path, 0):
+            return self.file(path)
 
     def file(self, path: Path) -> OpenFile:
         """Open as long as it is held. OSError."""
