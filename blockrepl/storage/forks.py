@@ -155,15 +155,21 @@ def create(
         except BaseException:
             shutil.rmtree(made, ignore_errors=True)
             raise
-        sync_directory(forks)
+        if name is not None:
+            sync_directory(forks)
         return OpenFork(target, fork, exclusive_lock(target / LOCK_NAME))
 
 
 def _fill(directory: Path, fork: Fork) -> None:
+    """One without a name is gone after a crash anyway, and need not be durable."""
     directory.mkdir(mode=0o700)
     for disk in fork.disks:
-        create_overlay(directory, disk.name, disk.size_bytes)
-    write_atomically(directory / FILE_NAME, json.dumps(asdict(fork)).encode(), 0o600)
+        create_overlay(directory, disk.name, disk.size_bytes, is_durable=bool(fork.name))
+    data = json.dumps(asdict(fork)).encode()
+    if fork.name:
+        write_atomically(directory / FILE_NAME, data, 0o600)
+    else:
+        (directory / FILE_NAME).write_bytes(data)
 
 
 def open_fork(replica: Path, group: str, name: str, now_ns: int) -> OpenFork:
@@ -171,7 +177,7 @@ def open_fork(replica: Path, group: str, name: str, now_ns: int) -> OpenFork:
     with pins.lock(replica):
         directory = _find(replica, group, name)
         fork = load(directory)
-        lock = exclusive_lock(directory / LOCK_NAME, f"fork {name} of {group}")
+        lock = _lock(directory, group, name)
         if fork.has_expired(now_ns):
             lock.close()
             assert fork.expires_ns is not None
@@ -200,7 +206,7 @@ def remove(replica: Path, group: str, name: str) -> Fork:
     """Throw a fork away. StateError when there is none, or it is in use."""
     with pins.lock(replica):
         directory = _find(replica, group, name)
-        with exclusive_lock(directory / LOCK_NAME, f"fork {name} of {group}"):
+        with _lock(directory, group, name):
             try:
                 fork = load(directory)
             except DamageError:
@@ -283,6 +289,14 @@ def _find(replica: Path, group: str, name: str) -> Path:
             f"group {group} has no fork {name!r}", hint=f"forks there: {names}", code="no-fork"
         )
     return directory
+
+
+def _lock(directory: Path, group: str, name: str) -> ExclusiveLock:
+    try:
+        return exclusive_lock(directory / LOCK_NAME, f"fork {name} of {group}")
+    except StateError as error:
+        hint = "unmount it, or end what serves it, first; or make another fork"
+        raise StateError(str(error), hint=hint, code=error.code) from None
 
 
 def _holder(directory: Path) -> int | None:

@@ -89,7 +89,7 @@ class Room:
             self.used_bytes -= count_bytes
 
 
-def create_overlay(directory: Path, disk: str, size_bytes: int) -> None:
+def create_overlay(directory: Path, disk: str, size_bytes: int, *, is_durable: bool = True) -> None:
     """Make the two files of a disk that nothing was written to; durable on return. OSError."""
     for path, data in (
         (directory / f"{disk}.img", b""),
@@ -101,7 +101,8 @@ def create_overlay(directory: Path, disk: str, size_bytes: int) -> None:
             file.flush()
             if not data:
                 os.ftruncate(file.fileno(), size_bytes)
-            os.fsync(file.fileno())
+            if is_durable:
+                os.fsync(file.fileno())
 
 
 class Overlay:
