@@ -6,7 +6,8 @@ column    type  meaning
 starts    u64   first byte on the disk
 stamps    u64   when the record completed
 lengths   u32   bytes on the disk
-segments  u32   number of the segment that has the record
+segments  u32   place of the segment that has the record (segment.py): its number, and how often
+                it was written anew
 frames    u32   ordinal of the frame in its segment (frame table of segment.py)
 positions u32   first byte of its data in that frame's payload (0 without data)
 kinds     u8    0 write, 1 zero, 2 trim (flushes are not indexed)
@@ -60,6 +61,7 @@ import xxhash
 from blockrepl.errors import PeerError
 from blockrepl.formats._pack import pack, unpack_into
 from blockrepl.formats.frame import KIND_MASK, U8, U32, U64, Buffer, Columns, RecordKind
+from blockrepl.formats.segment import NUMBER_MASK
 from blockrepl.units import MIB
 
 LONG_BYTES = 1 * MIB  # of a longer entry a lookup could not tell where it begins
@@ -121,7 +123,8 @@ class Run:
         stamps = self.stamps[order]
         if bool((stamps[1:] == stamps[:-1]).any()):
             # Only a resync's records share a stamp; four keys take four times as long.
-            order = np.lexsort((self.positions, self.frames, self.segments, self.stamps))
+            numbers = self.segments & np.uint32(NUMBER_MASK)
+            order = np.lexsort((self.positions, self.frames, numbers, self.stamps))
         return self.take(order)
 
     def by_start(self) -> Run:

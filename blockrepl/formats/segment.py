@@ -79,8 +79,19 @@ class Trailer:
     file_digest: int
 
 
-def file_name(number: int) -> str:
-    return f"{number:012d}.seg"
+GENERATION_SHIFT = 24  # numbers beyond are of a journal of petabytes
+GENERATION_MAX = 255
+NUMBER_MASK = (1 << GENERATION_SHIFT) - 1
+
+
+def place(number: int, generation: int) -> int:
+    """A segment file as one number; those of the same generation keep their order."""
+    return generation << GENERATION_SHIFT | number
+
+
+def file_name(number: int, generation: int = 0) -> str:
+    """``generation``: how often retention has written the segment anew."""
+    return f"{number:012d}-{generation}.seg" if generation else f"{number:012d}.seg"
 
 
 def encode_header(header: SegmentHeader) -> bytes:

@@ -13,8 +13,8 @@ text                        the instant asked for
 
 What can be reached is [floor, latest] without the gaps; a gap [from, to) is open at its end:
 ``to`` is the first instant of the next epoch. An instant that cannot be reached is refused with
-its nearest neighbours, never moved silently. ``latest`` and ``flush`` name the newest of a kind:
-they step over a gap.
+its nearest neighbours, never moved silently; so is one that retention has thinned. ``latest`` and
+``flush`` name the newest of a kind: they step over a gap.
 
 Distance is resolved minus asked, in seconds: 0 for a time or a name, how old the state is
 (negative) for ``latest`` and ``flush``, the way walked back for ``~N``.
@@ -23,13 +23,13 @@ Distance is resolved minus asked, in seconds: 0 for a time or a name, how old th
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone, tzinfo
 
 from blockrepl.errors import PointError, UsageError
 from blockrepl.limits import NAME_PATTERN
+from blockrepl.model.retention import Kept
 from blockrepl.units import NANOSECONDS_PER_SECOND, format_instant
 
 RECORDS_BACK_MAX = 10_000_000  # columns are read backwards to count them
@@ -116,6 +116,7 @@ class History:
     last_flush: Callable[[int], int | None] = lambda _at: None
     records_back: Callable[[int, int], int | None] = lambda _at, _count: None
     group: str = ""  # for what is said of it
+    kept: Kept = field(default_factory=Kept)  # by retention
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,16 +214,14 @@ def epoch_at(history: History, at_ns: int) -> int:
 
 def nearest(history: History, at_ns: int) -> tuple[int | None, int | None]:
     """The last reachable instant up to ``at_ns`` and the first from it on."""
-    stretches = _stretches(history)
-    place = bisect_right([first for first, _last in stretches], at_ns)
     before = after = None
-    if place:
-        last = stretches[place - 1][1]
-        if at_ns <= last:
-            return at_ns, at_ns
-        before = last
-    if place < len(stretches):
-        after = stretches[place][0]
+    for first, last in _stretches(history):
+        if first <= at_ns:
+            found = history.kept.before(min(at_ns, last))
+            before = found if found >= first else before
+        if last >= at_ns and after is None:
+            found = history.kept.after(max(at_ns, first))
+            after = found if found <= last else None
     return before, after
 
 
@@ -314,6 +313,8 @@ def _require_reachable(point: Point, at_ns: int, history: History) -> None:
         why = f"{asked} is before the floor"
     elif after is None and at_ns > history.latest_ns:
         why = f"{asked} is in the future"
+    elif history.kept.before(at_ns) != at_ns:
+        why = f"{asked} has been thinned by retention"
     else:
         why = f"{asked} is in a gap"
     raise _refused(point, why, before, after)

@@ -62,6 +62,32 @@ def is_blank(path: Path) -> bool:
     return False
 
 
+def clear(files: Files, descriptor: int, offset: int, end: int) -> None:
+    """Punch holes over an image's data within a range, and only there. OSError."""
+    while offset < end:
+        try:
+            data = os.lseek(descriptor, offset, os.SEEK_DATA)
+        except OSError:  # ENXIO: no data up to the end of the file
+            return
+        if data >= end:
+            return
+        hole = min(end, os.lseek(descriptor, data, os.SEEK_HOLE))
+        try:
+            punch_hole(descriptor, data, hole - data)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            _write_zeros(files, descriptor, data, hole)
+        offset = hole
+
+
+def _write_zeros(files: Files, descriptor: int, offset: int, end: int) -> None:
+    for at in range(offset, end, CHUNK_BYTES):
+        size_bytes = min(CHUNK_BYTES, end - at)
+        if os.pread(descriptor, size_bytes, at).strip(b"\0"):
+            write_all(files, descriptor, [bytes(size_bytes)], at)
+
+
 class BaseImage:
     """An open base image."""
 
@@ -90,31 +116,7 @@ class BaseImage:
                     write_all(self._files, self._descriptor, [piece], offset)
                     position += length
                 case RecordKind.ZERO | RecordKind.TRIM:
-                    self._clear(offset, offset + length)
-
-    def _clear(self, offset: int, end: int) -> None:
-        """Punch holes over the data within a range, and only there."""
-        while offset < end:
-            try:
-                data = os.lseek(self._descriptor, offset, os.SEEK_DATA)
-            except OSError:  # ENXIO: no data up to the end of the file
-                return
-            if data >= end:
-                return
-            hole = min(end, os.lseek(self._descriptor, data, os.SEEK_HOLE))
-            try:
-                punch_hole(self._descriptor, data, hole - data)
-            except OSError as error:
-                if error.errno != errno.EOPNOTSUPP:
-                    raise
-                self._write_zeros(data, hole)
-            offset = hole
-
-    def _write_zeros(self, offset: int, end: int) -> None:
-        for at in range(offset, end, CHUNK_BYTES):
-            size_bytes = min(CHUNK_BYTES, end - at)
-            if os.pread(self._descriptor, size_bytes, at).strip(b"\0"):
-                write_all(self._files, self._descriptor, [bytes(size_bytes)], at)
+                    clear(self._files, self._descriptor, offset, offset + length)
 
     def sync(self, *, always: bool = False) -> None:
         """Make what was written durable; with ``always``, by whomever. OSError."""

@@ -91,6 +91,8 @@ class SegmentRow:
     sealed: bool
     bytes: int  # of the frames and the segment's header; of the whole file when sealed
     frames: int
+    generation: int = 0  # how often it was written anew (storage/thinning.py)
+    step_ns: int = 0  # the distance of the points it was thinned for; 0: it is whole
 
 
 class Catalog:
@@ -319,10 +321,14 @@ class Catalog:
     # The journal
 
     def segments(self) -> list[SegmentRow]:
-        rows = self.rows("SELECT * FROM segments ORDER BY number")
+        columns = "generation, step_ns" if self.version >= 3 else "0, 0"
+        rows = self.rows(
+            "SELECT number, created_ns, first_stamp, last_stamp, sealed, bytes, frames, "
+            f"{columns} FROM segments ORDER BY number"
+        )
         return [
-            SegmentRow(number, created, first, last, bool(sealed), size, frames)
-            for number, created, first, last, sealed, size, frames in rows
+            SegmentRow(number, created, first, last, bool(sealed), *rest)
+            for number, created, first, last, sealed, *rest in rows
         ]
 
     def sealed_state(self) -> tuple[int, int]:
@@ -332,7 +338,7 @@ class Catalog:
 
     def put_segment(self, row: SegmentRow) -> None:
         self.change(
-            "INSERT OR REPLACE INTO segments VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO segments VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             row.number,
             row.created_ns,
             row.first_stamp,
@@ -340,7 +346,12 @@ class Catalog:
             int(row.sealed),
             row.bytes,
             row.frames,
+            row.generation,
+            row.step_ns,
         )
+
+    def remove_segment(self, number: int) -> None:
+        self.change("DELETE FROM segments WHERE number = ?", number)
 
 
 def _fold(value: int) -> int:

@@ -5,6 +5,7 @@ version   adds
 ========  =========================================
 1         meta, sources, disks, gaps, checkpoints, segments
 2         proofs, mismatches
+3         retention: what thinning has left, pending folds, segments written anew
 ========  =========================================
 
 Who opens an older version to write upgrades it, in one transaction. Readers take it as it is.
@@ -56,7 +57,17 @@ CREATE TABLE mismatches (
     at_ns INTEGER NOT NULL, healed_ns INTEGER, proven_ns INTEGER,
     PRIMARY KEY (disk, start, length, at_ns)) STRICT;
 """
-STEPS = (_VERSION_1, _VERSION_2)
+_VERSION_3 = """
+ALTER TABLE segments ADD COLUMN generation INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE segments ADD COLUMN step_ns INTEGER NOT NULL DEFAULT 0;
+CREATE TABLE thinned (
+    from_ns INTEGER PRIMARY KEY, to_ns INTEGER NOT NULL, step_ns INTEGER NOT NULL) STRICT;
+CREATE TABLE kept_instants (at_ns INTEGER PRIMARY KEY) STRICT;
+CREATE TABLE folds (floor_ns INTEGER PRIMARY KEY) STRICT;
+CREATE TABLE leftovers (
+    number INTEGER NOT NULL, generation INTEGER NOT NULL, PRIMARY KEY (number, generation)) STRICT;
+"""
+STEPS = (_VERSION_1, _VERSION_2, _VERSION_3)
 VERSION = len(STEPS)
 
 

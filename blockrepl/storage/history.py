@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from blockrepl.formats.frame import KIND_MASK, U64, Columns, FrameHeader, Record
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
 from blockrepl.formats.segment import file_name
 from blockrepl.model.points import Gap, History, Point, Resolved, resolve, union
+from blockrepl.model.retention import Kept
 from blockrepl.storage import catalog as catalogs
 from blockrepl.storage import durable as durables
 from blockrepl.storage.catalog import Catalog, CheckpointRow, DiskRow, GapRow, SegmentRow
@@ -33,7 +34,8 @@ from blockrepl.storage.durable import Durable
 from blockrepl.storage.home import Home
 from blockrepl.storage.index import JournalIndex
 from blockrepl.storage.payload import BLOCK_CACHE_BYTES, PayloadReader
-from blockrepl.storage.reading import ReadFiles
+from blockrepl.storage.reading import GoneError, ReadFiles
+from blockrepl.storage.retained import leftovers, read_kept
 from blockrepl.storage.segment_reader import Known, SegmentReader
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class State:
     gaps: list[GapRow]
     checkpoints: dict[str, CheckpointRow]
     segments: dict[int, SegmentRow]
+    kept: Kept = field(default_factory=Kept)
 
     def disks_at(self, at_ns: int) -> list[DiskRow]:
         """The disks that a view of an instant has: synced by then, and not yet retired."""
@@ -110,6 +113,7 @@ class ReplicaHistory:
                 gaps=self.catalog.gaps(),
                 checkpoints={row.name: row for row in self.catalog.checkpoints()},
                 segments={row.number: row for row in self.catalog.segments()},
+                kept=read_kept(self.catalog),
             )
         if durable is not None and self._holds(durable):
             state.latest_ns = durable.watermark
@@ -140,7 +144,10 @@ class ReplicaHistory:
 
     def refresh(self, state: State) -> None:
         """Make all that is durable as of ``state`` visible to lookups."""
-        self._refresh(state.segments.values(), state.durable)
+        if not self._refresh(state.segments.values(), state.durable):
+            # Retention may have replaced segments since the state was read.
+            state.segments = {row.number: row for row in self.catalog.segments()}
+            self._refresh(state.segments.values(), state.durable)
 
     def refresh_beside_receiver(self) -> None:
         """The same, as of now, in the receiver itself: it keeps a true durable record."""
@@ -151,10 +158,12 @@ class ReplicaHistory:
             self._refresh(self.catalog.segments(), durable)
             self._seen = durable
 
-    def _refresh(self, rows: Iterable[SegmentRow], durable: Durable | None) -> None:
+    def _refresh(self, rows: Iterable[SegmentRow], durable: Durable | None) -> bool:
         known = {row.number: Known.of(row) for row in rows}
-        self.index.refresh(
-            known, None if durable is None else (durable.segment_number, durable.segment_bytes)
+        return self.index.refresh(
+            known,
+            None if durable is None else (durable.segment_number, durable.segment_bytes),
+            leftovers(self.catalog),
         )
 
     def history(self, state: State | None = None) -> History:
@@ -174,11 +183,15 @@ class ReplicaHistory:
             last_flush=lambda at_ns: self._last_flush(now, at_ns),
             records_back=lambda at_ns, count: self._records_back(now, at_ns, count),
             group=self.group,
+            kept=now.kept,
         )
 
     def resolve(self, point: Point, now_ns: int, state: State | None = None) -> Resolved:
         """The instant a point means in this group. PointError."""
-        return resolve(point, now_ns=now_ns, history=self.history(state))
+        try:
+            return resolve(point, now_ns=now_ns, history=self.history(state))
+        except GoneError:  # retention has just replaced a segment that was looked into
+            return resolve(point, now_ns=now_ns, history=self.history())
 
     def _last_flush(self, state: State, at_ns: int) -> int | None:
         best = 0

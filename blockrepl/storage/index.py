@@ -8,7 +8,9 @@ Algorithm of ``resolve``, for one window of a disk:
    an entry that is wholly covered by newer ones can never show again.
 3. Stop as soon as nothing of the base shows and all that shows is newer than the runs left.
 
-Entries of one instant are ordered by (stamp, segment, frame, position). The cost of a window is
+Entries of one instant are ordered by (stamp, segment, frame, position). A segment that retention
+has written anew is another *place* (formats/segment.py) with the same number: what was resolved
+before finds the old place or nothing, never the new one. The cost of a window is
 bounded by what it shows plus a lookup per run, of which there are logarithmically many; memory by
 CHUNK_ENTRIES plus what shows.
 """
@@ -16,9 +18,10 @@ CHUNK_ENTRIES plus what shows.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -30,12 +33,12 @@ from blockrepl.errors import DamageError
 from blockrepl.formats.frame import U8, U32, U64, RecordKind
 from blockrepl.formats.merged_run import MergedName
 from blockrepl.formats.run import Run, concatenate
-from blockrepl.formats.segment import file_name
+from blockrepl.formats.segment import NUMBER_MASK, file_name, place
 from blockrepl.model import extents
 from blockrepl.storage import merged_runs
 from blockrepl.storage.journal import DIRECTORY_NAME as SEGMENTS_NAME
 from blockrepl.storage.merged_runs import MergedFile, MergedRunError
-from blockrepl.storage.reading import ReadFiles
+from blockrepl.storage.reading import GoneError, ReadFiles
 from blockrepl.storage.runs import directory_cache
 from blockrepl.storage.segment_reader import Damage, Known, SegmentReader
 
@@ -102,7 +105,8 @@ class JournalIndex:
         self._files = files
         self._directories = directory_cache()
         self._lock = threading.RLock()
-        self._segments: dict[int, SegmentReader] = {}
+        self._segments: dict[int, SegmentReader] = {}  # by number
+        self._places: dict[int, SegmentReader] = {}
         self._known: dict[int, Known] = {}
         self._lost: dict[int, Damage] = {}
         self._given_up: set[MergedName] = set()
@@ -110,44 +114,56 @@ class JournalIndex:
         self._sources = _Sources((), ())
         self._told: set[str] = set()
 
-    def refresh(self, known: Mapping[int, Known], durable: tuple[int, int] | None = None) -> None:
-        """Take up new segments and new frames. StorageError.
+    def refresh(
+        self,
+        known: Mapping[int, Known],
+        durable: tuple[int, int] | None = None,
+        leftovers: Set[str] = frozenset(),
+    ) -> bool:
+        """Take up new segments and new frames; whether all that is known is there. StorageError.
 
         ``known`` is what the catalog says of each segment; ``durable`` the number and the durable
-        bytes of the newest: nothing beyond it is looked at.
+        bytes of the newest: nothing beyond it is looked at. ``leftovers`` are names of files that
+        are no part of the history any more.
         """
         with self._lock:
-            segments = dict(self._segments)
-            present = self._files_present()
+            segments: dict[int, SegmentReader] = {}
+            present = self._files_present(known, leftovers)
             lost = {
                 number: Damage(None, known[number].first_stamp, self._missing(number))
                 for number in known.keys() - present.keys()
                 if known[number].frames
             }
+            is_whole = not lost
             for number, path in sorted(present.items()):
                 if durable is not None and number > durable[0]:
                     continue
                 said, limit = known.get(number, Known()), None
                 if durable is not None and number == durable[0]:
                     said, limit = Known(durable[1], 0, said.first_stamp), durable[1]
-                segment = segments.get(number)
+                segment = self._places.get(place(number, said.generation))
                 if segment is None:
-                    segment = self._reader(path, number)
+                    segment = self._reader(path, number, said.generation)
                 try:
                     segment.refresh(said, limit=limit)
                     segments[number] = segment
                 except DamageError as error:
+                    is_whole = is_whole and not isinstance(error, GoneError)
                     if number in known:
                         lost[number] = Damage(None, said.first_stamp, error)
                     # else: a file that was just begun when the power went; recovery removes it
             self._segments = segments
+            self._places = {segment.place: segment for segment in segments.values()}
             self._known = dict(known)
             self._lost = lost
             self._tell(lost.values())
             self._choose()
+            return is_whole
 
-    def _reader(self, path: Path, number: int) -> SegmentReader:
-        return SegmentReader(path, number, self._group, self._files, self._directories)
+    def _reader(self, path: Path, number: int, generation: int) -> SegmentReader:
+        return SegmentReader(
+            path, number, self._group, self._files, self._directories, generation
+        )
 
     def _choose(self) -> None:
         """Decide which runs lookups use: merged ones, else the segments' own."""
@@ -171,7 +187,8 @@ class JournalIndex:
             self._choose()
 
     def _missing(self, number: int) -> DamageError:
-        path = self._directory / file_name(number)
+        generation = self._known[number].generation if number in self._known else 0
+        path = self._directory / file_name(number, generation)
         return DamageError(
             f"segment {path.name} is missing ({path})",
             hint="points before its records stay readable; restore it from a copy of the replica",
@@ -184,24 +201,40 @@ class JournalIndex:
                 self._told.add(text)
                 log.error("%s", text)
 
-    def _files_present(self) -> dict[int, Path]:
+    def _files_present(self, known: Mapping[int, Known], leftovers: Set[str]) -> dict[int, Path]:
+        """The file of each segment: the one that is known, else the first generation's."""
         try:
-            paths = list(self._directory.iterdir())
+            names = set(os.listdir(self._directory)) - leftovers
         except FileNotFoundError:
             return {}
-        matches = ((_SEGMENT_NAME.fullmatch(path.name), path) for path in paths)
-        return {int(match[1]): path for match, path in matches if match}
+        matches = (_SEGMENT_NAME.fullmatch(name) for name in names)
+        present = {int(match[1]): match[0] for match in matches if match}
+        for number, said in known.items():
+            name = file_name(number, said.generation)
+            if name in names:
+                present[number] = name
+            elif said.generation:
+                present.pop(number, None)
+        return {number: self._directory / name for number, name in present.items()}
 
     def segments(self) -> list[SegmentReader]:
         """By number."""
         return [segment for _number, segment in sorted(self._segments.items())]
 
-    def segment(self, number: int) -> SegmentReader:
-        """DamageError when it is missing."""
+    def segment(self, at: int) -> SegmentReader:
+        """The segment at a place. GoneError when it is missing, or has been written anew."""
         try:
-            return self._segments[number]
+            return self._places[at]
         except KeyError:
-            raise self._missing(number) from None
+            error = self._missing(at & NUMBER_MASK)
+            raise GoneError(str(error), hint=error.hint) from None
+
+    def spans(self, number: int) -> dict[bytes, tuple[int, int]]:
+        """The oldest and the newest stamp of each disk's records in a segment. DamageError."""
+        segment = self._segments[number]
+        for damage in segment.damage:
+            raise damage.error
+        return segment.spans()
 
     def merged(self) -> list[MergedName]:
         """The merged runs in use, by the segments they stand in for."""

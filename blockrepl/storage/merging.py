@@ -184,8 +184,9 @@ class Merger:
         first, last = numbers
         directories = directory_cache()
         if first == last:
-            path = self._segments / file_name(first)
-            segment = SegmentReader(path, first, self._group, files, directories)
+            generation = known[first].generation
+            path = self._segments / file_name(first, generation)
+            segment = SegmentReader(path, first, self._group, files, directories, generation)
             segment.refresh(known[first])
             for damage in segment.damage:
                 raise damage.error

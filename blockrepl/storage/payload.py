@@ -21,6 +21,7 @@ import logging
 import os
 from array import array
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -30,9 +31,8 @@ from blockrepl.formats.frame import Blocks
 from blockrepl.limits import BLOCK_BYTES, FRAME_PAYLOAD_BYTES_MAX, SEGMENT_FRAMES_MAX
 from blockrepl.storage import _gather
 from blockrepl.storage._gather import Gather, ProvenBlocks
-from blockrepl.storage.index import JournalIndex
 from blockrepl.storage.reading import Cache, OpenFile, ReadFiles, damaged
-from blockrepl.storage.segment_reader import TABLE_READ_BYTES
+from blockrepl.storage.segment_reader import TABLE_READ_BYTES, SegmentReader
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +77,17 @@ class _Table:
         return 400 + 17 * len(self.digests)
 
 
+class Segments(Protocol):
+    """Where a segment is found by the place in an index entry."""
+
+    def segment(self, at: int, /) -> SegmentReader: ...
+
+
 class PayloadReader:
     """Reads payload through the index's segments. May be used by several threads."""
 
     def __init__(
-        self, index: JournalIndex, files: ReadFiles, block_cache_bytes: int = BLOCK_CACHE_BYTES
+        self, index: Segments, files: ReadFiles, block_cache_bytes: int = BLOCK_CACHE_BYTES
     ) -> None:
         self._index = index
         self._files = files

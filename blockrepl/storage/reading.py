@@ -24,6 +24,11 @@ from blockrepl.storage._gather import Gather
 IMAGE_SUFFIX = ".img"  # of a base image: what lies together there is read together
 OPEN_FILES_MAX = 128  # descriptors; segments beyond are closed, least recently used first
 
+
+class GoneError(DamageError):
+    """The file is no more: retention has put another in its place, or it is lost. Look again."""
+
+
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
@@ -201,6 +206,7 @@ class _named:
         if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
             if error.errno == errno.EOPNOTSUPP:  # a file system without RWF_NOWAIT
                 raise BlockingIOError(errno.EAGAIN, "cannot tell") from error
-            raise StorageError(
+            kind_of_error = GoneError if error.errno == errno.ENOENT else StorageError
+            raise kind_of_error(
                 f"cannot read {self.path} at {self.offset}: {error.strerror}"
             ) from error

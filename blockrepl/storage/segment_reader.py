@@ -59,11 +59,18 @@ class Known:
     last_stamp: int = 0  # sealed only: nor newer; 0: it has no records
     created_ns: int = 0  # sealed only
     sealed: bool = False
+    generation: int = 0  # how often it was written anew
 
     @classmethod
     def of(cls, row: SegmentRow) -> Known:
         return cls(
-            row.bytes, row.frames, row.first_stamp, row.last_stamp, row.created_ns, row.sealed
+            row.bytes,
+            row.frames,
+            row.first_stamp,
+            row.last_stamp,
+            row.created_ns,
+            row.sealed,
+            row.generation,
         )
 
     @property
@@ -91,9 +98,11 @@ class SegmentReader:
         group: bytes,
         files: ReadFiles,
         directories: DirectoryCache,
+        generation: int = 0,
     ) -> None:
         self.path = path
         self.number = number
+        self.place = segments.place(number, generation)
         self._sealed = False
         # Of the frames scanned: watermarks by source, and marks with source and frame number.
         self.watermarks: dict[bytes, int] = {}
@@ -130,6 +139,14 @@ class SegmentReader:
         """Those that have records here."""
         self._look()
         return sorted(self._runs)
+
+    def spans(self) -> dict[bytes, tuple[int, int]]:
+        """The oldest and the newest stamp of each disk's records."""
+        self._look()
+        return {
+            disk: (min(run.first_stamp for run in runs), max(run.last_stamp for run in runs))
+            for disk, runs in self._runs.items()
+        }
 
     def refresh(self, known: Known, *, limit: int | None = None) -> None:
         """See what has been appended, or that the file has been sealed. DamageError, StorageError.
@@ -262,7 +279,7 @@ class SegmentReader:
         """The entries of a disk from the frames, where the index run is damaged."""
         log.warning("%s; rebuilt from the segment's frames", error)
         ordinals = [n for n in range(self.frame_count()) if self.header(n).disk == disk]
-        return from_frames([self.columns(n) for n in ordinals], ordinals, self.number)
+        return from_frames([self.columns(n) for n in ordinals], ordinals, self.place)
 
     def _frame_table(self, contents: segments.Contents) -> Sequence[int]:
         size = contents.frame_count * 8
@@ -306,7 +323,7 @@ class SegmentReader:
             self.watermarks[header.source] = header.watermark
         runs = dict(self._runs)
         for disk, (columns, ordinals) in found.items():
-            run = from_frames(columns, ordinals, self.number)
+            run = from_frames(columns, ordinals, self.place)
             if len(run):
                 runs[disk] = _with_newest(runs.get(disk, ()), MemoryRun(run))
         self._offsets = offsets

@@ -69,16 +69,16 @@ def recover(
     files: Files,
 ) -> Recovered:
     """Apply the rules to all files of a directory. Raises DamageError (R8, R9), StorageError."""
-    present = _numbers(directory)
     known = {number: row.bytes for number, row in rows.items()}
     if durable is not None:
         least = known.get(durable.segment_number, 0)
         known[durable.segment_number] = max(least, durable.segment_bytes)
     for number in sorted(known):
-        if number not in present:
-            raise DamageError(
-                f"segment {directory / segments.file_name(number)} is missing", hint=HINT
-            )
+        generation = rows[number].generation if number in rows else 0
+        path = directory / segments.file_name(number, generation)
+        if not path.exists():
+            raise DamageError(f"segment {path} is missing", hint=HINT)
+    present = _numbers(directory)
     recovery = _Recovery(directory, group, known, replay, files)
     for number in present:
         if number in rows and rows[number].sealed:

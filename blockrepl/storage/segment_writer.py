@@ -50,6 +50,7 @@ class OpenSegment:
     records: int = 0
     first_stamp: int = 0
     last_stamp: int = 0
+    generation: int = 0
 
     def note(self, header: FrameHeader) -> None:
         """Count a frame that begins at ``size_bytes``."""
@@ -60,6 +61,10 @@ class OpenSegment:
                 self.first_stamp = header.first_stamp
             self.last_stamp = max(self.last_stamp, header.last_stamp)
             self.records += header.record_count
+
+    @property
+    def place(self) -> int:
+        return segments.place(self.number, self.generation)
 
     @property
     def is_full(self) -> bool:
@@ -74,10 +79,15 @@ class OpenSegment:
 
 
 def create_segment(
-    directory: Path, group: bytes, number: int, created_ns: int, files: Files
+    directory: Path,
+    group: bytes,
+    number: int,
+    created_ns: int,
+    files: Files,
+    generation: int = 0,
 ) -> OpenSegment:
     """Begin a segment, durably. StorageError; then no file is left, if that can be helped."""
-    path = directory / segments.file_name(number)
+    path = directory / segments.file_name(number, generation)
     header = segments.encode_header(segments.SegmentHeader(group, number, created_ns))
     descriptor = -1
     try:
@@ -91,7 +101,10 @@ def create_segment(
             with suppress(OSError):
                 path.unlink()
         raise failure(error, f"cannot begin segment {path}") from error
-    return OpenSegment(number, created_ns, path, descriptor, xxhash.xxh3_64(header), len(header))
+    digest = xxhash.xxh3_64(header)
+    return OpenSegment(
+        number, created_ns, path, descriptor, digest, len(header), generation=generation
+    )
 
 
 class SegmentWriter:
@@ -254,7 +267,7 @@ def _runs(segment: OpenSegment) -> dict[bytes, runs.Run]:
             columns.append(frames.parse_columns(header, body))
             ordinals.append(ordinal)
     entries = {
-        disk: runs.from_frames(columns, ordinals, segment.number)
+        disk: runs.from_frames(columns, ordinals, segment.place)
         for disk, (columns, ordinals) in sorted(found.items())
     }
     return {disk: run for disk, run in entries.items() if len(run)}

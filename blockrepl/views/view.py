@@ -3,6 +3,8 @@
 Why it never changes: frames that come later carry later stamps. (A resync's carry the instant it
 began at, which lies in the gap it ends; no view can be of an instant in a gap.) So whatever the
 receiver appends or seals meanwhile, the same entries are selected by "stamp up to the instant".
+Retention leaves the instants of open views as they are, for these are pinned (storage/pins.py); it
+may write their segments anew.
 
 Opening one reads no payload and no index. A disk is resolved window by window (storage/content.py),
 on first touch, and the windows resolved are cached under a limit. A window is as large as keeps its
@@ -19,7 +21,7 @@ from pathlib import Path
 from blockrepl.errors import StateError, UsageError
 from blockrepl.storage.content import ContentReader, Extent, Window, add_extent
 from blockrepl.storage.history import ReplicaHistory, State
-from blockrepl.storage.reading import Cache
+from blockrepl.storage.reading import Cache, GoneError
 from blockrepl.units import KIB, MIB
 
 WINDOW_BYTES_MAX = 64 * MIB
@@ -85,6 +87,20 @@ class View:
 
         Without ``wait``: BlockingIOError when it would take a device's time.
         """
+        try:
+            return self._read(name, offset, length, wait)
+        except GoneError as error:
+            if not wait:
+                raise BlockingIOError(EAGAIN, "retention has replaced a segment") from error
+        self._look_again()
+        return self._read(name, offset, length, wait)
+
+    def _look_again(self) -> None:
+        """Retention has written segments anew: what was resolved names some that are no more."""
+        self._replica.refresh(self._replica.state())
+        self._windows.clear()
+
+    def _read(self, name: str, offset: int, length: int, wait: bool) -> bytearray:
         disk = self.disk(name)
         if offset < 0 or length < 0:
             raise UsageError("a disk is read from 0 on")
@@ -107,7 +123,12 @@ class View:
         readers round what they are told.
         """
         disk = self.disk(name)
-        return coarse(self._extents(disk, offset, length), grain, disk.size_bytes)
+        try:
+            found = self._extents(disk, offset, length)
+        except GoneError:
+            self._look_again()
+            found = self._extents(disk, offset, length)
+        return coarse(found, grain, disk.size_bytes)
 
     def _extents(self, disk: ViewDisk, offset: int, length: int) -> list[Extent]:
         end = min(offset + length, disk.size_bytes)

@@ -1,0 +1,107 @@
+"""Folding: the oldest segments go into the base images, and then away.
+
+What is folded is the longest row of oldest segments, all sealed, whose every record is at most as
+young as the floor, and of each disk as old as all its records in the segments behind (`foldable`).
+A disk's records stand in the journal in order of stamp, so the second holds by itself; it is looked
+at all the same, for if it did not, an old record would show over the base. A segment with records
+of a disk that is not synced by the floor waits: its base is being written by others.
+
+`fold` writes what each disk shows at the floor, where a record shows, and makes it durable. Until
+the folded segments are gone, views find these records in the journal still, so it does not matter
+to them what the base holds there. A fold that broke off is done again, from the beginning.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from blockrepl.storage.base import clear
+from blockrepl.storage.catalog import SegmentRow
+from blockrepl.storage.content import ContentReader, Window
+from blockrepl.storage.files import Files, failure, write_all
+from blockrepl.storage.history import ReplicaHistory, State
+from blockrepl.storage.index import SHOWS_BASE, SHOWS_DATA
+from blockrepl.units import MIB
+
+WINDOW_BYTES = 64 * MIB  # of a disk, resolved at once
+PIECE_BYTES = 4 * MIB  # copied at once
+Pace = Callable[[int], None]  # called with the bytes written; may wait
+
+
+def foldable(history: ReplicaHistory, state: State, floor_ns: int) -> list[SegmentRow]:
+    """The segments that a fold up to the floor makes needless, oldest first."""
+    history.refresh(state)
+    rows = [state.segments[number] for number in sorted(state.segments)]
+    synced = {disk.id for disk in state.disks_at(floor_ns)}
+    waiting = {disk.id for disk in state.disks if disk.id not in synced}
+    oldest_behind: dict[bytes, int] = {}
+    fits = []
+    for row in reversed(rows):
+        spans = history.index.spans(row.number)
+        fits.append(
+            row.sealed
+            and row.last_stamp <= floor_ns
+            and not waiting & spans.keys()
+            and all(last <= oldest_behind.get(disk, last) for disk, (_, last) in spans.items())
+        )
+        for disk, (first, _) in spans.items():
+            oldest_behind[disk] = min(first, oldest_behind.get(disk, first))
+    fits.reverse()
+    count = fits.index(False) if False in fits else len(fits)
+    return rows[:count]
+
+
+def fold(
+    history: ReplicaHistory,
+    state: State,
+    floor_ns: int,
+    *,
+    files: Files | None = None,
+    pace: Pace = lambda _size_bytes: None,
+) -> None:
+    """Bring the base images up to the floor. DamageError, StorageError."""
+    history.refresh(state)
+    content = ContentReader(history.index, history.payload, history.files)
+    for disk in state.disks_at(floor_ns):
+        path = history.image_path(disk)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise failure(error, f"cannot open {path}") from error
+        try:
+            for first in range(0, disk.size_bytes, WINDOW_BYTES):
+                last = min(first + WINDOW_BYTES, disk.size_bytes)
+                window = content.resolve(disk.id, first, last, floor_ns)
+                _fold_window(descriptor, content, path, window, files or Files(), pace)
+            (files or Files()).sync(descriptor)
+        except OSError as error:
+            raise failure(error, f"cannot write {path}") from error
+        finally:
+            os.close(descriptor)
+
+
+def _fold_window(
+    descriptor: int,
+    content: ContentReader,
+    path: Path,
+    window: Window,
+    files: Files,
+    pace: Pace,
+) -> None:
+    """Write what records show in a window; what the base shows stays as it is."""
+    extent, count = 0, len(window.kinds)
+    while extent < count:
+        kind, first = window.kinds[extent], window.bounds[extent]
+        while extent < count and window.kinds[extent] == kind:
+            extent += 1
+        last = window.bounds[extent]
+        if kind == SHOWS_DATA:
+            for at in range(first, last, PIECE_BYTES):
+                data = bytearray(min(PIECE_BYTES, last - at))
+                content.read_into(path, window, at, memoryview(data))
+                write_all(files, descriptor, [data], at)
+                pace(len(data))
+        elif kind != SHOWS_BASE:
+            clear(files, descriptor, first, last)

@@ -1,0 +1,282 @@
+"""Thinning and folding: every point that is left shows what it showed, and others are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from journal_model import GROUP, START, Journal, small_segments
+
+from blockrepl.errors import PointError
+from blockrepl.model.points import Instant, Point
+from blockrepl.model.retention import Kept, Stretch, advance
+from blockrepl.storage.catalog import Catalog, SegmentRow
+from blockrepl.storage.folding import fold, foldable
+from blockrepl.storage.history import ReplicaHistory
+from blockrepl.storage.retained import (
+    fold_due,
+    raise_floor,
+    read_kept,
+    remove_leftovers,
+    replace,
+    thin_to,
+)
+from blockrepl.storage.thinning import asked_at, thin
+from blockrepl.units import KIB
+from blockrepl.views.view import View
+
+SIZES = {"root": 320 * KIB, "data": 800 * KIB + 512}
+STEP = 20_000  # ns; the journal's records are about 1000 apart
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Journal]:
+    small_segments(monkeypatch)
+    made = Journal(tmp_path / "home", SIZES)
+    yield made
+    made.close()
+
+
+def sealed(journal: Journal) -> list[SegmentRow]:
+    """Everything but the open segment sealed and catalogued."""
+    journal.close()
+    journal.open()
+    return [row for row in journal.replica.catalog.segments() if row.sealed]
+
+
+def thin_all(journal: Journal, kept: Kept, *, step_ns: int = STEP) -> None:
+    """Thin the sealed segments as the receiver does, some at a time."""
+    rows = sealed(journal)
+    catalog, directory = journal.replica.catalog, journal.directory / "segments"
+    thin_to(catalog, kept)
+    edge = kept.stretches[-1].to_ns
+    rows = [row for row in rows if row.last_stamp <= edge]
+    for first in range(0, len(rows), 3):
+        old = rows[first : first + 3]
+        new = thin(directory, catalog.group_id, old, kept, step_ns=step_ns)
+        replace(catalog, old, new, None)
+    remove_leftovers(catalog, directory)
+
+
+def fold_all(journal: Journal, floor_ns: int) -> int:
+    """Fold as the receiver does; how many segments went."""
+    sealed(journal)
+    catalog = journal.replica.catalog
+    raise_floor(catalog, floor_ns)
+    assert fold_due(catalog) == floor_ns
+    with ReplicaHistory(journal.directory) as history:
+        state = history.state()
+        rows = foldable(history, state, floor_ns)
+        fold(history, state, floor_ns)
+    replace(catalog, rows, [], floor_ns)
+    remove_leftovers(catalog, journal.directory / "segments")
+    assert fold_due(catalog) is None
+    return len(rows)
+
+
+def check(journal: Journal, kept: Kept, floor_ns: int = 0) -> tuple[int, int]:
+    """Every state of the model is what its point shows, or refused; how many of each."""
+    shown = refused = 0
+    with ReplicaHistory(journal.directory) as history:
+        state = history.state()
+        for stamp, content in _asked(journal, kept):
+            is_left = stamp >= floor_ns and kept.before(stamp) == stamp
+            if not is_left:
+                with pytest.raises(PointError):
+                    history.resolve(Point("x", Instant(stamp)), stamp, state)
+                refused += 1
+                continue
+            history.resolve(Point("x", Instant(stamp)), stamp, state)
+            view = View(history, stamp, state)
+            for disk, size in SIZES.items():
+                assert view.read(disk, 0, size) == content[disk], (disk, stamp)
+            shown += 1
+    return shown, refused
+
+
+def _asked(journal: Journal, kept: Kept) -> Iterator[tuple[int, dict[str, bytearray]]]:
+    """Every record's instant, and the kept ones between."""
+    stamps = {stamp for stamp, _ in journal.model.states()}
+    for one in kept.stretches:
+        stamps |= set(range(one.from_ns + one.step_ns, one.to_ns + 1, one.step_ns))
+    stamps |= set(kept.instants)
+    for stamp in sorted(stamps):
+        if stamp > START + 10 and not any(a <= stamp < b for a, b in journal.model.hidden):
+            yield stamp, journal.model.at(stamp)
+
+
+def aligned(at_ns: int, step_ns: int = STEP) -> int:
+    return at_ns - at_ns % step_ns
+
+
+def test_each_stamp_is_next_asked_for_at_the_first_kept_instant_after_it() -> None:
+    # Guards "instants" in asked_at: what a pin shows would be thrown away.
+    kept = Kept((Stretch(0, 60, 10), Stretch(60, 120, 20)), (33, 95))
+    stamps = np.arange(0, 200, dtype=np.uint64)
+    expected = [kept.after(int(stamp)) for stamp in stamps]
+    assert asked_at(kept, stamps).tolist() == expected
+
+
+def test_thinned_history_shows_the_same_at_every_point_that_is_left(journal: Journal) -> None:
+    journal.run(150)
+    journal.gap_and_resync("root")
+    journal.run(150)
+    begin, end = aligned(START), aligned(journal.stamp - STEP)
+    pinned = [record.stamp for record in journal.model.records[40:200:50]]
+    kept = advance(Kept(), [Stretch(begin, end, STEP)], pinned, 0)
+    assert len(kept.instants) >= 3
+    before = sum(row.bytes for row in sealed(journal))
+    thin_all(journal, kept)
+    assert sum(row.bytes for row in sealed(journal)) < before
+    shown, refused = check(journal, kept)
+    assert shown > 15
+    assert refused > 200
+    assert read_kept(journal.replica.catalog) == kept
+
+
+def test_what_was_thinned_is_thinned_again_for_a_coarser_rung(journal: Journal) -> None:
+    journal.run(300)
+    begin, end = aligned(START), aligned(journal.stamp - STEP)
+    kept = advance(Kept(), [Stretch(begin, end, STEP)], [], 0)
+    thin_all(journal, kept)
+    middle = aligned((START + end) // 2, 4 * STEP)
+    kept = advance(kept, [Stretch(begin, middle, 4 * STEP), Stretch(middle, end, STEP)], [], 0)
+    thin_all(journal, kept, step_ns=4 * STEP)
+    assert check(journal, kept)[0] > 8
+    assert {row.generation for row in sealed(journal)} >= {2}
+
+
+def test_a_view_that_is_open_goes_on_while_its_segments_are_written_anew(journal: Journal) -> None:
+    # Guards GoneError in View.read: the view would fail, or read a place of another file.
+    journal.run(200)
+    end = aligned(journal.stamp - STEP)
+    at = end - 3 * STEP
+    expected = journal.model.at(at)
+    with ReplicaHistory(journal.directory) as history:
+        view = View(history, at, history.state())
+        half = SIZES["data"] // 2
+        first = view.read("data", 0, half)
+        kept = advance(Kept(), [Stretch(aligned(START), end, STEP)], [], 0)
+        thin_all(journal, kept)
+        history.files.close()
+        assert view.read("data", 0, half) == first == expected["data"][:half]
+        assert view.read("data", half, SIZES["data"]) == expected["data"][half:]
+        assert view.read("root", 0, SIZES["root"]) == expected["root"]
+
+
+def test_folded_history_shows_the_same_from_the_floor_on(journal: Journal) -> None:
+    journal.run(150)
+    journal.gap_and_resync("data")
+    journal.run(150)
+    floor = journal.model.records[170].stamp
+    assert fold_all(journal, floor) > 1
+    shown, refused = check(journal, Kept(), floor)
+    assert shown > 100
+    assert refused > 100
+    floor = journal.model.records[250].stamp
+    assert fold_all(journal, floor) > 1
+    assert check(journal, Kept(), floor)[0] > 30
+
+
+def test_a_fold_that_broke_off_half_way_harms_nothing_and_is_done_again(journal: Journal) -> None:
+    journal.run(200)
+    sealed(journal)
+    floor = journal.model.records[150].stamp
+    catalog = journal.replica.catalog
+    raise_floor(catalog, floor)
+
+    class Broken(Exception):
+        pass
+
+    for after in (0, 3):
+        left = after
+
+        def pace(_size: int) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Broken
+
+        with ReplicaHistory(journal.directory) as history, pytest.raises(Broken):
+            fold(history, history.state(), floor, pace=pace)
+        assert check(journal, Kept(), floor)[0] > 30
+    assert fold_all(journal, floor) > 1
+    assert check(journal, Kept(), floor)[0] > 30
+
+
+def test_thinning_that_broke_off_at_any_step_leaves_the_old_segments(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.run(120)
+    rows = sealed(journal)[:3]
+    end = aligned(rows[-1].last_stamp + STEP)
+    kept = advance(Kept(), [Stretch(aligned(START), end, STEP)], [], 0)
+    catalog, directory = journal.replica.catalog, journal.directory / "segments"
+    thin_to(catalog, kept)
+
+    class Broken(Exception):
+        pass
+
+    for after in range(2):
+        left = after
+
+        def pace(_size: int) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Broken
+
+        with pytest.raises(Broken):
+            thin(directory, catalog.group_id, rows, kept, step_ns=STEP, pace=pace)
+        check(journal, kept)
+    new = thin(directory, catalog.group_id, rows, kept, step_ns=STEP)
+    check(journal, kept)  # written, not yet catalogued
+    replace(catalog, rows, new, None)
+    check(journal, kept)  # catalogued, the old files still there
+    journal.close()
+    journal.open()  # a restart between the two
+    check(journal, kept)
+    remove_leftovers(catalog := journal.replica.catalog, directory)
+    check(journal, kept)
+    named = {row.number for row in catalog.segments()}
+    assert {int(path.stem.partition("-")[0]) for path in directory.glob("*.seg")} == named
+
+
+def test_a_segment_of_a_disk_that_is_not_synced_is_not_folded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_segments(monkeypatch)
+    journal = Journal(tmp_path / "home", SIZES, sync=False)
+    journal.first_sync("root")
+    journal.run(100)
+    sealed(journal)
+    with ReplicaHistory(journal.directory) as history:
+        assert foldable(history, history.state(), journal.stamp) == []
+    journal.close()
+
+
+def test_a_segment_with_records_older_than_those_before_it_is_not_folded_without_them(
+    journal: Journal,
+) -> None:
+    # Guards "oldest_behind" in foldable: the late record would show over the base.
+    journal.run(100)
+    late = journal.model.records[5]
+    journal.late(late)
+    journal.replica.commit()
+    journal.run(60)
+    rows = sealed(journal)
+    with ReplicaHistory(journal.directory) as history:
+        found = foldable(history, history.state(), rows[-1].last_stamp)
+    assert len(rows) > len(found)
+    assert all(row.last_stamp <= late.stamp for row in found)
+
+
+def test_an_older_catalog_has_nothing_thinned(journal: Journal) -> None:
+    journal.close()
+    catalog = Catalog.open(journal.directory / "catalog.sqlite")
+    assert read_kept(catalog) == Kept()
+    assert catalog.group_name == GROUP
+    catalog.close()
+    journal.open()
