@@ -172,7 +172,7 @@ class Kept:
 def next_floor(
     ladder: Ladder, now_ns: int, kept: Kept, pinned: Sequence[int], floor_ns: int
 ) -> int:
-    """Up to where history may be folded as of now: a point that is left, and no pin is before it."""
+    """Up to where history may be folded as of now: a point that is left, behind no pin."""
     target = min([ladder.floor(now_ns), *pinned])
     return max(floor_ns, kept.before(target)) if target > floor_ns else floor_ns
 
