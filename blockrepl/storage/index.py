@@ -161,9 +161,7 @@ class JournalIndex:
             return is_whole
 
     def _reader(self, path: Path, number: int, generation: int) -> SegmentReader:
-        return SegmentReader(
-            path, number, self._group, self._files, self._directories, generation
-        )
+        return SegmentReader(path, number, self._group, self._files, self._directories, generation)
 
     def _choose(self) -> None:
         """Decide which runs lookups use: merged ones, else the segments' own."""

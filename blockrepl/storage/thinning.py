@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from blockrepl import limits
 from blockrepl.formats import frame as frames
@@ -29,8 +30,10 @@ from blockrepl.formats.run import Run, concatenate, from_frames
 from blockrepl.formats.segment import file_name
 from blockrepl.model import extents
 from blockrepl.model.retention import Kept
+from blockrepl.storage._gather import Gather
 from blockrepl.storage.catalog import SegmentRow
 from blockrepl.storage.files import Files, failure
+from blockrepl.storage.index import SHOWS_DATA
 from blockrepl.storage.payload import PayloadReader
 from blockrepl.storage.reading import ReadFiles
 from blockrepl.storage.runs import directory_cache
@@ -125,7 +128,8 @@ def thin(
     writer = _Writer(directory, group, rows, step_ns, files or Files(), pace)
     try:
         for disk, run in read.entries().items():
-            for frame in _frames(_survivors(run, kept), payload, group, disk):
+            left = _survivors(run, kept)
+            for frame in _frames(left, payload, read.files, group, disk):
                 writer.append(frame)
         return writer.finish()
     finally:
@@ -177,7 +181,7 @@ def _joined(parts: list[_Survivors]) -> _Survivors:
 
 
 def _frames(
-    left: _Survivors, payload: PayloadReader, group: bytes, disk: bytes
+    left: _Survivors, payload: PayloadReader, files: ReadFiles, group: bytes, disk: bytes
 ) -> Iterator[tuple[frames.FrameHeader, Buffer]]:
     """The survivors as frames: of at most so many records and, but for one, so much payload."""
     is_write = left.kinds == RecordKind.WRITE
@@ -191,14 +195,7 @@ def _frames(
         )
         last = min(max(fitting, first + 1), first + limits.FRAME_RECORDS_MAX, len(left))
         data = bytearray(int(ends[last - 1]) - begin)
-        for at in (first + np.flatnonzero(is_write[first:last])).tolist():
-            start, size = int(ends[at] - sizes[at]) - begin, int(sizes[at])
-            payload.read_into(
-                memoryview(data)[start : start + size],
-                int(left.places[at]),
-                int(left.frames[at]),
-                int(left.positions[at]),
-            )
+        _fill(data, left, first + np.flatnonzero(is_write[first:last]), payload, files)
         columns = Columns(
             left.stamps[first:last],
             left.starts[first:last],
@@ -217,6 +214,32 @@ def _frames(
         )
         yield encoded.header, b"".join(encoded.buffers)
         first = last
+
+
+def _fill(
+    data: bytearray,
+    left: _Survivors,
+    which: npt.NDArray[np.intp],
+    payload: PayloadReader,
+    files: ReadFiles,
+) -> None:
+    """Read the payload of some writes, one after the other. DamageError, StorageError."""
+    gather = Gather(
+        payload.proven,
+        np.append(np.zeros(1, np.uint64), np.cumsum(left.lengths[which], dtype=np.uint64)).data,
+        np.full(len(which), SHOWS_DATA, np.uint8).data,
+        left.places[which].data,
+        left.frames[which].data,
+        left.positions[which].data,
+        0,
+        len(data),
+    )
+    target = memoryview(data)
+    if gather.missing:
+        payload.supply(gather, target, wait=True)
+    paths = {number: payload.path(number) for number in gather.files()}
+    if paths:
+        files.gather(gather, paths, target, wait=True)
 
 
 class _Writer:
