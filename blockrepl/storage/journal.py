@@ -90,6 +90,10 @@ class Journal:
         waiting = (*(segment for segment, _ in self._sealing), *self._unsealed)
         return self._sealed_bytes + self.segment_bytes + sum(s.size_bytes for s in waiting)
 
+    def resized(self, by_bytes: int) -> None:
+        """Retention has replaced sealed segments by others."""
+        self._sealed_bytes += by_bytes
+
     def append(self, batch: Sequence[tuple[FrameHeader, memoryview]]) -> None:
         """Write frames and make them durable. StorageError: none of them is."""
         self._rotate()

@@ -45,13 +45,22 @@ from blockrepl.errors import DamageError, PeerError, StateError, StorageError
 from blockrepl.formats.frame import FrameHeader, FrameKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
 from blockrepl.formats.messages import AttachDisk, Attached, AttachedDisk
+from blockrepl.model.retention_plan import Decision
 from blockrepl.storage import catalog as catalogs
 from blockrepl.storage import catalog_file
 from blockrepl.storage import durable as durables
+from blockrepl.storage import retained
 from blockrepl.storage.admission import Mark, check_content, check_header, read_mark
 from blockrepl.storage.attachment import attach_disks, image_path
 from blockrepl.storage.base import BaseImage, is_blank
-from blockrepl.storage.catalog import Catalog, CheckpointRow, DiskRow, GapRow, SourceRow
+from blockrepl.storage.catalog import (
+    Catalog,
+    CheckpointRow,
+    DiskRow,
+    GapRow,
+    SegmentRow,
+    SourceRow,
+)
 from blockrepl.storage.durable import Durable, DurableFile, read_durable
 from blockrepl.storage.files import Files, fail_stop, failure, failures
 from blockrepl.storage.home import make_directory
@@ -107,6 +116,7 @@ class Replica:
         self._marks_due: list[Mark] = []  # of durable frames, not yet in the catalog
         self._reload()
         self._forget_staged()
+        retained.remove_leftovers(catalog, directory / DIRECTORY_NAME)
         durable = read_durable(directory / durables.FILE_NAME)
         self._boot = durables.this_boot()
         self._watermark = durable.watermark if durable else 0
@@ -371,6 +381,33 @@ class Replica:
             except OSError as error:
                 raise failure(error, f"cannot open {path}") from error
         return self._images[disk.id]
+
+    # Retention (storage/retained.py)
+
+    def shorten(self, decision: Decision) -> list[str]:
+        """Say what can be reached from now on; the checkpoints that are gone. StorageError."""
+        self._check_working()
+        gone = []
+        with self.catalog.transaction():
+            if self._floor_ns is not None and decision.floor_ns > self._floor_ns:
+                retained.raise_floor(self.catalog, decision.floor_ns)
+            if decision.kept != retained.read_kept(self.catalog):
+                gone = retained.thin_to(self.catalog, decision.kept)
+        self._reload()
+        return gone
+
+    def replace_segments(
+        self, old: Sequence[int], new: Sequence[SegmentRow], folded_ns: int | None = None
+    ) -> None:
+        """Segments written anew, or folded away, take the place of old ones. StorageError."""
+        self._check_working()
+        rows = {row.number: row for row in self.catalog.segments()}
+        leaving = [rows[number] for number in old]
+        retained.replace(self.catalog, leaving, new, folded_ns)
+        self._journal.resized(sum(row.bytes for row in new) - sum(row.bytes for row in leaving))
+        retained.remove_leftovers(self.catalog, self.directory / DIRECTORY_NAME)
+        self._reload()
+        self._publish()
 
     # What others see
 

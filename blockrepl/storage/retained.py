@@ -160,3 +160,18 @@ def remove_leftovers(catalog: Catalog, directory: Path) -> None:
     except OSError as error:
         raise failure(error, f"cannot remove what retention has left in {directory}") from error
     catalog.change("DELETE FROM leftovers")
+
+
+def forget_retired(catalog: Catalog, floor_ns: int) -> list[str]:
+    """Forget the disks that were retired before the floor; their names."""
+    gone = [
+        row
+        for row in catalog.disks(removed=True)
+        if row.removed_ns is not None and row.removed_ns <= floor_ns
+    ]
+    with catalog.transaction():
+        for row in gone:
+            for table in ("gaps", "proofs", "mismatches"):
+                catalog.change(f"DELETE FROM {table} WHERE disk = ?", row.id.hex())
+            catalog.change("DELETE FROM disks WHERE id = ?", row.id.hex())
+    return [row.name for row in gone]

@@ -95,6 +95,23 @@ class _Segments:
         return {disk: concatenate(parts[disk]) for disk in sorted(parts)}
 
 
+def fitting(directory: Path, group: bytes, rows: Sequence[SegmentRow]) -> list[SegmentRow]:
+    """As many of the first rows as are thinned together, at least one. StorageError."""
+    read = _Segments(directory, group, rows)
+    try:
+        records, count = 0, 0
+        for reader in read.readers:
+            records += sum(
+                reader.header(ordinal).record_count for ordinal in range(reader.frame_count())
+            )
+            if count and records > ENTRIES_MAX:
+                break
+            count += 1
+        return list(rows[:count])
+    finally:
+        read.files.close()
+
+
 def asked_at(kept: Kept, stamps: U64) -> U64:
     """For each stamp the first instant from it on that can be reached; its own where all can."""
     answers = stamps.copy()

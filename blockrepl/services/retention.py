@@ -1,0 +1,187 @@
+"""Retention at the receiver: a pass over every group now and then.
+
+A pass, in this order (storage/retained.py says why a crash in between does no harm):
+
+1. with the lock of the pins held, for a moment: what can be reached from now on is decided
+   (model/retention_plan.py) and catalogued. Pinned are what mounts, servers and forks use, and the
+   checkpoints that are kept
+2. a fold that is due is done
+3. segments that lie within what was thinned are written anew, a batch at a time
+
+2 and 3 happen in a process of their own, at `RATE`; what they made is catalogued between two
+commits. A batch that cannot be read is left alone until the receiver is restarted.
+
+Age is measured from the group's newest instant, not from our clock: a group whose source is away
+keeps all of its history for as long as that lasts.
+
+Nothing that is promised or pinned goes to make room. When limits of room ask for more than that,
+the pass says so, in the log and in `status`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+
+import trio
+
+from blockrepl.errors import BlockreplError, DamageError, StorageError
+from blockrepl.model.retention import Ladder
+from blockrepl.model.retention_plan import Decision, Pinned, decide, floor_for_room, next_batch
+from blockrepl.services.group_committer import GroupCommitter
+from blockrepl.storage import pins
+from blockrepl.storage.forks import all_pins
+from blockrepl.storage.replica import Replica
+from blockrepl.storage.retained import Policy, fold_due, forget_retired, read_kept, read_policy
+from blockrepl.storage.retention_worker import Failure, Order, Outcome
+from blockrepl.units import format_instant
+
+logger = logging.getLogger(__name__)
+
+PASS_SECONDS = 30.0
+RATE = 100e6  # bytes per second that folding and thinning write
+
+
+@dataclass(slots=True)
+class GroupRetention:
+    """What is known of a group's retention. ``problem``: why history cannot be as asked."""
+
+    problem: str = ""
+    failed: set[int] = field(default_factory=set)  # segments that cannot be thinned
+
+
+class Retention:
+    def __init__(self, *, rate: float = RATE) -> None:
+        self.groups: dict[str, GroupRetention] = {}
+        self._rate = rate
+        self._lock = trio.Lock()
+
+    async def run_pass(self, committer: GroupCommitter) -> None:
+        """Everything that is due in a group. Failures are logged, and shown as its problem."""
+        replica = committer.replica
+        known = self.groups.setdefault(replica.name, GroupRetention())
+        async with self._lock:
+            try:
+                gone, problem = await committer.perform(lambda: _decide(replica))
+                for name in gone:
+                    logger.info("group %s: checkpoint %s was thinned", replica.name, name)
+                await self._fold(committer)
+                await self._thin(committer, known)
+            except BlockreplError as error:
+                problem = str(error)
+        if problem and problem != known.problem:
+            logger.error("group %s: retention: %s", replica.name, problem)
+        known.problem = problem
+
+    async def _fold(self, committer: GroupCommitter) -> None:
+        replica = committer.replica
+        floor_ns = await trio.to_thread.run_sync(fold_due, replica.catalog)
+        if floor_ns is None:
+            return
+        outcome = await self._work(
+            Order(directory=replica.directory, operation="fold", floor_ns=floor_ns)
+        )
+        await committer.perform(
+            lambda: replica.replace_segments(outcome.old, outcome.rows(), floor_ns)
+        )
+        if outcome.old:
+            logger.info(
+                "group %s: %d segments up to %s were folded into the base",
+                replica.name,
+                len(outcome.old),
+                format_instant(floor_ns),
+            )
+
+    async def _thin(self, committer: GroupCommitter, known: GroupRetention) -> None:
+        replica = committer.replica
+        while True:
+            rows = await trio.to_thread.run_sync(replica.catalog.segments)
+            kept = await trio.to_thread.run_sync(read_kept, replica.catalog)
+            numbers, step_ns = next_batch(rows, kept, frozenset(known.failed))
+            if not numbers:
+                return
+            order = Order(
+                directory=replica.directory, operation="thin", numbers=numbers, step_ns=step_ns
+            )
+            try:
+                outcome = await self._work(order)
+            except DamageError as error:
+                known.failed.update(numbers)
+                logger.error("group %s: not thinned: %s", replica.name, error)
+                continue
+            made = outcome.rows()
+            await committer.perform(
+                lambda outcome=outcome, made=made: replica.replace_segments(outcome.old, made)
+            )
+
+    async def _work(self, order: Order) -> Outcome:
+        """Have an order carried out. DamageError, StorageError."""
+        order = order.model_copy(update={"bytes_per_second": self._rate})
+        done = await trio.run_process(
+            [sys.executable, "-m", "blockrepl.storage.retention_worker"],
+            stdin=order.model_dump_json().encode(),
+            capture_stdout=True,
+            check=False,
+        )
+        if done.returncode == 0:
+            return Outcome.model_validate_json(done.stdout)
+        if not done.stdout:
+            raise StorageError(
+                f"{order.operation} ended with {done.returncode}", hint="see the receiver's log"
+            )
+        failure = Failure.model_validate_json(done.stdout)
+        kind = DamageError if failure.code == "damage" else StorageError
+        raise kind(failure.error, hint=failure.hint)
+
+
+def _decide(replica: Replica) -> tuple[list[str], str]:
+    """Step 1, in the committer's turn: checkpoints that are gone, and what could not be done."""
+    catalog = replica.catalog
+    status = replica.status()
+    if status.floor_ns is None or status.watermark <= status.floor_ns:
+        return [], ""
+    policy = read_policy(catalog)
+    with pins.lock(replica.directory):
+        now_ns = status.watermark
+        found = [Pinned(pin.first_ns, pin.last_ns) for pin in all_pins(replica.directory, now_ns)]
+        found += [Pinned(one.at_ns, one.at_ns) for one in catalog.checkpoints() if one.kept]
+        room_ns, problem = _room(replica, policy, policy.rungs(), now_ns)
+        kept = read_kept(catalog)
+        decision = decide(policy.rungs(), now_ns, kept, found, status.floor_ns, room_ns)
+        if decision.floor_ns < room_ns:
+            problem = f"{problem or 'history'}: what is pinned holds it back"
+        gone = replica.shorten(_outside_gaps(replica, decision))
+    for name in forget_retired(catalog, decision.floor_ns):
+        (replica.directory / "base" / f"{name}.img").unlink(missing_ok=True)
+    return gone, problem
+
+
+def _outside_gaps(replica: Replica, decision: Decision) -> Decision:
+    """The floor must be a point: in a gap it waits before the gap."""
+    floor_ns = decision.floor_ns
+    for gap in replica.status().gaps:
+        if gap.from_ns <= floor_ns and (gap.to_ns is None or floor_ns < gap.to_ns):
+            floor_ns = min(floor_ns, decision.kept.before(gap.from_ns - 1))
+    return Decision(decision.kept, floor_ns)
+
+
+def _room(replica: Replica, policy: Policy, ladder: Ladder, now_ns: int) -> tuple[int, str]:
+    """The floor that the limits of room ask for, and what they ask for in vain."""
+    status = replica.status()
+    place = os.statvfs(replica.directory)
+    free_bytes = place.f_bavail * place.f_frsize
+    excess_bytes = max(
+        status.journal_bytes - policy.size_bytes if policy.size_bytes else 0,
+        policy.free_bytes - free_bytes,
+    )
+    if excess_bytes <= 0:
+        return 0, ""
+    promised_from_ns = now_ns - policy.promised_ns()
+    rows = replica.catalog.segments()
+    floor_ns = floor_for_room(rows, excess_bytes, promised_from_ns)
+    freed = sum(row.bytes for row in rows if row.sealed and row.last_stamp <= floor_ns)
+    if freed >= excess_bytes:
+        return floor_ns, ""
+    return floor_ns, "there is less room than the promised history takes; see `retention plan`"

@@ -1,0 +1,99 @@
+"""What retention does to a replica's files, in a process of its own: ``python -m`` this module.
+
+An `Order` on standard input, an `Outcome` or a `Failure` on standard output. It reads the catalog
+and never writes to it: what it has made counts when the receiver has catalogued it
+(storage/retained.py, step 3). In a process of its own it takes no time from the receiver's tasks,
+and it may be killed at any instant; it ends by itself when the receiver does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel
+
+from blockrepl.errors import BlockreplError
+from blockrepl.storage.catalog import SegmentRow
+from blockrepl.storage.folding import fold, foldable
+from blockrepl.storage.history import ReplicaHistory
+from blockrepl.storage.thinning import fitting, thin
+
+
+class Order(BaseModel):
+    """Thin the first of these segments, as many as fit; or fold up to ``floor_ns``."""
+
+    directory: Path
+    operation: Literal["thin", "fold"]
+    numbers: list[int] = []
+    step_ns: int = 0
+    floor_ns: int = 0
+    bytes_per_second: float = float("inf")
+
+
+class Outcome(BaseModel):
+    """Segments ``old`` may be replaced by rows ``new``."""
+
+    old: list[int]
+    new: list[dict[str, int | bool]]
+
+    def rows(self) -> list[SegmentRow]:
+        return [SegmentRow(**row) for row in self.new]  # type: ignore[arg-type]
+
+
+class Failure(BaseModel):
+    error: str
+    hint: str
+    code: str
+
+
+class _Pace:
+    """Keeps what is written under a rate; ends the process when its parent has ended."""
+
+    def __init__(self, bytes_per_second: float) -> None:
+        self._rate = bytes_per_second
+        self._parent = os.getppid()
+        self._due = time.monotonic()
+
+    def __call__(self, size_bytes: int) -> None:
+        if os.getppid() != self._parent:
+            sys.exit(1)
+        self._due = max(self._due, time.monotonic() - 0.1) + size_bytes / self._rate
+        time.sleep(max(0.0, self._due - time.monotonic()))
+
+
+def work(order: Order) -> Outcome:
+    """Carry out an order. DamageError, StorageError."""
+    pace = _Pace(order.bytes_per_second)
+    with ReplicaHistory(order.directory) as history:
+        state = history.state()
+        if order.operation == "fold":
+            rows = foldable(history, state, order.floor_ns)
+            if rows:
+                fold(history, state, order.floor_ns, pace=pace)
+            return Outcome(old=[row.number for row in rows], new=[])
+        directory = order.directory / "segments"
+        group = history.catalog.group_id
+        rows = [state.segments[number] for number in order.numbers]
+        rows = fitting(directory, group, rows)
+        new = thin(directory, group, rows, state.kept, step_ns=order.step_ns, pace=pace)
+        return Outcome(old=[row.number for row in rows], new=[asdict(row) for row in new])
+
+
+def main() -> int:
+    os.nice(10)
+    order = Order.model_validate_json(sys.stdin.read())
+    try:
+        answer: BaseModel = work(order)
+    except BlockreplError as error:
+        answer = Failure(error=str(error), hint=error.hint, code=error.code)
+    print(answer.model_dump_json())
+    return 0 if isinstance(answer, Outcome) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
