@@ -23,13 +23,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from dataclasses import dataclass, field
 
 import trio
 
 from blockrepl.errors import BlockreplError, DamageError, StorageError
-from blockrepl.model.retention import Ladder
-from blockrepl.model.retention_plan import Decision, Pinned, decide, floor_for_room, next_batch
+from blockrepl.model.retention_plan import Pinned, decide, floor_for_room, next_batch
 from blockrepl.services.group_committer import GroupCommitter
 from blockrepl.storage import pins
 from blockrepl.storage.forks import all_pins
@@ -143,31 +143,29 @@ def _decide(replica: Replica) -> tuple[list[str], str]:
     if status.floor_ns is None or status.watermark <= status.floor_ns:
         return [], ""
     policy = read_policy(catalog)
+    now_ns = status.watermark
+    room_ns, problem = _room(replica, policy, now_ns)
     with pins.lock(replica.directory):
-        now_ns = status.watermark
-        found = [Pinned(pin.first_ns, pin.last_ns) for pin in all_pins(replica.directory, now_ns)]
+        found = [
+            Pinned(pin.first_ns, pin.last_ns) for pin in all_pins(replica.directory, time.time_ns())
+        ]
         found += [Pinned(one.at_ns, one.at_ns) for one in catalog.checkpoints() if one.kept]
-        room_ns, problem = _room(replica, policy, policy.rungs(), now_ns)
         kept = read_kept(catalog)
         decision = decide(policy.rungs(), now_ns, kept, found, status.floor_ns, room_ns)
-        if decision.floor_ns < room_ns:
-            problem = f"{problem or 'history'}: what is pinned holds it back"
-        gone = replica.shorten(_outside_gaps(replica, decision))
+        for gap in status.gaps:
+            if gap.from_ns <= decision.floor_ns and (gap.to_ns or now_ns + 1) > decision.floor_ns:
+                # The floor must be a point: it waits for the end of the gap.
+                found.append(Pinned(gap.from_ns - 1, gap.from_ns - 1))
+                decision = decide(policy.rungs(), now_ns, kept, found, status.floor_ns, room_ns)
+        gone = replica.shorten(decision)
+    if decision.floor_ns < room_ns:
+        problem = "what is pinned holds back what should go to make room; see `retention plan`"
     for name in forget_retired(catalog, decision.floor_ns):
         (replica.directory / "base" / f"{name}.img").unlink(missing_ok=True)
     return gone, problem
 
 
-def _outside_gaps(replica: Replica, decision: Decision) -> Decision:
-    """The floor must be a point: in a gap it waits before the gap."""
-    floor_ns = decision.floor_ns
-    for gap in replica.status().gaps:
-        if gap.from_ns <= floor_ns and (gap.to_ns is None or floor_ns < gap.to_ns):
-            floor_ns = min(floor_ns, decision.kept.before(gap.from_ns - 1))
-    return Decision(decision.kept, floor_ns)
-
-
-def _room(replica: Replica, policy: Policy, ladder: Ladder, now_ns: int) -> tuple[int, str]:
+def _room(replica: Replica, policy: Policy, now_ns: int) -> tuple[int, str]:
     """The floor that the limits of room ask for, and what they ask for in vain."""
     status = replica.status()
     place = os.statvfs(replica.directory)

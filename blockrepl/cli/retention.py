@@ -1,0 +1,155 @@
+"""``retention``: which history is kept, what will go and when, and how long the room lasts."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from blockrepl.cli.checkpoint import receiver_client
+from blockrepl.cli.output import emit, human_bytes, json_option, pass_home, table
+from blockrepl.cli.point import complete_group
+from blockrepl.cli.sizes import SizeType
+from blockrepl.units import format_instant
+
+
+@click.group()
+def retention() -> None:
+    """Which points of history are kept, for how long, and what goes next."""
+
+
+@retention.command(epilog="Example: blockrepl retention show web")
+@click.argument("group", shell_complete=complete_group)
+@json_option
+@pass_home
+def show(home: Path, group: str, json_mode: bool) -> None:
+    """Show GROUP's ladder, and how much history there is at which distance of points."""
+    emit(_client(home).get(f"/retention/{group}"), json_mode, _shown)
+
+
+@retention.command(epilog="Example: blockrepl retention plan web")
+@click.argument("group", shell_complete=complete_group)
+@json_option
+@pass_home
+def plan(home: Path, group: str, json_mode: bool) -> None:
+    """Show what goes within a day, what is pinned and by whom, and how long the room lasts."""
+    emit(_client(home).get(f"/retention/{group}"), json_mode, _planned)
+
+
+@retention.command(
+    name="set",
+    epilog="Examples: blockrepl retention set web --ladder all:24h,1m:7d,1h:90d;  "
+    "blockrepl retention set web --max-size 500G --promise 12h",
+)
+@click.argument("group", shell_complete=complete_group)
+@click.option(
+    "--ladder", help="As in all:24h,1m:7d,1h:90d: every write for a day, then a point a minute..."
+)
+@click.option("--promise", help="Age up to which nothing goes to make room. [default: first rung]")
+@click.option("--max-size", type=SizeType(), help="Most that the journal may take; 0: no limit.")
+@click.option("--min-free", type=SizeType(), help="Room to leave free on the file system.")
+@json_option
+@pass_home
+def set_(
+    home: Path,
+    group: str,
+    ladder: str | None,
+    promise: str | None,
+    max_size: int | None,
+    min_free: int | None,
+    json_mode: bool,
+) -> None:
+    """Change what is kept of GROUP's history; what is not given stays as it is.
+
+    What is older than the last rung is folded into the base images. Where room is limited, history
+    is shortened from its old end, but nothing that is promised, pinned or kept ever goes to make
+    room: the receiver would rather stop acknowledging, and say so.
+    """
+    client = _client(home)
+    policy = client.get(f"/retention/{group}")["policy"]
+    if ladder is not None:
+        policy["ladder"] = ladder
+    if promise is not None:
+        policy["promised"] = promise
+    if max_size is not None:
+        policy["size_bytes"] = max_size or None
+    if min_free is not None:
+        policy["free_bytes"] = min_free
+    emit(client.post(f"/retention/{group}", policy), json_mode, _shown)
+
+
+@retention.command(epilog="Example: blockrepl retention run web")
+@click.argument("group", shell_complete=complete_group)
+@json_option
+@pass_home
+def run(home: Path, group: str, json_mode: bool) -> None:
+    """Do now what is due for GROUP, and wait for it."""
+    emit(_client(home).post(f"/retention/{group}/run", {}), json_mode, _shown)
+
+
+def _client(home: Path) -> Any:
+    return receiver_client(home)
+
+
+def _shown(document: dict[str, Any]) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    policy = document["policy"]
+    lines: list[Any] = [
+        Text.assemble(("group ", ""), (document["group"], "bold"), f"  ladder {policy['ladder']}"),
+        Text(f"  {_room(document)}", "red" if document["level"] == "error" else ""),
+    ]
+    if document["problem"]:
+        lines.append(Text(f"  {document['problem']}", "red"))
+    rows = [
+        [
+            f"  {format_instant(one['from_ns'])}",
+            format_instant(one["to_ns"]),
+            _step(one["step_seconds"]),
+            human_bytes(one["journal_bytes"]),
+        ]
+        for one in document["stretches"]
+    ]
+    headers = ["  from", "to", "points", "journal"]
+    return Group(*lines, table(headers, rows, right="journal"))
+
+
+def _planned(document: dict[str, Any]) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[Any] = [Text(_room(document), "red" if document["level"] == "error" else "")]
+    if document["problem"]:
+        parts.append(Text(document["problem"], "red"))
+    rows = [
+        [
+            "goes into the base" if one["what"] == "fold" else _step(one["step_seconds"]),
+            format_instant(one["from_ns"]),
+            format_instant(one["to_ns"]),
+            ", ".join(one["held_by"]) or "-",
+        ]
+        for one in document["upcoming"]
+    ]
+    parts.append(table(["within a day", "from", "to", "held back by"], rows))
+    pins = [
+        [pin["what"], format_instant(pin["first_ns"]), format_instant(pin["last_ns"])]
+        for pin in document["pins"]
+    ]
+    parts.append(table(["pinned by", "from", "to"], pins))
+    return Group(*parts)
+
+
+def _room(document: dict[str, Any]) -> str:
+    used, free = human_bytes(document["journal_bytes"]), human_bytes(document["free_bytes"])
+    days = document["days_left"]
+    lasts = "nothing was written today" if days is None else f"{days:.1f} days at today's rate"
+    return f"journal {used}, free {free}: {lasts}"
+
+
+def _step(seconds: float) -> str:
+    if not seconds:
+        return "every write"
+    return f"one every {time.strftime('%H:%M:%S', time.gmtime(seconds))}"

@@ -1,0 +1,157 @@
+"""What retention keeps of a group, what will go next and when, and how long the room lasts.
+
+From a replica's files, so that it can be told of a receiver that does not run as well.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from blockrepl.model.retention import ALL, Kept, Ladder
+from blockrepl.storage.catalog import Catalog, SegmentRow
+from blockrepl.storage.forks import all_pins
+from blockrepl.storage.retained import Policy, read_kept, read_policy
+from blockrepl.units import NANOSECONDS_PER_SECOND, format_instant
+
+DAY_NS = 86400 * NANOSECONDS_PER_SECOND
+WARNING_DAYS = 7.0  # of room at today's rate
+ERROR_DAYS = 1.0
+
+
+class StretchStatus(BaseModel):
+    """History in [from, to]; ``step_seconds`` 0: every write."""
+
+    from_ns: int
+    to_ns: int
+    step_seconds: float
+    journal_bytes: int
+
+
+class PinStatus(BaseModel):
+    what: str
+    first_ns: int
+    last_ns: int
+
+
+class Upcoming(BaseModel):
+    """Within a day from now, this much of history becomes coarser, or goes."""
+
+    what: str  # thin, fold
+    from_ns: int
+    to_ns: int
+    step_seconds: float
+    held_by: list[str]
+
+
+class RetentionStatus(BaseModel):
+    group: str
+    policy: Policy
+    floor: str | None
+    floor_ns: int | None
+    latest: str | None
+    latest_ns: int | None
+    stretches: list[StretchStatus]
+    pins: list[PinStatus]
+    upcoming: list[Upcoming]
+    journal_bytes: int
+    free_bytes: int
+    bytes_per_day: int
+    days_left: float | None  # None: nothing was written in the last day
+    level: str  # ok, warning, error
+    problem: str = ""
+
+
+def describe_retention(
+    directory: Path, catalog: Catalog, latest_ns: int, problem: str = ""
+) -> RetentionStatus:
+    """The state of a group's retention. Blocks. StorageError."""
+    policy = read_policy(catalog)
+    kept = read_kept(catalog)
+    rows = catalog.segments()
+    floors = [row.ready_ns for row in catalog.disks(removed=True) if row.ready_ns is not None]
+    floor_ns = min(floors, default=None)
+    pins = [
+        PinStatus(what=pin.what, first_ns=pin.first_ns, last_ns=pin.last_ns)
+        for pin in all_pins(directory, time.time_ns())
+    ]
+    pins += [
+        PinStatus(what=f"checkpoint {one.name}", first_ns=one.at_ns, last_ns=one.at_ns)
+        for one in catalog.checkpoints()
+        if one.kept
+    ]
+    place = os.statvfs(directory)
+    free_bytes = place.f_bavail * place.f_frsize
+    per_day = sum(row.bytes for row in rows if row.last_stamp > latest_ns - DAY_NS)
+    room_bytes = max(0, free_bytes - policy.free_bytes)
+    days_left = room_bytes / per_day if per_day else None
+    level = "ok"
+    if days_left is not None and days_left < WARNING_DAYS:
+        level = "error" if days_left < ERROR_DAYS else "warning"
+    has_history = floor_ns is not None and latest_ns >= floor_ns
+    return RetentionStatus(
+        group=catalog.group_name,
+        policy=policy,
+        floor=format_instant(floor_ns) if floor_ns is not None else None,
+        floor_ns=floor_ns,
+        latest=format_instant(latest_ns) if has_history else None,
+        latest_ns=latest_ns if has_history else None,
+        stretches=_stretches(kept, rows, floor_ns, latest_ns) if has_history else [],
+        pins=sorted(pins, key=lambda pin: pin.first_ns),
+        upcoming=_upcoming(policy.rungs(), kept, pins, floor_ns, latest_ns)
+        if floor_ns is not None
+        else [],
+        journal_bytes=sum(row.bytes for row in rows),
+        free_bytes=free_bytes,
+        bytes_per_day=per_day,
+        days_left=days_left,
+        level="error" if problem else level,
+        problem=problem,
+    )
+
+
+def _stretches(
+    kept: Kept, rows: list[SegmentRow], floor_ns: int | None, latest_ns: int
+) -> list[StretchStatus]:
+    bounds = [(one.from_ns, one.to_ns, one.step_ns) for one in kept.stretches]
+    begin = bounds[-1][1] if bounds else floor_ns or 0
+    bounds.append((begin, latest_ns, ALL))
+    return [
+        StretchStatus(
+            from_ns=first,
+            to_ns=last,
+            step_seconds=step_ns / NANOSECONDS_PER_SECOND,
+            journal_bytes=sum(row.bytes for row in rows if first < row.last_stamp <= last),
+        )
+        for first, last, step_ns in bounds
+    ]
+
+
+def _upcoming(
+    ladder: Ladder, kept: Kept, pins: list[PinStatus], floor_ns: int, latest_ns: int
+) -> list[Upcoming]:
+    """What a day more of history changes."""
+    later_ns = latest_ns + DAY_NS
+    found = []
+    floor_then = ladder.floor(later_ns)
+    if floor_then > floor_ns:
+        found.append(("fold", floor_ns, floor_then, 0.0))
+    for one in ladder.stretches(later_ns):
+        done = max((old.to_ns for old in kept.stretches if old.step_ns >= one.step_ns), default=0)
+        begin = max(one.from_ns, done, floor_ns)
+        end = min(one.to_ns, latest_ns)
+        if end > begin:
+            found.append(("thin", begin, end, one.step_ns / NANOSECONDS_PER_SECOND))
+    return [
+        Upcoming(
+            what=what,
+            from_ns=first,
+            to_ns=last,
+            step_seconds=step,
+            held_by=[pin.what for pin in pins if pin.first_ns <= last and pin.last_ns >= first],
+        )
+        for what, first, last, step in found
+    ]
