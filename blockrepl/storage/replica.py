@@ -47,9 +47,8 @@ from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
 from blockrepl.formats.messages import AttachDisk, Attached, AttachedDisk
 from blockrepl.model.retention_plan import Decision
 from blockrepl.storage import catalog as catalogs
-from blockrepl.storage import catalog_file
+from blockrepl.storage import catalog_file, retained
 from blockrepl.storage import durable as durables
-from blockrepl.storage import retained
 from blockrepl.storage.admission import Mark, check_content, check_header, read_mark
 from blockrepl.storage.attachment import attach_disks, image_path
 from blockrepl.storage.base import BaseImage, is_blank
