@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -575,6 +576,7 @@ async def test_checkpoints_are_listed_made_and_removed_on_both_sides(vault: Vaul
 async def test_status_says_what_is_there(vault: Vault) -> None:
     async with vault.peer() as peer:
         agent = await peer.attach()
+        agent.stamp = time.time_ns()
         assert (await vault.group())["state"] == "initial-sync"
         await peer.send(agent.base(0, os.urandom(4096)), agent.consistent(), agent.writes())
         await peer.acknowledged(3)
