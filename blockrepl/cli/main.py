@@ -50,6 +50,7 @@ COMMANDS = {
     "export": ("export", "Write a disk, as it was at a point, to a file."),
     "diff": ("diff", "What was written between two points; a patch of it."),
     "bisect": ("bisect", "Find the write that made a group bad."),
+    "retention": ("retention", "Which points are kept for how long, and what goes next."),
     "doctor": ("doctor", "What this machine lacks, and how to install it."),
     "completion": ("completion", "Print the completion script of a shell."),
 }

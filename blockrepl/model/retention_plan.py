@@ -57,7 +57,10 @@ def decide(
     # An interval that is pinned is not thinned at all, nor what is newer.
     begin = min((pin.first_ns for pin in pins if pin.first_ns < pin.last_ns), default=None)
     wanted = []
-    for one in ladder.stretches(now_ns):
+    last, end = ladder.rungs[-1], ladder.floor(now_ns)
+    # What a pin keeps from being folded is thinned like the oldest rung.
+    held = [Stretch(floor, end, last.step_ns)] if last.step_ns and end > floor else []
+    for one in (*held, *ladder.stretches(now_ns)):
         end = one.to_ns if begin is None else min(one.to_ns, begin - begin % one.step_ns)
         if end > one.from_ns:
             wanted.append(Stretch(one.from_ns, end, one.step_ns))

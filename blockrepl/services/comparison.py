@@ -35,6 +35,7 @@ from blockrepl.storage.catalog import DiskRow
 from blockrepl.storage.content import ContentReader, Extent
 from blockrepl.storage.digests import digest_blocks, zero_digests
 from blockrepl.storage.history import ReplicaHistory
+from blockrepl.storage.reading import GoneError
 from blockrepl.storage.replica import Replica
 from blockrepl.units import format_instant
 
@@ -89,6 +90,17 @@ class GroupComparison:
 
     def compare(self, source: bytes, compare: Compare, check: Callable[[], None]) -> Verdict:
         """``check`` is called now and then, and may raise. PeerError, StorageError."""
+        try:
+            return self._compare(source, compare, check, is_last=False)
+        except GoneError:  # retention has replaced a segment: look again
+            with self._lock:
+                if self._history is not None:
+                    self._history.look_again()
+            return self._compare(source, compare, check, is_last=True)
+
+    def _compare(
+        self, source: bytes, compare: Compare, check: Callable[[], None], *, is_last: bool
+    ) -> Verdict:
         disk = self._disk(source, compare)
         reader = self._reader()
         self._check_stamp(disk, compare)
@@ -98,7 +110,8 @@ class GroupComparison:
         for first in range(0, compare.length, REGION_BYTES):
             check()
             length = min(REGION_BYTES, compare.length - first)
-            mine = self._digests(reader, disk, compare.offset + first, length, compare.stamp)
+            at = compare.offset + first
+            mine = self._digests(reader, disk, at, length, compare.stamp, is_last)
             block = first // COMPARE_BLOCK_BYTES
             for place, digest in enumerate(mine):
                 at = (block + place) * DIGEST_BYTES
@@ -145,7 +158,13 @@ class GroupComparison:
             raise PeerError(f"comparison of disk {disk.name} at an instant that is not durable yet")
 
     def _digests(
-        self, reader: ContentReader, disk: DiskRow, offset: int, length: int, at_ns: int
+        self,
+        reader: ContentReader,
+        disk: DiskRow,
+        offset: int,
+        length: int,
+        at_ns: int,
+        is_last: bool,
     ) -> list[bytes]:
         """A region's digests, block by block; empty for what cannot be read."""
         count = -(-length // COMPARE_BLOCK_BYTES)
@@ -156,7 +175,7 @@ class GroupComparison:
             window = reader.resolve(disk.id, offset, end, at_ns)
             reader.add_extents(extents, image, window, offset, end)
         except (DamageError, StorageError) as error:
-            logger.error("group %s: disk %s: %s", self._replica.name, disk.name, error)
+            self._unreadable(disk, error, is_last)
             return [b""] * count
         digests: list[bytes] = []
         has_data = _blocks_with_data(extents, offset, count)
@@ -170,11 +189,17 @@ class GroupComparison:
             try:
                 reader.read_into(image, window, at, memoryview(data))
             except (DamageError, StorageError) as error:
-                logger.error("group %s: disk %s: %s", self._replica.name, disk.name, error)
+                self._unreadable(disk, error, is_last)
                 digests.append(b"")
             else:
                 digests.append(digest_blocks(data))
         return digests
+
+    def _unreadable(self, disk: DiskRow, error: StorageError, is_last: bool) -> None:
+        """What cannot be read differs; what is gone is looked for once more. GoneError."""
+        if isinstance(error, GoneError) and not is_last:
+            raise error
+        logger.error("group %s: disk %s: %s", self._replica.name, disk.name, error)
 
     def _note(self, disk: DiskRow, compare: Compare, differing: list[int]) -> None:
         """Catalogue what a scrub has found."""

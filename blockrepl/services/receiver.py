@@ -30,6 +30,7 @@ from blockrepl.channel.handshake import ENROL_SERVER_NAME, accept, server_contex
 from blockrepl.channel.secure_stream import SecureStream
 from blockrepl.errors import BlockreplError, PeerError, StateError, StorageError, TrustError
 from blockrepl.formats.messages import RECEIVER_ACCEPTS, Request, ScrubPass
+from blockrepl.model.retention import check_change
 from blockrepl.services.control import serve_control
 from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
 from blockrepl.services.index_merging import IndexMerging
@@ -44,8 +45,11 @@ from blockrepl.services.receiver_groups import ReceiverGroups
 from blockrepl.services.receiver_home import load_authority, open_trust, read_configuration
 from blockrepl.services.receiver_sessions import SourceSession
 from blockrepl.services.receiver_status import GroupFacts, describe_group, facts_of
+from blockrepl.services.retention import PASS_SECONDS, Retention
+from blockrepl.services.retention_status import RetentionStatus, describe_retention
 from blockrepl.services.verification import DiskProof, describe_proofs
 from blockrepl.storage.home import Home, check_name, exclusive_lock, make_directory
+from blockrepl.storage.retained import Policy, read_kept, write_policy
 from blockrepl.storage.trust import TrustStore, fenced
 
 logger = logging.getLogger(__name__)
@@ -75,6 +79,7 @@ class Receiver:
         self._admitting = trio.StrictFIFOLock()
         self._source_names: dict[bytes, str] = {}
         self.passes: dict[bytes, ScrubPass] = {}  # by disk, as their sources told last
+        self._retention = Retention()
 
     # Connections
 
@@ -243,6 +248,39 @@ class Receiver:
     async def remove_checkpoint(self, group: str, name: str) -> Checkpoint:
         return await self.groups.remove_checkpoint(self.groups.find(group), name, kept_too=True)
 
+    # Retention
+
+    async def keep_retention(self) -> None:
+        """A pass over every group now and then, until cancelled."""
+        while True:
+            await trio.sleep(PASS_SECONDS)
+            for committer in list(self.groups.committers.values()):
+                await self._retention.run_pass(committer)
+
+    async def retention(self, group: str) -> RetentionStatus:
+        replica = self.groups.find(group).replica
+        known = self._retention.groups.get(group)
+        return await trio.to_thread.run_sync(
+            describe_retention,
+            replica.directory,
+            replica.catalog,
+            replica.status().watermark,
+            known.problem if known else "",
+        )
+
+    async def set_retention(self, group: str, policy: Policy) -> RetentionStatus:
+        """Keep a group's history by this policy from now on. UsageError."""
+        committer = self.groups.find(group)
+        catalog = committer.replica.catalog
+        policy.promised_ns()  # UsageError when it does not parse
+        check_change(policy.rungs(), await trio.to_thread.run_sync(read_kept, catalog))
+        await committer.perform(lambda: write_policy(catalog, policy))
+        return await self.retention(group)
+
+    async def run_retention(self, group: str) -> RetentionStatus:
+        await self._retention.run_pass(self.groups.find(group))
+        return await self.retention(group)
+
     async def answer(self, committer: GroupCommitter, request: Request) -> Any:
         """Answer a source's request about a group of its own."""
         match request.verb:
@@ -288,6 +326,7 @@ async def run_receiver(home: Home, host: str, port: int, *, ready: Callable[[str
                 nursery.start_soon(groups.write_proofs)
                 nursery.start_soon(groups.sweep_forks)
                 nursery.start_soon(IndexMerging(groups.committers).run)
+                nursery.start_soon(receiver.keep_retention)
                 nursery.start_soon(partial(trio.serve_listeners, receiver.serve, listeners))
                 ready(_address(listeners[0]))
         finally:

@@ -7,6 +7,9 @@ GET /status                            Status
 GET /checkpoints/GROUP                 the group's checkpoints, by instant
 POST /checkpoints/GROUP                NewCheckpoint: names an instant that can be reached
 POST /checkpoints/GROUP/NAME/remove    forgets one, kept or not
+GET /retention/GROUP                   RetentionStatus
+POST /retention/GROUP                  Policy: is kept by from now on
+POST /retention/GROUP/run              does what is due, answers when it is done
 GET /verify/GROUP                      what the scrub has proven, per disk
 POST /verify/GROUP                     asks the group's sources for a pass now; as before it
 POST /seeds/GROUP/DISK                 puts the copy that waits in place (storage/seed.py)
@@ -25,8 +28,10 @@ from starlette.routing import Route
 
 from blockrepl.formats.marks import NameField, StampField
 from blockrepl.services.control import control_application
+from blockrepl.services.retention_status import RetentionStatus
 from blockrepl.services.verification import DiskProof, PassStatus
 from blockrepl.storage.catalog import CheckpointRow
+from blockrepl.storage.retained import Policy
 from blockrepl.units import format_instant
 
 GroupState = Literal["initial-sync", "replicating", "resync", "disconnected", "error"]
@@ -127,6 +132,12 @@ class ReceiverControl(Protocol):
 
     async def begin_verify(self, group: str) -> list[DiskProof]: ...
 
+    async def retention(self, group: str) -> RetentionStatus: ...
+
+    async def set_retention(self, group: str, policy: Policy) -> RetentionStatus: ...
+
+    async def run_retention(self, group: str) -> RetentionStatus: ...
+
 
 def receiver_application(receiver: ReceiverControl) -> Starlette:
     async def status(request: Request) -> JSONResponse:
@@ -153,8 +164,20 @@ def receiver_application(receiver: ReceiverControl) -> Starlette:
         call = receiver.verify if request.method == "GET" else receiver.begin_verify
         return JSONResponse([proof.model_dump() for proof in await call(group)])
 
+    async def retention(request: Request) -> JSONResponse:
+        group = request.path_params["group"]
+        if request.method == "GET":
+            return _answer(await receiver.retention(group))
+        policy = Policy.model_validate_json(await request.body())
+        return _answer(await receiver.set_retention(group, policy))
+
+    async def run_retention(request: Request) -> JSONResponse:
+        return _answer(await receiver.run_retention(request.path_params["group"]))
+
     return control_application(
         [
+            Route("/retention/{group}", retention, methods=["GET", "POST"]),
+            Route("/retention/{group}/run", run_retention, methods=["POST"]),
             Route("/status", status),
             Route("/checkpoints/{group}", checkpoints, methods=["GET", "POST"]),
             Route("/checkpoints/{group}/{name}/remove", remove, methods=["POST"]),

@@ -25,6 +25,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -111,10 +112,7 @@ class Retention:
                 known.failed.update(numbers)
                 logger.error("group %s: not thinned: %s", replica.name, error)
                 continue
-            made = outcome.rows()
-            await committer.perform(
-                lambda outcome=outcome, made=made: replica.replace_segments(outcome.old, made)
-            )
+            await committer.perform(partial(replica.replace_segments, outcome.old, outcome.rows()))
 
     async def _work(self, order: Order) -> Outcome:
         """Have an order carried out. DamageError, StorageError."""

@@ -158,6 +158,10 @@ class ReplicaHistory:
             self._refresh(self.catalog.segments(), durable)
             self._seen = durable
 
+    def look_again(self) -> None:
+        """Segments have been replaced: the next look is at all of them."""
+        self._seen = None
+
     def _refresh(self, rows: Iterable[SegmentRow], durable: Durable | None) -> bool:
         known = {row.number: Known.of(row) for row in rows}
         return self.index.refresh(

@@ -1,0 +1,171 @@
+"""Passes of retention over a real replica: what the ladder keeps stays, what is pinned stays."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from journal_model import Journal, small_segments
+from test_thinning import SIZES, check
+
+from blockrepl.errors import PointError
+from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
+from blockrepl.services.retention import Retention
+from blockrepl.services.retention_status import describe_retention
+from blockrepl.storage import pins
+from blockrepl.storage.history import ReplicaHistory
+from blockrepl.storage.retained import Policy, fold_due, read_kept, write_policy
+from blockrepl.units import KIB, MIB, NANOSECONDS_PER_SECOND
+
+SECOND = NANOSECONDS_PER_SECOND
+LADDER = "all:20s,5s:60s,20s:120s"
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Journal]:
+    """Records about half a second apart."""
+
+    def tick(self: Journal) -> int:
+        self.stamp += self.random.randrange(1, SECOND)
+        return self.stamp
+
+    monkeypatch.setattr(Journal, "tick", tick)
+    small_segments(monkeypatch, 24 * KIB)
+    made = Journal(tmp_path / "home", SIZES)
+    write_policy(made.replica.catalog, Policy(ladder=LADDER))
+    yield made
+    made.close()
+
+
+@asynccontextmanager
+async def committing(journal: Journal) -> AsyncIterator[GroupCommitter]:
+    journal.close()
+    journal.open()  # seals what is full
+    committer = GroupCommitter(journal.replica, MemoryBudget(MIB))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(committer.run)
+        yield committer
+        nursery.cancel_scope.cancel()
+
+
+def floor_of(journal: Journal) -> int:
+    floor_ns = journal.replica.status().floor_ns
+    assert floor_ns is not None
+    return floor_ns
+
+
+def segments_of(journal: Journal) -> list[str]:
+    return sorted(path.name for path in (journal.directory / "segments").iterdir())
+
+
+async def test_a_pass_keeps_what_the_ladder_says_and_folds_the_rest(journal: Journal) -> None:
+    journal.run(450)
+    journal.gap_and_resync("data")
+    journal.run(150)
+    before = segments_of(journal)
+    async with committing(journal) as committer:
+        retention = Retention()
+        await retention.run_pass(committer)
+        assert retention.groups["web"].problem == ""
+        kept, floor_ns = read_kept(journal.replica.catalog), floor_of(journal)
+        assert [one.step_ns for one in kept.stretches] == [20 * SECOND, 5 * SECOND]
+        assert journal.stamp - floor_ns < 145 * SECOND
+        assert len(segments_of(journal)) < len(before)
+        assert any("-" in name for name in segments_of(journal))
+        shown, refused = check(journal, kept, floor_ns)
+        assert shown > 40
+        assert refused > 200
+        again = segments_of(journal)
+        await retention.run_pass(committer)  # nothing is due
+        assert (read_kept(journal.replica.catalog), floor_of(journal)) == (kept, floor_ns)
+        assert segments_of(journal) == again
+    journal.run(120)
+    async with committing(journal) as committer:
+        await Retention().run_pass(committer)
+        assert floor_of(journal) > floor_ns
+        assert check(journal, read_kept(journal.replica.catalog), floor_of(journal))[0] > 40
+
+
+async def test_pins_and_kept_checkpoints_hold_back_just_what_they_need(journal: Journal) -> None:
+    # Guards "found" in retention._decide: what a mount or a checkpoint shows would go.
+    journal.run(100)
+    early = journal.checkpoint("early", kept=True)
+    loose = journal.checkpoint("loose")
+    journal.run(100)
+    used = journal.model.records[-1].stamp
+    journal.run(400)
+    with (
+        ReplicaHistory(journal.directory) as history,
+        pins.holding(history, used, used, "a test"),
+    ):
+        async with committing(journal) as committer:
+            await Retention().run_pass(committer)
+            kept, floor_ns = read_kept(journal.replica.catalog), floor_of(journal)
+            assert floor_ns <= early
+            assert kept.before(early) == early
+            assert kept.before(used) == used
+            names = [row.name for row in journal.replica.catalog.checkpoints()]
+            assert names == (["early", "loose"] if kept.before(loose) == loose else ["early"])
+            assert check(journal, kept, floor_ns)[0] > 40
+            with pytest.raises(PointError):
+                pins.hold(history, used + 1, used + 1, "what has been thinned")
+            journal.replica.catalog.remove_checkpoint("early")
+    async with committing(journal) as committer:
+        await Retention().run_pass(committer)
+        assert floor_of(journal) > used
+        assert check(journal, read_kept(journal.replica.catalog), floor_of(journal))[0] > 40
+
+
+async def test_nothing_that_is_promised_goes_to_make_room(journal: Journal) -> None:
+    # Guards "promised_from_ns" in floor_for_room: history would end with the limit.
+    journal.run(300)
+    catalog = journal.replica.catalog
+    policy = Policy(ladder="all:1h", promised="60s", size_bytes=1)
+    write_policy(catalog, policy)
+    async with committing(journal) as committer:
+        catalog = journal.replica.catalog
+        retention = Retention()
+        await retention.run_pass(committer)
+        floor_ns = floor_of(journal)
+        assert journal.stamp - 90 * SECOND < floor_ns <= journal.stamp - 60 * SECOND
+        assert "less room than the promised" in retention.groups["web"].problem
+        told = describe_retention(journal.directory, catalog, journal.stamp, "no room")
+        assert (told.level, told.floor_ns) == ("error", floor_ns)
+        assert check(journal, read_kept(catalog), floor_ns)[0] > 60
+
+
+async def test_a_fold_that_a_crash_cut_off_is_done_by_the_next_pass(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.run(600)
+    async with committing(journal) as committer:
+        retention = Retention()
+        monkeypatch.setattr(retention, "_fold", _Crash())
+        with pytest.raises(_Crashed):
+            await retention.run_pass(committer)
+        floor_ns = floor_of(journal)
+        assert fold_due(journal.replica.catalog) == floor_ns
+        assert check(journal, read_kept(journal.replica.catalog), floor_ns)[0] > 40
+    async with committing(journal) as committer:
+        await Retention().run_pass(committer)
+        assert fold_due(journal.replica.catalog) is None
+        assert check(journal, read_kept(journal.replica.catalog), floor_of(journal))[0] > 40
+
+
+class _Crashed(Exception):
+    pass
+
+
+class _Crash:
+    async def __call__(self, _committer: GroupCommitter) -> None:
+        raise _Crashed
+
+
+async def test_a_group_whose_source_is_away_keeps_its_history(journal: Journal) -> None:
+    journal.run(60)
+    async with committing(journal) as committer:
+        await Retention().run_pass(committer)  # by our clock, all of it is years from here
+        assert check(journal, read_kept(journal.replica.catalog), floor_of(journal))[0] > 20
