@@ -13,7 +13,7 @@ the agent                          test_an_agent_that_is_killed
 the network, beyond the spool      test_outage.py
 the receiver, before fdatasync     test_frames_that_were_never_durable
 the receiver, torn tail            the same, with half a frame
-fold, half way                     none: there is no folding yet
+fold, half way                     test_thinning.py: a fold that broke off half way
 disk full at the receiver          test_a_full_disk_at_the_receiver
 disk full at the source's spool    test_a_full_disk_at_the_spool
 =================================  =================================================

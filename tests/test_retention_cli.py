@@ -1,0 +1,66 @@
+"""``blockrepl retention`` with real services."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from serving import Disk, as_root, blockrepl, place, tool, wait_for
+from test_verify_cli import latest
+
+from blockrepl.units import MIB, format_instant
+from scripts.guest.pair import Pair
+
+__all__ = ["place"]
+
+pytestmark = as_root
+
+
+def refusal(home: Path, point: str) -> dict[str, object]:
+    done = blockrepl(home, "point", "g", point, "--json")
+    assert done.returncode == 1
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+def test_history_is_shortened_as_it_was_set_and_what_is_gone_is_refused(place: Pair) -> None:
+    disk = Disk(place, size_bytes=8 * MIB)
+    place.receiver("receiver", "init", quiet=True)
+    place.start_receiver()
+    place.join()
+    place.start_agent()
+    disk.start()
+    place.wait_replicating("g")
+    tool("qemu-io", "-f", "raw", "-c", "write -P 7 0 1M", disk.uri)
+    place.wait_durable("g")
+    first = place.group("g")["floor_ns"]
+    home = place.receiver_home
+
+    shown = place.receiver_json("retention", "show", "g")
+    assert shown["policy"]["ladder"] == "all:1d,1m:1w,1h:90d"
+    bad = blockrepl(home, "retention", "set", "g", "--ladder", "all:1d,1h:12h")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert "ends no later than" in bad.stderr
+    assert len(bad.stderr.splitlines()) == 1
+    assert blockrepl(home, "retention", "show", "nobody").returncode == 1
+
+    place.receiver("checkpoint", "create", "g", "stays", "--keep", quiet=True)
+    stays = place.receiver_json("checkpoint", "list", "g")[0]["at_ns"]
+    place.receiver_json("retention", "set", "g", "--ladder", "all:2s,1s:4s")
+
+    def is_thinned() -> bool:
+        ran = place.receiver_json("retention", "run", "g")
+        return ran["floor_ns"] == stays and len(ran["stretches"]) > 1
+
+    wait_for(is_thinned, "the history is thinned")
+    ran = place.receiver_json("retention", "show", "g")
+    assert first < stays
+    assert [pin["what"] for pin in ran["pins"]] == ["checkpoint stays"]
+    assert "before the floor" in str(refusal(home, format_instant(first))["error"])
+    thinned = refusal(home, format_instant(ran["stretches"][0]["to_ns"] - 1))
+    assert "thinned by retention" in str(thinned["error"])
+    assert thinned["nearest_after_ns"] == ran["stretches"][0]["to_ns"]
+    assert place.receiver_json("point", "g", "tag:stays")["at_ns"] == stays
+    planned = place.receiver("retention", "plan", "g", quiet=True)
+    assert "checkpoint stays" in planned
+    assert latest(place) == disk.image.read_bytes()
