@@ -233,6 +233,7 @@ def test_the_hot_bit_is_durable_before_a_cold_region_is_written(place: Pair) -> 
         client.write(3 * REGION - 1, b"the edge of two")
     hot = ["map write", "map flush"]
     assert steps(log, disk) == [
+        "map flush",  # of what was read: a killed server may have left it in the page cache
         *hot,
         "image write",
         "image write",
@@ -252,7 +253,7 @@ def test_fua_is_durable_before_it_is_acknowledged(place: Pair) -> None:
         client.write(0, b"now", flags=nbd_client.FUA)
         client.write(0, b"later")
         client.flush()
-    assert steps(log, disk) == ["image write", "image flush", "image write", "image flush"]
+    assert steps(log, disk)[1:] == ["image write", "image flush", "image write", "image flush"]
 
 
 def test_no_local_write_where_the_hot_map_cannot_be_written(place: Pair) -> None:

@@ -228,7 +228,12 @@ class Outbox:
         return False
 
     def _is_crowded(self) -> bool:
-        return self._owner.is_crowded() and trio.current_time() >= self._crowded_after
+        """Whether what is in memory must leave it; one large frame alone is no crowd."""
+        return (
+            bool(self._memory)
+            and self._owner.is_crowded()
+            and trio.current_time() >= self._crowded_after
+        )
 
     def _hold(self, item: Item) -> None:
         self._memory.append(item)
