@@ -228,6 +228,8 @@ class Outbox:
         return False
 
     def _is_crowded(self) -> bool:
+        if not self._memory:  # the frame to come fills the ring by itself: there is nothing to move
+            return False
         return self._owner.is_crowded() and trio.current_time() >= self._crowded_after
 
     def _hold(self, item: Item) -> None:
