@@ -67,7 +67,7 @@ async def test_a_round_goes_out_between_two_pieces(source: Source) -> None:
             if frame.header.kind == FrameKind.BASE:
                 guest.write(0, b"x" * 512)
 
-        pump.outbox.put = then_write  # type: ignore[method-assign,assignment]
+        pump.outbox.put = then_write  # type: ignore[method-assign]
         await until(receiver.marks)
     kinds = [frame.header.kind for frame in receiver.frames if frame.records]
     assert kinds.count(FrameKind.BASE) > 5
