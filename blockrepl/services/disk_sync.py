@@ -12,19 +12,25 @@ differing  syncing                         the blocks that differ are read again
 sent       syncing                         acknowledged -> done
 =========  ==============================  ==================================================
 
-A write that finds no room in the ring makes its region stale again, in whatever state it is.
+A write that finds no room in the ring makes its region stale again, in whatever state it is. Then
+the region is begun anew, in another turn, and what comes back of the earlier one ends nothing.
 When the link is lost, all that is not done is stale again.
 
 Why the second reading: what is sent must be newer than everything sent before it and older than
 everything sent after (its stamp says so), and the verdict takes a while. Why a block that is the
 same may be left out: the replica had it at the instant of the comparison, and what changed it since
 has a record of its own, or made it stale.
+
+Why records are sent between the marking and the reading: a write that found no room before the
+region was marked is in its content and nowhere else. Records of before that write must not come
+after the content, or they would hide it.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Awaitable, Callable
 from itertools import count
 
 import trio
@@ -57,28 +63,43 @@ tokens = count(1)  # of all comparisons of this process
 class DiskSync:
     """The content that one disk still owes. ``differing_bytes`` counts what verdicts found."""
 
-    def __init__(self, disk: SourceDisk, outbox: Outbox, source: bytes) -> None:
+    def __init__(
+        self,
+        disk: SourceDisk,
+        outbox: Outbox,
+        source: bytes,
+        catch_up: Callable[[SourceDisk], Awaitable[bool]],
+    ) -> None:
         self.disk = disk
         self.differing_bytes = 0
         self._outbox = outbox
         self._source = source
+        self._catch_up = catch_up  # put all records of the disk there are; False: not now
         self._epoch = 1
-        self._comparing: dict[int, range] = {}  # token -> regions
-        self._differing: deque[tuple[int, list[int]]] = deque()  # region, its blocks
+        self._turn = 0  # counts what was begun, and what is sent of it
+        self._turns: dict[int, int] = {}  # region -> the turn that ends it
+        self._comparing: dict[int, tuple[range, int]] = {}  # token -> regions, their turn
+        self._differing: deque[tuple[int, int, list[int]]] = deque()  # region, turn, its blocks
 
     def interrupted(self) -> None:
         """What was under way is lost."""
         self._epoch += 1
+        self._turns.clear()
         self._comparing.clear()
         self._differing.clear()
         if self.disk.ring is not None:
             self.disk.ring.restart_syncs()
 
-    def durable(self, regions: tuple[int, ...], epoch: int) -> None:
-        """Their content, sent in that epoch, is durable."""
-        if epoch == self._epoch and self.disk.ring is not None:
-            for region in regions:
-                self.disk.ring.end_sync(region)
+    def durable(self, regions: tuple[int, ...], turn: int) -> None:
+        """Their content, sent in that turn, is durable."""
+        for region in regions:
+            self._end(region, turn)
+
+    def _end(self, region: int, turn: int) -> None:
+        """Unless it was marked stale, and begun, again since that turn."""
+        if self._turns.get(region) == turn and self.disk.ring is not None:
+            del self._turns[region]
+            self.disk.ring.end_sync(region)
 
     def wants(self) -> bool:
         """Whether there is something to read now."""
@@ -124,9 +145,15 @@ class DiskSync:
         )
         if epoch != self._epoch:
             return range(0)  # what begins now would never be restarted
+        self._turn += 1
         for region in regions:
             ring.begin_sync(region)
-        return regions
+            self._turns[region] = self._turn
+        if not await self._catch_up(self.disk):
+            for region in regions:
+                ring.cancel_sync(region)
+            return range(0)
+        return regions if epoch == self._epoch else range(0)
 
     # --- without asking
 
@@ -136,10 +163,11 @@ class DiskSync:
         assert ring is not None
         assert image is not None
         may_use_base = disk.may_use_base()
-        stamp = max(watermark, disk.sent_stamp)
         regions = await self._begin(HOLE_REGIONS_MAX)
         if not regions:
             return
+        turn = self._turns[regions[0]]
+        stamp = max(watermark, disk.sent_stamp)
         piece = await trio.to_thread.run_sync(
             read_piece, image, regions, disk.entry.size_bytes, stamp
         )
@@ -147,7 +175,7 @@ class DiskSync:
             return
         for region in regions[len(piece.regions) :]:
             ring.cancel_sync(region)
-        await self._put(piece.columns, piece.payload, watermark, may_use_base)
+        await self._put(piece.columns, piece.payload, watermark, may_use_base, turn)
 
     # --- after asking
 
@@ -157,14 +185,15 @@ class DiskSync:
         regions = await self._begin(COMPARE_REGIONS_MAX)
         if not regions:
             return
-        stamp = self._outbox.due.watermark
+        turn = self._turns[regions[0]]
+        stamp = max(self._outbox.due.watermark, disk.sent_stamp)
         start = regions.start * limits.REGION_BYTES
         end = min(regions.stop * limits.REGION_BYTES, disk.entry.size_bytes)
         digests = await trio.to_thread.run_sync(digest_range, disk.image, start, end)
         if epoch != self._epoch:
             return
         token = next(tokens)
-        self._comparing[token] = regions
+        self._comparing[token] = (regions, turn)
         compare = Compare(
             self._outbox.known.group_id.bytes,
             disk.id,
@@ -179,10 +208,9 @@ class DiskSync:
 
     def verdict(self, verdict: Verdict) -> bool:
         """Take an answer; False when it is to no question of ours. PeerError when it cannot be."""
-        regions = self._comparing.pop(verdict.token, None)
-        if regions is None:
+        if verdict.token not in self._comparing:
             return False
-        ring = self.disk.ring
+        regions, turn = self._comparing.pop(verdict.token)
         size_bytes = self.disk.entry.size_bytes
         end = min(regions.stop * limits.REGION_BYTES, size_bytes)
         if verdict.block_count != -(
@@ -195,9 +223,9 @@ class DiskSync:
             found.setdefault(at // BLOCKS_PER_REGION, []).append(at)
         for region in regions:
             if region in found:
-                self._differing.append((region, found[region]))
-            elif ring is not None:
-                ring.end_sync(region)
+                self._differing.append((region, turn, found[region]))
+            else:
+                self._end(region, turn)
         return True
 
     async def _send_differing(self, watermark: int) -> None:
@@ -207,15 +235,21 @@ class DiskSync:
         stamp = max(watermark, disk.sent_stamp)
         count_of_regions = min(len(self._differing), DATA_REGIONS_MAX)
         taken = [self._differing.popleft() for _ in range(count_of_regions)]
-        ranges = _ranges([block for _, blocks in taken for block in blocks], disk.entry.size_bytes)
+        self._turn += 1
+        turn = self._turn
+        for region, begun, _ in taken:
+            if self._turns.get(region) == begun:
+                self._turns[region] = turn
+        blocks = [block for _, _, found in taken for block in found]
+        ranges = _ranges(blocks, disk.entry.size_bytes)
         columns, payload = await trio.to_thread.run_sync(read_ranges, disk.image, ranges, stamp)
         if epoch != self._epoch:
             return
         self.differing_bytes += sum(end - start for start, end in ranges)
-        await self._put(columns, payload, watermark, may_use_base)
+        await self._put(columns, payload, watermark, may_use_base, turn)
 
     async def _put(
-        self, columns: Columns, payload: bytes, watermark: int, may_use_base: bool
+        self, columns: Columns, payload: bytes, watermark: int, may_use_base: bool, turn: int
     ) -> None:
         disk, outbox = self.disk, self._outbox
         assert disk.ring is not None
@@ -233,7 +267,7 @@ class DiskSync:
             columns=columns,
             payload=payload,
         )
-        await outbox.put(frame, columns=columns, sync_epoch=self._epoch)
+        await outbox.put(frame, columns=columns, sync_epoch=turn)
 
 
 def _ranges(blocks: list[int], size_bytes: int) -> list[tuple[int, int]]:

@@ -5,8 +5,10 @@ A round, in this order; the order is what makes watermarks and marks true:
 1. note which disks have settled (source_disk.py), before the clock is read
 2. read the clock: t; then look for new rings, for one that is made later holds later stamps only
 3. wait until appends under way are published; the watermark of the round is t - 1
-4. read each ring's gap; report new gaps first, so that no watermark passes one unreported
-5. put all records up to the heads seen in 3; the last frame carries the watermark
+4. read each ring's gap, then its head; put what was before a new gap, and report it, so that no
+   watermark passes one unreported. A receiver that knows of a gap has all records before it:
+   whatever is lost later, the gap begins where it says
+5. put all records up to the heads seen in 4; the last frame carries the watermark
 6. put marks: disks that are consistent again, checkpoints asked for
 7. on a direct link: one piece of content (disk_sync.py) of each disk that owes some, unless its gap
    is yet to be reported. Its stamp is the watermark, or that of the disk's last record or gap sent
@@ -16,8 +18,8 @@ A round, in this order; the order is what makes watermarks and marks true:
 A pump is held while a disk of its group cannot be opened: what that disk's ring holds is older than
 any watermark of now. It puts the others' records, under the watermark of before, and nothing else.
 
-Rounds follow each other at once while there is a backlog or something to sync, else every few
-milliseconds, so that a frame is worth its header.
+Rounds follow each other at once while there is a backlog or something to sync and they get on with
+it, else every few milliseconds, so that a frame is worth its header.
 """
 
 from __future__ import annotations
@@ -96,7 +98,9 @@ class GroupPump:
         self.disks = disks
         self.held = held
         self.outbox = Outbox(known, due, attached, spool, self)
-        self.syncs = {disk.id: DiskSync(disk, self.outbox, source) for disk in disks}
+        self.syncs = {
+            disk.id: DiskSync(disk, self.outbox, source, self._catch_up) for disk in disks
+        }
         self.comparers: list[Comparer] = list(self.syncs.values())
         self.between_rounds = trio.StrictFIFOLock()
         self._by_id = {disk.id: disk for disk in disks}
@@ -123,7 +127,8 @@ class GroupPump:
         started = trio.current_time()
         async with self.between_rounds:
             worked = await self._round()
-        if self._backlog_bytes() < limits.FRAME_PAYLOAD_BYTES_TARGET and not self._wants_sync():
+        is_behind = self._backlog_bytes() >= limits.FRAME_PAYLOAD_BYTES_TARGET or self._wants_sync()
+        if not (worked and is_behind):
             pause = POLL_SECONDS if worked else IDLE_POLL_SECONDS
             pause = pause if self.outbox.is_direct else SPOOL_POLL_SECONDS
             await trio.sleep_until(started + pause)
@@ -230,13 +235,11 @@ class GroupPump:
         if not all(ring.quiesce() for _, ring in rings):
             return False  # a writer was stopped inside an append; the next round sees
         watermark = now - 1
+        gaps = {disk.id: disk.gap_to_report() for disk in self.disks}
         heads = [(disk, ring.head()) for disk, ring in rings]
-        gaps = [(disk, disk.gap_to_report()) for disk in self.disks]
-        for disk, from_ns in gaps:
-            if from_ns:
-                disk.gap_reported(from_ns)  # first: its acknowledgement may come while we send
-                mark = GapMark(disk=UUID(bytes=disk.id), from_ns=from_ns)
-                await self._put_mark(mark, disk, self.outbox.due.watermark)
+        for disk, head in heads:
+            if from_ns := gaps[disk.id]:
+                await self._put_gap(disk, from_ns, head)
         if self.held:
             return await self._put_records(heads, self.outbox.due.watermark)
         worked = await self._put_records(heads, watermark)
@@ -256,6 +259,23 @@ class GroupPump:
             return worked
         pieces = [await self.syncs[disk.id].step(watermark) for disk, _ in rings]
         return worked or any(pieces)
+
+    async def _catch_up(self, disk: SourceDisk) -> bool:
+        """Put the records of a disk that came since; False while one is being appended."""
+        if disk.ring is None or not disk.ring.quiesce():
+            return False
+        await self._put_records([(disk, disk.ring.head())], self.outbox.due.watermark)
+        return True
+
+    async def _put_gap(self, disk: SourceDisk, from_ns: int, head: int) -> None:
+        """Report a gap, behind the records of before it."""
+        assert disk.ring is not None
+        first_after = disk.ring.first_after(from_ns, disk.cursor, head)
+        watermark = self.outbox.due.watermark
+        await self._put_records([(disk, first_after)], watermark)
+        disk.gap_reported(from_ns)  # first: its acknowledgement may come while we send
+        mark = GapMark(disk=UUID(bytes=disk.id), from_ns=from_ns)
+        await self._put_mark(mark, disk, watermark)
 
     async def _put_records(self, heads: list[tuple[SourceDisk, int]], watermark: int) -> bool:
         chunks = _chunks(heads)

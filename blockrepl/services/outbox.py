@@ -228,12 +228,10 @@ class Outbox:
         return False
 
     def _is_crowded(self) -> bool:
-        """Whether what is in memory must leave it; one large frame alone is no crowd."""
-        return (
-            bool(self._memory)
-            and self._owner.is_crowded()
-            and trio.current_time() >= self._crowded_after
-        )
+        """Whether what is in memory must leave it."""
+        if not self._memory:  # the frame to come fills the ring by itself: there is nothing to move
+            return False
+        return self._owner.is_crowded() and trio.current_time() >= self._crowded_after
 
     def _hold(self, item: Item) -> None:
         self._memory.append(item)

@@ -238,12 +238,14 @@ class SourceDisk:
         """Whether content may go straight into the base image.
 
         Only while the journal can hold nothing that is older than the content and would hide it:
-        first sync, no record of the disk ever lost, none from an earlier ring.
+        first sync, no record of the disk ever lost, none from an earlier ring. Not the stale marks
+        say so: a record that is lost in a region that waits to be sent makes none, though an older
+        one of that region may be in the journal.
         """
         return (
             self.ring is not None
             and self.state == "empty"
-            and self.ring.stale_marks() == 0
+            and self.ring.dropped() == 0
             and self.entry.base_ring == self.ring.geometry.ring_id
         )
 

@@ -149,13 +149,15 @@ class _Recovery:
         file_bytes = os.fstat(segment.descriptor).st_size
         contents = _contents(segment.descriptor, file_bytes)
         self.result.damaged_frames += _scan(segment, known_bytes, self.replay, contents)
+        # A killed receiver may have left all of it in the page cache alone. From here on the source
+        # is told that it is durable.
+        if segment.size_bytes < file_bytes and contents is None:  # R3, R7
+            self.files.truncate(segment.descriptor, segment.size_bytes)
+            self.result.cut_bytes += file_bytes - segment.size_bytes
+        self.files.sync(segment.descriptor)
         if contents is not None:  # R6
             self.result.sealed.append(_sealed_row(segment, file_bytes))
             return False
-        if segment.size_bytes < file_bytes:  # R3, R7
-            self.files.truncate(segment.descriptor, segment.size_bytes)
-            self.files.sync(segment.descriptor)
-            self.result.cut_bytes += file_bytes - segment.size_bytes
         self.result.unsealed.append(segment)
         return True
 
