@@ -3,10 +3,11 @@
 PYTHON := .venv/bin/python
 ROWS ?=
 SECONDS ?= 600
+N ?= 1000
 ROUNDS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench soak slow kills fuzz clean
+.PHONY: help setup demo test check bench soak sim slow kills fuzz clean
 
 help: ## list the targets
 	@echo "usage: make TARGET"
@@ -42,6 +43,9 @@ slow: setup ## a link at a tenth of what the guest writes, for SECONDS; its poin
 
 kills: setup ## kill -9 server, agent and receiver in random order for ROUNDS rounds (default 200)
 	@BLOCKREPL_KILL_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest -m soak --timeout=0 -s -k rounds_of_kills
+
+sim: setup ## the simulation with N seeds (default 1000), faults decided by each seed
+	@$(PYTHON) scripts/simulate.py --count $(N)
 
 clean: ## remove what was built (.venv stays)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -52,7 +52,8 @@ class AgentOptions:
 class Agent:
     """The running agent. ``session`` is None while there is none; ``problem`` says why.
 
-    ``connect`` and ``clock`` replace the network and the host's clock.
+    ``connect``, ``clock`` and ``identity`` replace the network, the host's clock, and what `join`
+    has written.
     """
 
     def __init__(
@@ -62,10 +63,11 @@ class Agent:
         *,
         connect: Connect | None = None,
         clock: SourceClock | None = None,
+        identity: Identity | None = None,
     ) -> None:
         self.home = home
         self.options = options or AgentOptions()
-        self.identity: Identity = load_identity(home.source_directory / "identity")
+        self.identity = identity or load_identity(home.source_directory / "identity")
         self.clock = clock or open_clock(home.source_directory)
         self.disks = SourceDisks(home)
         self.groups: dict[str, GroupReplication] = {}
