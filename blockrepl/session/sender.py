@@ -20,8 +20,6 @@ fewer frames than     any                 the receiver has lost durable frames: 
 were durable                              stale, gap; go on at the head, as above
 this ring             at or past tail     go on at the receiver's next record
 this ring             before tail         as with fewer frames
-another ring or none  with records let    as with fewer frames: nothing of this ring was durable
-                      go (tail past 0)    there, though some was told to be
 another ring or none  stale regions       go on at the tail; a gap since the last watermark,
                                           unless the first sync is not done yet
 another ring or none  nothing stale       the old ring was retired in order: go on at the tail
@@ -122,6 +120,4 @@ def resume(
         if known.next_sequence < ring.tail:
             return Resume(ring.tail, mark_all_stale=True, gap=is_ready)
         return Resume(known.next_sequence, mark_all_stale=False, gap=False)
-    if ring.tail:
-        return Resume(ring.tail, mark_all_stale=True, gap=is_ready)
     return Resume(ring.tail, mark_all_stale=False, gap=is_ready and ring.has_stale)
