@@ -204,6 +204,11 @@ class ReceiverMachine:
         self._copy = (place, self.model.remember())
         self.world.trace("copied", "the store at", self.model.acknowledged_number)
 
+    @property
+    def copied_number(self) -> int:
+        """The frame that is due where the copy was made."""
+        return self._copy[1].number + 1 if self._copy is not None else 0
+
     def restore_store(self, down_seconds: float) -> None:
         """Somebody has put the older copy in its place."""
         if self._copy is None:

@@ -174,7 +174,8 @@ class Run:
             case "store" if how == "copied":
                 self.receiver.copy_store()
             case "store":
-                self.receiver.restore_store(fault.seconds)
+                if self.source.noted_number > self.receiver.copied_number:
+                    self.receiver.restore_store(fault.seconds)
             case _:
                 await self._storage(fault, what, how)
 

@@ -242,6 +242,14 @@ class SourceMachine:
     def group(self) -> GroupReplication | None:
         return self.agent.groups.get(GROUP) if self.agent is not None else None
 
+    @property
+    def noted_number(self) -> int:
+        """What the source remembers durably. A copy of the store that is not older than that, made
+        in the last moments before an agent was killed, is not noticed.
+        """
+        note = group_notes.read_note(self.home, GROUP)
+        return note.next_number if note is not None else 0
+
     # --- servers
 
     async def keep_server(self, entry: DiskEntry) -> None:
@@ -283,6 +291,11 @@ class SourceMachine:
 
     def lose_power(self, down_seconds: float) -> None:
         """All processes, the rings, and what was not synced are gone."""
+        process = running.set(None)  # what follows is not done by the one that it may strike
+        self._lose_power(down_seconds)
+        running.reset(process)
+
+    def _lose_power(self, down_seconds: float) -> None:
         instant = self.clock.now()
         for disk in self.model.disks.values():
             disk.cause("power", instant, self.model.acknowledged_watermark + 1)
