@@ -129,8 +129,10 @@ def known(state: DiskState, ring_id: int, next_sequence: int) -> AttachedDisk:
     )
 
 
-def ring(*, has_stale: bool = False, tail: int = 100, head: int = 200) -> RingState:
-    return RingState(RING, tail, head, has_stale)
+def ring(
+    *, has_stale: bool = False, tail: int = 100, head: int = 200, durable: int = 100
+) -> RingState:
+    return RingState(RING, tail, head, has_stale, durable)
 
 
 @pytest.mark.parametrize("has_stale", [False, True])
@@ -187,3 +189,17 @@ def test_a_new_ring_with_nothing_stale_follows_one_that_was_retired_in_order(
 ) -> None:
     answer = known(state, ring_id, 5)
     assert resume(answer, ring(), same_replica=True) == Resume(100, mark_all_stale=False, gap=False)
+
+
+@pytest.mark.parametrize("has_stale", [False, True])
+@pytest.mark.parametrize("state", ["empty", "ready", "gap"])
+@pytest.mark.parametrize("ring_id", [0, OTHER])
+def test_a_receiver_that_knows_nothing_of_a_ring_that_let_go_of_records_has_lost_them(
+    ring_id: int, state: DiskState, has_stale: bool
+) -> None:
+    # Guards "ring.tail > ring.durable" in resume: a store restored from a copy of before the ring's
+    # first records, or a spool that is gone, and an agent killed before it could note anything.
+    answer = known(state, ring_id, 5)
+    assert resume(answer, ring(has_stale=has_stale, durable=99), same_replica=True) == Resume(
+        100, mark_all_stale=True, gap=state == "ready"
+    )

@@ -20,6 +20,10 @@ fewer frames than     any                 the receiver has lost durable frames: 
 were durable                              stale, gap; go on at the head, as above
 this ring             at or past tail     go on at the receiver's next record
 this ring             before tail         as with fewer frames
+another ring or none  records let go      as with fewer frames: the ring let go of records that were
+                      that are not noted  told to be durable, or in a spool, and they are not there.
+                      to be durable       (Skipped ones, that are in a first sync's content, are
+                                          noted at once)
 another ring or none  stale regions       go on at the tail; a gap since the last watermark,
                                           unless the first sync is not done yet
 another ring or none  nothing stale       the old ring was retired in order: go on at the tail
@@ -98,6 +102,7 @@ class RingState:
     tail: int
     head: int
     has_stale: bool
+    durable: int  # records before it are noted to be durable at the receiver
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,4 +125,6 @@ def resume(
         if known.next_sequence < ring.tail:
             return Resume(ring.tail, mark_all_stale=True, gap=is_ready)
         return Resume(known.next_sequence, mark_all_stale=False, gap=False)
+    if ring.tail > ring.durable:
+        return Resume(ring.tail, mark_all_stale=True, gap=is_ready)
     return Resume(ring.tail, mark_all_stale=False, gap=is_ready and ring.has_stale)
