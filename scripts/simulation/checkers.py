@@ -165,12 +165,13 @@ def _check_flush(replica: ReplicaHistory, state: State, model: Model) -> None:
     if all(found not in disk.flushes for disk in model.disks.values()):
         raise Violation(f"flush is at {found}, where no guest flushed")
     history = replica.history(state)
-    has = {disk.name for disk in state.disks_at(state.latest_ns)}
     for disk in model.disks.values():
-        if disk.name not in has or any(cause.kind != "dropped" for cause in disk.causes):
+        if any(cause.kind != "dropped" for cause in disk.causes):
             continue
         for stamp in disk.flushes:
-            if stamp > found and stamp <= state.latest_ns and _is_reachable(history, stamp):
+            is_there = found < stamp <= state.latest_ns and _is_reachable(history, stamp)
+            # Before its first sync was done, a disk's flushes are none of the group's.
+            if is_there and disk.name in {one.name for one in state.disks_at(stamp)}:
                 raise Violation(f"flush is at {found}, the guest flushed at {stamp}")
 
 
