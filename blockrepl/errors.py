@@ -56,6 +56,7 @@ class DamageError(StorageError):
     """Stored bytes do not match their digest: named by file and offset, never read as zeros."""
 
     code = "damage"
+    offset: int | None = None  # in the file, where that is known
 
 
 class PeerError(BlockreplError):

@@ -223,7 +223,7 @@ def test_no_command_shows_the_help_and_is_wrong_usage(capsys: Capture) -> None:
 def test_help_names_what_a_receiver_can_do(capsys: Capture) -> None:
     assert run(["--help"]) == 0
     [line] = [one for one in capsys.readouterr().out.splitlines() if "receiver  " in one]
-    assert line.endswith("init, run, invite, seed, sources, revoke.")
+    assert line.endswith("init, run, invite, seed, sources, revoke, check.")
 
 
 def test_help_imports_no_verb() -> None:

@@ -36,7 +36,7 @@ from blockrepl.cli.output import Invocation
 
 COMMANDS = {
     # verb: (module in blockrepl.cli, what --help says)
-    "receiver": ("receiver", "The replica side: init, run, invite, seed, sources, revoke."),
+    "receiver": ("receiver", "The replica: init, run, invite, seed, sources, revoke, check."),
     "agent": ("agent", "The source side: join, run."),
     "disk": ("disk", "Protect disks and serve them to guests."),
     "status": ("status", "State, lag, history and gaps of every group."),

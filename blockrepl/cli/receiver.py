@@ -1,4 +1,4 @@
-"""blockrepl receiver: make one, run it, invite sources, see and revoke them."""
+"""blockrepl receiver: make one, run it, invite sources, see and revoke them, check its store."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from blockrepl.cli.check import check
 from blockrepl.cli.output import (
     emit,
     human_bytes,
@@ -33,6 +34,9 @@ def receiver() -> None:
       blockrepl receiver run
       blockrepl receiver invite --address vault.example.org:7420
     """
+
+
+receiver.add_command(check)
 
 
 @receiver.command()

@@ -311,6 +311,11 @@ def _holder(directory: Path) -> int | None:
     return int(text) if text.isdecimal() else 0
 
 
+def is_in_use(directory: Path) -> bool:
+    """Whether a process has the fork of a directory open."""
+    return _holder(directory) is not None
+
+
 def _discard(directory: Path) -> None:
     gone = directory.with_name(f"{_GONE}{secrets.token_hex(6)}")
     directory.rename(gone)

@@ -34,6 +34,7 @@ class MergedRunError(Exception):
     def __init__(self, name: MergedName, error: Exception) -> None:
         super().__init__(str(error))
         self.name = name
+        self.offset = error.offset if isinstance(error, DamageError) else None
 
 
 @dataclass(frozen=True, slots=True)

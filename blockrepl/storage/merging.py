@@ -197,7 +197,7 @@ class Merger:
 
 
 @dataclass(slots=True)
-class _Account:
+class Account:
     """How many entries, and a sum over them that tells one set from another, in any order."""
 
     count: int = 0
@@ -212,6 +212,10 @@ class _Account:
             mixed ^= mixed >> np.uint64(29)
         # Modulo 2 ** 64, as numpy adds and multiplies.
         self.sum = (self.sum + int(mixed.sum(dtype=np.uint64))) % (1 << 64)
+
+    def join(self, other: Account) -> None:
+        self.count += other.count
+        self.sum = (self.sum + other.sum) % (1 << 64)
 
 
 def write_merged(
@@ -250,7 +254,7 @@ def _write_disk(
 ) -> tuple[RunEntry, int]:
     """One disk's chunks and directory; the offset behind them."""
     encoder = RunEncoder(offset)
-    went_in, came_out = _Account(), _Account()
+    went_in, came_out = Account(), Account()
     for is_long in (False, True):
         begin = time.monotonic()
         newest_start = np.uint64(0)
@@ -282,7 +286,7 @@ def _write_disk(
     return entry, encoder.end + len(directory)
 
 
-def _in_order(streams: Sequence[Iterator[Run]], account: _Account) -> Iterator[Run]:
+def _in_order(streams: Sequence[Iterator[Run]], account: Account) -> Iterator[Run]:
     """Entries of streams that are each sorted by start, sorted by start.
 
     Of one start, in any order: a lookup orders what it finds by stamp.

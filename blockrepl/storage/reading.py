@@ -68,10 +68,12 @@ class Cache(Generic[Key, Value]):
 
 def damaged(path: Path, offset: int, why: object) -> DamageError:
     """The one way damage is told: file and offset."""
-    return DamageError(
+    error = DamageError(
         f"segment {path.name} is damaged at offset {offset}: {why} ({path})",
         hint="points before the damage stay readable; look at the disk that holds the file",
     )
+    error.offset = offset
+    return error
 
 
 class OpenFile:

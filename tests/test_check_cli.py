@@ -1,0 +1,68 @@
+"""``blockrepl receiver check``: what it says, its exit status, and whom it makes way for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from journal_model import GROUP, Journal, small_segments
+from test_check import contents_of, flip, frames_of, sealed
+from test_forks import call
+
+from blockrepl.storage.home import Home, exclusive_lock
+from blockrepl.units import KIB
+
+SIZES = {"root": 320 * KIB, "data": 96 * KIB}
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Journal:
+    small_segments(monkeypatch)
+    made = Journal(tmp_path / "home", SIZES)
+    made.run(120)
+    made.close()
+    return made
+
+
+def test_findings_are_lines_and_only_what_is_lost_fails(journal: Journal) -> None:
+    status, said, told = call(journal, "receiver", "check")
+    assert (status, said) == (0, "no damage found\n")
+    assert "checking: 100%" in told
+    path = sealed(journal)[0]
+    flip(path, contents_of(path)[1].frame_table_offset)
+    status, said, _ = call(journal, "receiver", "check", GROUP)
+    assert status == 0
+    assert said.startswith(f"derived frame-table: {GROUP} segments/{path.name} at ")
+    status, said, _ = call(journal, "receiver", "check", "--repair", "--json")
+    assert status == 0
+    (one,) = json.loads(said)
+    assert one["severity"] == "derived"
+    assert one["repaired"]
+    assert call(journal, "receiver", "check", "--json")[:2] == (0, "[]\n")
+    path = sealed(journal)[1]
+    at, header = max(frames_of(path), key=lambda each: each[1].payload_bytes)
+    flip(path, at + header.frame_bytes - 1)
+    status, said, _ = call(journal, "receiver", "check")
+    assert status == 1
+    assert said.startswith(f"lost block: {GROUP} segments/{path.name} at ")
+    assert "; disk " in said.splitlines()[0]
+    assert said.splitlines()[1].split() == ["severity", "found", "repaired", "meaning"]
+    status, said, _ = call(journal, "receiver", "check", "--json", "--repair")
+    assert status == 1
+    (one,) = json.loads(said)
+    assert one["code"] == "block"
+    assert one["ranges"]
+    assert header.first_stamp <= one["from_ns"] <= header.last_stamp
+    assert not one["repaired"]
+
+
+def test_a_store_in_use_is_left_alone(journal: Journal) -> None:
+    with exclusive_lock(Home(journal.home).run_directory / "receiver.lock"):
+        status, said, told = call(journal, "receiver", "check", "--repair")
+    assert (status, said) == (1, "")
+    assert "is in use by process" in told
+    assert "stop the receiver first" in told
+    status, _, told = call(journal, "receiver", "check", "nobody")
+    assert status == 1
+    assert f"groups here: {GROUP}" in told
