@@ -21,6 +21,8 @@ from test_thinning import STEP, aligned, fold_all, thin_all
 from blockrepl.errors import DamageError
 from blockrepl.formats import frame as frames
 from blockrepl.formats import segment as segments
+from blockrepl.formats.merged_run import MergedName
+from blockrepl.formats.run import concatenate
 from blockrepl.formats.segment import Contents
 from blockrepl.model import levels
 from blockrepl.model.retention import Kept, Stretch, advance
@@ -29,8 +31,12 @@ from blockrepl.storage.check import bytes_to_check, check_replica
 from blockrepl.storage.check_findings import SEVERITIES, Finding
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.home import Home
+from blockrepl.storage.merged_runs import MergedFile
+from blockrepl.storage.merging import write_merged
 from blockrepl.storage.overlay import create_overlay
+from blockrepl.storage.reading import ReadFiles
 from blockrepl.storage.repair import repair
+from blockrepl.storage.runs import MemoryRun, directory_cache
 from blockrepl.units import KIB
 from blockrepl.views.fork import WritableView
 from blockrepl.views.view import View
@@ -468,6 +474,34 @@ def test_a_damaged_merged_run_is_told_and_removed(journal: Journal, offset: int)
     assert not path.exists()
     assert check(journal) == []
     is_lost(journal, [], step=40)
+
+
+def test_a_merged_run_that_is_not_the_index_of_the_frames_is_told_and_removed(
+    journal: Journal,
+) -> None:
+    # Guards "expected != found" in check._check_merged: every digest of this run is right.
+    settle(reopened(journal))
+    group = journal.replica.group_id
+    journal.close()
+    path = min((journal.directory / "index").iterdir())
+    name = MergedName.parse(path.name)
+    assert name is not None
+    files = ReadFiles()
+    file = MergedFile(path.parent, name, group, files, directory_cache())
+    inputs = {}
+    for disk in file.entries():
+        run = file.run(disk)
+        assert run is not None
+        entries = concatenate([*run.stream(is_long=False), *run.stream(is_long=True)])
+        inputs[disk] = [MemoryRun(entries.take(slice(1, None)))]
+    files.close()
+    path.unlink()
+    write_merged(path, name, group, [inputs], lambda _seconds: None)
+    findings = check(journal)
+    assert codes(findings) == ["merged-run"]
+    assert "not the index" in findings[0].what
+    repair(journal.directory, findings)
+    assert check(journal) == []
 
 
 def test_a_durable_record_that_is_not_true_is_told_and_made_again(journal: Journal) -> None:

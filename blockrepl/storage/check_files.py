@@ -28,6 +28,7 @@ from blockrepl.storage.check_findings import Finding
 from blockrepl.storage.journal import DIRECTORY_NAME
 from blockrepl.storage.merging import TEMPORARY
 from blockrepl.storage.retained import leftovers
+from blockrepl.storage.seed import SEEDS
 from blockrepl.storage.segment_reader import Known
 
 _KNOWN = {
@@ -40,6 +41,7 @@ _KNOWN = {
     forks.DIRECTORY_NAME,
     merged_runs.DIRECTORY_NAME,
     DIRECTORY_NAME,
+    SEEDS,
     "base",
 }
 _FIRST_GENERATION = re.compile(r"\d{12}\.seg")

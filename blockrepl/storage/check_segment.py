@@ -115,7 +115,9 @@ class SegmentCheck:
             header = segments.decode_header(data)
         except PeerError as error:
             if self._row.sealed:
-                self._found("segment-header", f"{error}; views refuse the segment", 0)
+                self._found(
+                    "segment-header", f"{error}; views refuse the segment until it is repaired", 0
+                )
                 return True
             self._report.is_whole = False
             self._lose("segment", str(error), 0, None, self._row.first_stamp, ALL_FRAMES)

@@ -25,7 +25,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from blockrepl.errors import BlockreplError, DamageError
+from blockrepl.errors import BlockreplError, DamageError, StateError
 from blockrepl.formats import frame as frames
 from blockrepl.formats import segment as segments
 from blockrepl.storage import catalog as catalogs
@@ -95,11 +95,15 @@ def _rewrite_segments(directory: Path, catalog: Catalog, findings: Sequence[Find
             for each in mine:
                 each.what += f"; not repaired, for {why}: it is read by its frames"
             continue
-        if row.generation >= segments.GENERATION_MAX:
+        try:
+            new = _write_anew(directory / DIRECTORY_NAME, catalog, row)
+            retained.replace(catalog, [row], [new], None)
+        except BlockreplError as error:
+            for each in mine:
+                each.what += f"; not repaired: {error}"
             continue
-        new = _write_anew(directory / DIRECTORY_NAME, catalog, row)
-        retained.replace(catalog, [row], [new], None)
-        retained.remove_leftovers(catalog, directory / DIRECTORY_NAME)
+        finally:
+            retained.remove_leftovers(catalog, directory / DIRECTORY_NAME)
         for each in mine:
             each.repaired = True
 
@@ -108,6 +112,8 @@ def _write_anew(directory: Path, catalog: Catalog, row: SegmentRow) -> SegmentRo
     """A segment of the next generation with the same frames, durable and proven. StorageError."""
     # Another time of making: merged runs of the old segment are not those of the new one.
     new = replace(row, generation=row.generation + 1, created_ns=row.created_ns + 1)
+    if new.generation > segments.GENERATION_MAX:
+        raise StateError(f"segment {row.number} was written anew as often as can be")
     path = directory / segments.file_name(new.number, new.generation)
     path.unlink(missing_ok=True)  # of an attempt that failed
     files = Files()

@@ -6,8 +6,9 @@ as old as it likes. Rules:
 
 1. Only before the disk's source has named it: from then on regions may have been synced, and what
    the source takes for done must not be replaced.
-2. The copy is made beside the replicas (SEEDS), on their file system, and is durable before it is
-   put in place by a rename. What is left of a broken-off copy is overwritten by the next one.
+2. The copy is made on the replica's file system (in SEEDS, beside the replicas; in the replica
+   itself when that is a link to another place), and is durable before it is put in place by a
+   rename. What is left of a broken-off copy is overwritten by the next one.
 3. Whoever puts it in place holds the receiver's lock, or is the receiver between two commits.
 """
 
@@ -32,7 +33,9 @@ Progress = Callable[[int], None]
 
 
 def seed_path(home: Home, group: str, disk: str) -> Path:
-    return home.replicas / SEEDS / f"{group}.{disk}.img"
+    replica = home.replica_directory(group)
+    place = replica if replica.is_symlink() else home.replicas
+    return place / SEEDS / f"{group}.{disk}.img"
 
 
 def check_seed(image: Path) -> int:
