@@ -187,6 +187,16 @@ def test_nothing_is_found_after_thinning_folding_merging_and_with_forks(journal:
     assert {path.suffix for path in (journal.directory / "index").iterdir()} == {".run"}
 
 
+def test_nothing_is_found_in_a_store_whose_receiver_was_killed(journal: Journal) -> None:
+    # Guards "sealed and" in SegmentCheck._find_contents: what the catalog does not say yet is none.
+    reopened(journal).run(150)
+    killed = copy.copy(journal)
+    killed.directory = journal.home / "replicas" / "killed"
+    shutil.copytree(journal.directory, killed.directory)
+    journal.close()
+    assert check(killed) == []
+
+
 # --- primary data
 
 
