@@ -24,7 +24,8 @@ def _acknowledged_before_fdatasync() -> Replacement:
 def _recovered_frames_not_synced() -> Replacement:
     def take(self: Any, *arguments: Any) -> Any:
         class Unsynced:
-            truncate = self.files.truncate
+            def __getattr__(self, name: str) -> Any:
+                return getattr(files, name)
 
             def sync(self, _descriptor: int) -> None: ...
 
