@@ -2,7 +2,7 @@
 
 A column's height is its share of the row's greatest value, which stands behind the row; whatever is
 not nothing shows at least as the lowest block. In the row ``history`` a column says the worst that
-befell its interval: ``×`` damage, a blank a gap, ``▒`` thinned, ``█`` every write.
+befell its interval: ``×`` damage, ``·`` a gap, ``▒`` thinned, ``█`` every write.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from blockrepl.units import format_instant
 from blockrepl.views.timeline import Rates, Timeline
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.text import Text
 
 LABEL_COLUMNS = 12
@@ -32,13 +33,20 @@ def columns(width: int) -> int:
     return max(COLUMNS_MIN, width - LABEL_COLUMNS - SCALE_COLUMNS)
 
 
-def render(timeline: Timeline) -> Text:
+def render(timeline: Timeline) -> Group:
+    """The rows are never folded; what stands above and below them is."""
+    from rich.console import Group
+    from rich.text import Text
+
+    title = Text(_title(timeline), "bold")
+    return Group(title, _rows(timeline), Text(_lists(timeline)))
+
+
+def _rows(timeline: Timeline) -> Text:
     from rich.text import Text
 
     count = len(timeline.bins.edges) - 1
-    text = Text(no_wrap=True, overflow="crop")
-    # These two lines may be folded: they come first, and are no rows.
-    text.append(_title(timeline) + "\n", "bold")
+    text = Text(no_wrap=True, overflow="crop", end="")
     written = timeline.per_second("written_bytes")
     changed = timeline.bins.changed_bytes().astype(np.float64)
     flushes = timeline.per_second("flushes")
@@ -58,7 +66,6 @@ def render(timeline: Timeline) -> Text:
     text.append(_history(timeline), "blue")
     text.append(f" {_legend(timeline)}\n".rstrip(" "), "dim")
     text.append(_axis(timeline, count), "dim")
-    text.append(_lists(timeline))
     return text
 
 
@@ -104,7 +111,7 @@ def _history(timeline: Timeline) -> str:
     row = ["█"] * (len(timeline.bins.edges) - 1)
     for sign, stretches in (
         ("▒", [(one.from_ns, one.to_ns) for one in timeline.thinned]),
-        (" ", [(one.from_ns, one.to_ns) for one in timeline.gaps]),
+        ("·", [(one.from_ns, one.to_ns) for one in timeline.gaps]),
         ("×", [(one.from_ns, one.to_ns) for one in timeline.damaged]),
     ):
         for from_ns, to_ns in stretches:
@@ -118,7 +125,7 @@ def _legend(timeline: Timeline) -> str:
     if timeline.damaged:
         return "× damaged"
     parts = ["▒ thinned"] if timeline.thinned else []
-    return ", ".join(parts + (["gap"] if timeline.gaps else []))
+    return ", ".join(parts + (["· gap"] if timeline.gaps else []))
 
 
 def _axis(timeline: Timeline, count: int) -> str:

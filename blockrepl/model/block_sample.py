@@ -46,7 +46,7 @@ class Distinct:
             self._unite()
 
     def _unite(self) -> U64:
-        blocks = np.unique(np.concatenate([np.zeros(0, np.uint64), *self._parts]))
+        blocks = _distinct(np.concatenate([np.zeros(0, np.uint64), *self._parts]))
         while len(blocks) > KEPT_MAX and self.level < LEVEL_MAX:
             blocks = blocks[stand(blocks, self.level, self.level + 1)]
             self.level += 1
@@ -90,6 +90,14 @@ def stand(blocks: U64, level: int, wanted: int) -> npt.NDArray[np.bool_]:
     for bit in range(level + 1, wanted + 1):
         which &= (_up(blocks, bit - 1) & np.uint64(1)) == _coins(_up(blocks, bit), bit)
     return which
+
+
+def _distinct(blocks: U64) -> U64:
+    """As numpy's ``unique``, whose hash table takes ten times as long as to sort (numpy 2.4)."""
+    blocks = np.sort(blocks)
+    is_new = np.ones(len(blocks), bool)
+    is_new[1:] = blocks[1:] != blocks[:-1]
+    return blocks[is_new]
 
 
 def _chosen(groups: U64, level: int) -> U64:

@@ -26,7 +26,14 @@ INCHES = (11.0, 7.6)
 DOTS_PER_INCH = 150
 MARKS_MAX = 8
 NAMES_MAX = 30  # checkpoints whose names are written; the lines are drawn for all
-_BLUE, _GREEN, _VIOLET, _ORANGE, _RED = "#1f5f9e", "#2a7f4f", "#7a4a9e", "#c46a00", "#b3261e"
+_GREY, _BLUE, _GREEN, _VIOLET, _ORANGE, _RED = (
+    "#555555",
+    "#1f5f9e",
+    "#2a7f4f",
+    "#7a4a9e",
+    "#c46a00",
+    "#b3261e",
+)
 
 
 def check_suffix(target: Path) -> None:
@@ -76,14 +83,15 @@ def _draw(figure: Figure, timeline: Timeline) -> None:
     size, unit = _unit(written if written.any() else resynced)
     _steps(panels[0], timeline, written / size, _BLUE, "guest writes")
     if resynced.any():
-        _steps(panels[0], timeline, resynced / size, _ORANGE, "sent again after a gap")
+        _steps(panels[0], timeline, resynced / size, _GREY, "sent again after a gap")
         if 0 < written.max() < resynced.max():
             # A resync is one instant, however much it sends: it must not flatten all else.
             panels[0].set_ylim(top=1.3 * float(written.max()) / size)
     panels[0].set_ylabel(f"write rate\n[{unit}/s]")
     changed = timeline.bins.changed_bytes().astype(np.float64)
     size, unit = _unit(changed)
-    _steps(panels[1], timeline, changed / size, _GREEN, "distinct 4 KiB blocks")
+    about = "" if timeline.bins.changed_is_exact().all() else " (estimated)"
+    _steps(panels[1], timeline, changed / size, _GREEN, f"distinct 4 KiB blocks{about}")
     panels[1].set_ylabel(f"changed\nper interval\n[{unit}]")
     _steps(panels[2], timeline, timeline.stored_share() * 100, _VIOLET, "after compression")
     panels[2].set_ylabel("stored of\nwritten [%]")
@@ -95,8 +103,14 @@ def _draw(figure: Figure, timeline: Timeline) -> None:
         panel.grid(axis="y", color="#dddddd", linewidth=0.6)
         panel.set_axisbelow(True)
         _stretches(panel, timeline)
-        for row in timeline.checkpoints:
-            panel.axvline(_x(timeline, row.at_ns), color=_RED, linewidth=0.8, linestyle="--")
+        for place, row in enumerate(timeline.checkpoints):
+            panel.axvline(
+                _x(timeline, row.at_ns),
+                color=_RED,
+                linewidth=0.8,
+                linestyle="--",
+                label="checkpoint" if place == 0 else None,
+            )
     _name_checkpoints(panels[0], timeline)
     _time_axis(panels[-1], timeline)
     _legend(figure, panels)
@@ -178,7 +192,7 @@ def _legend(figure: Figure, panels: list[Axes]) -> None:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=6, frameon=False
+        entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False
     )
 
 
