@@ -12,7 +12,7 @@ STEPS_NS = (
     *(digit * 10**power for power in range(9) for digit in (1, 2, 5)),
     *(count * _SECOND for count in (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800)),
     *(count * 3600 * _SECOND for count in (1, 2, 3, 6, 12)),
-    *(count * _DAY for count in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000)),
+    *(count * _DAY for count in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)),
 )
 
 
