@@ -264,7 +264,8 @@ def test_segments_that_retention_replaces_meanwhile_are_looked_at_again(
     edge = aligned(journal.model.records[200].stamp)
     reopen(journal)
     last = journal.stamp
-    made, thinned = statistics._made, []
+    made = statistics._made
+    thinned: list[bool] = []
 
     def thin_after_the_second(segment: SegmentReader) -> Any:
         if segment.number == 3 and not thinned:
@@ -372,21 +373,23 @@ def test_what_is_estimated_is_near_what_is_true() -> None:
 def test_a_sample_is_small_however_often_a_block_is_written() -> None:
     """Guards SLOTS: the blocks that every frame writes would crowd out all others."""
     chance = np.random.default_rng(4)
+    hot = chance.integers(0, 1 << 22, 60)
     parts = []
-    for frame in range(3000):
-        offsets = np.concatenate((np.arange(4), chance.integers(1 << 10, 1 << 22, 2)))
+    for frame in range(2000):
+        offsets = np.append(hot, chance.integers(0, 1 << 22)).astype(np.uint64)
         parts.append(
             frames.Columns(
-                np.full(6, frame + 1, np.uint64),
-                offsets.astype(np.uint64) * np.uint64(BLOCK),
-                np.full(6, BLOCK, np.uint32),
-                np.zeros(6, np.uint8),
+                np.full(61, frame + 1, np.uint64),
+                offsets * np.uint64(BLOCK),
+                np.full(61, BLOCK, np.uint32),
+                np.zeros(61, np.uint8),
             )
         )
     disk = bytes(16)
-    made = timeline.summarise(list(range(3000)), [1] * 3000, [disk] * 3000, [100] * 3000, parts)
+    made = timeline.summarise(list(range(2000)), [1] * 2000, [disk] * 2000, [100] * 2000, parts)
+    assert made.level <= 2
     assert timeline.SAMPLE_MAX // 4 < len(made.sample_blocks) <= timeline.SAMPLE_MAX
-    bins = timeline.Bins(timeline.edges(0, 3000, 1), [disk])
+    bins = timeline.Bins(timeline.edges(0, 2000, 1), [disk])
     assert bins.add(made) == []
     true = len({int(offset) for part in parts for offset in part.offsets.tolist()})
     assert int(bins.changed_bytes()[0]) == pytest.approx(true * BLOCK, rel=0.1)

@@ -73,8 +73,8 @@ def told(journal: Journal, *options: object) -> dict[str, Any]:
 def drawn(journal: Journal, width: int, begin: float = 0, end: float = 121) -> list[str]:
     with ReplicaHistory.open(journal.home, GROUP) as history:
         state = history.state()
-        asked = [points.parse(at(each)) for each in (begin, end)]
-        window = timelines.window(history, state, *asked, now_ns=journal.stamp)
+        first, last = (points.parse(at(each)) for each in (begin, end))
+        window = timelines.window(history, state, first, last, journal.stamp)
         found = timelines.timeline(history, state, (), *window, timeline_text.columns(width))
     console = Console(width=width, highlight=False, file=None, color_system=None)
     with console.capture() as captured:

@@ -1,9 +1,10 @@
 """The statistics of segments, and what they say of a stretch of a group's history.
 
 ``statistics/<segment>.stats`` in a replica's directory (formats/statistics.py): made from the
-headers and columns of a sealed segment's frames when they are first asked for, and then kept, so
-that ten thousand segments are looked through in seconds. They may be deleted at any time; those of
-segments that are no more go with the next look. What cannot be kept is made again.
+headers and columns of a sealed segment's frames, in the background of the receiver or else when
+they are first asked for, and then kept, so that ten thousand segments are looked through in
+seconds. They may be deleted at any time; those of segments that are no more go with the next look.
+What cannot be kept is made again.
 
 No payload is read. Of a frame that lies in several intervals the columns are, too: there is about
 one per disk and edge. Damage is told beside the sums, and what it does not concern is counted.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,9 +26,12 @@ from blockrepl.formats.segment import file_name
 from blockrepl.formats.statistics import Statistics
 from blockrepl.model.timeline import Bins, edges, summarise
 from blockrepl.storage.catalog import SegmentRow
+from blockrepl.storage.files import failure
 from blockrepl.storage.history import ReplicaHistory, State
-from blockrepl.storage.reading import GoneError
-from blockrepl.storage.segment_reader import SegmentReader
+from blockrepl.storage.journal import DIRECTORY_NAME as SEGMENTS_NAME
+from blockrepl.storage.reading import GoneError, ReadFiles
+from blockrepl.storage.runs import directory_cache
+from blockrepl.storage.segment_reader import Known, SegmentReader
 
 DIRECTORY_NAME = "statistics"
 SUFFIX = ".stats"
@@ -125,11 +129,55 @@ def _statistics(
     with contextlib.suppress(OSError, PeerError):
         return forms.decode(path.read_bytes(), sealed.created_ns, sealed.bytes), []
     made, errors = _made(segment)
-    if not errors:
+    if not errors and not segment.damage:
         with contextlib.suppress(OSError):  # no room, or not ours to write: made again
             _keep(path, forms.encode(made, sealed.created_ns, sealed.bytes))
     pace(sealed.bytes)
     return made, errors
+
+
+class StatisticsMaker:
+    """Makes what is missing of one replica's, before it is asked for. Used by one thread."""
+
+    def __init__(self, directory: Path, group: bytes) -> None:
+        """``directory``: the replica's."""
+        self._directory = directory
+        self._group = group
+        self._damaged: set[str] = set()
+
+    def make(self, rows: Iterable[SegmentRow], pause: Callable[[float], None]) -> None:
+        """``rows``: all segments. After each one ``pause`` is called with the seconds it took.
+
+        StorageError when they cannot be kept.
+        """
+        for row in rows:
+            name = file_name(row.number, row.generation)
+            path = self._directory / DIRECTORY_NAME / (name + SUFFIX)
+            if row.sealed and name not in self._damaged and not path.exists():
+                began = time.monotonic()
+                self._make(row, name, path)
+                pause(time.monotonic() - began)
+
+    def _make(self, row: SegmentRow, name: str, path: Path) -> None:
+        files = ReadFiles()
+        place = self._directory / SEGMENTS_NAME / name
+        cache = directory_cache()
+        segment = SegmentReader(place, row.number, self._group, files, cache, row.generation)
+        try:
+            segment.refresh(Known.of(row))
+            made, errors = _made(segment)
+            if errors or segment.damage:
+                self._damaged.add(name)
+                return
+            _keep(path, forms.encode(made, row.created_ns, row.bytes))
+        except GoneError:
+            pass  # retention has put another in its place
+        except DamageError:
+            self._damaged.add(name)
+        except OSError as error:
+            raise failure(error, f"cannot write {path}") from error
+        finally:
+            files.close()
 
 
 def _made(segment: SegmentReader) -> tuple[Statistics, list[DamageError]]:
