@@ -22,14 +22,25 @@ INTERVALS_DEFAULT = 240  # of a picture and in JSON; a terminal has a column for
 INTERVALS_MAX = 10_000
 
 
-# Unknown options are arguments nowhere here: -5m is the value of an option, which may begin so.
 @click.command(
     epilog="Examples: blockrepl timeline shop;  blockrepl timeline shop --from -1d --output "
     "day.png;  blockrepl timeline shop --from tag:monday --to tag:tuesday --disk web --json"
 )
 @click.argument("group", shell_complete=complete_group)
-@click.option("--from", "begin", metavar="POINT", shell_complete=complete_point)
-@click.option("--to", "end", metavar="POINT", shell_complete=complete_point)
+@click.option(
+    "--from",
+    "begin",
+    metavar="POINT",
+    help="Where the window begins.",
+    shell_complete=complete_point,
+)
+@click.option(
+    "--to",
+    "end",
+    metavar="POINT",
+    help="Where it ends. [default: the newest instant]",
+    shell_complete=complete_point,
+)
 @click.option("--disk", "names", metavar="DISK", multiple=True, help="Only this disk (or these).")
 @click.option(
     "--output",
@@ -61,7 +72,7 @@ def timeline(
 
     The window is the last hour of the history, or all where that is less, unless --from and --to
     say otherwise; it is cut where the history begins and ends. Times are UTC. No content is read.
-    Of a stretch that retention has thinned, what was kept is counted.
+    Of a stretch that retention has thinned, what was kept is counted: no flushes, for one.
 
     \b
     --json prints: group, disks, from, from_ns, to, to_ns, interval_seconds, output, and

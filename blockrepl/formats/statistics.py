@@ -32,6 +32,7 @@ from blockrepl.formats.frame import U32, U64
 
 HEADER = struct.Struct("<8sQQIIII")
 MAGIC = b"BRSTAT01"
+LEVEL_MAX = 36  # one block stands for the largest disk
 _DIGEST = struct.Struct("<Q")
 FRAME = np.dtype(
     [
@@ -96,7 +97,7 @@ def decode(data: bytes, created_ns: int, size_bytes: int) -> Statistics:
     rows = ids + 16 * disks
     owners = rows + FRAME.itemsize * frames
     blocks = owners + 4 * sampled
-    if len(data) != blocks + 8 * sampled + _DIGEST.size or level > 64:
+    if len(data) != blocks + 8 * sampled + _DIGEST.size or level > LEVEL_MAX:
         raise PeerError("statistics sizes contradict each other")
     found = Statistics(
         tuple(data[at : at + 16] for at in range(ids, rows, 16)),

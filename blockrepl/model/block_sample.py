@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from blockrepl.formats.frame import U64
+from blockrepl.formats.statistics import LEVEL_MAX
 
 BLOCK_BYTES = 4096
-LEVEL_MAX = 36  # neighbourhoods of the largest disk
 KEPT_MAX = 16 * 1024  # of a Distinct: 128 KiB, an error under 1 %
 ADDRESS_BITS = 40  # of a block's number; what is above says which disk's it is, and takes no part
 GROUPS_MAX = 4 * 1024 * 1024  # looked at together: some 100 MiB while it lasts

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blockrepl.formats.frame import KIND_MASK, U64, Columns, FrameKind, RecordKind
-from blockrepl.formats.statistics import FRAME, Statistics
+from blockrepl.formats.statistics import FRAME, LEVEL_MAX, Statistics
 from blockrepl.model import block_sample
 from blockrepl.model.block_sample import Distinct
 
@@ -189,7 +189,7 @@ def _sample(frames: I64, keys: U64, level: int, frame_count: int) -> tuple[I64, 
         frames, keys = _last_of_each(frames, keys, frames * SLOTS // frame_count)
         level, which = level + 1, block_sample.stand(keys, level, level + 1)
         frames, keys = frames[which], keys[which]
-    while len(keys) > SAMPLE_MAX and level < block_sample.LEVEL_MAX:
+    while len(keys) > SAMPLE_MAX and level < LEVEL_MAX:
         which = block_sample.stand(keys, level, level + 1)
         frames, keys, level = frames[which], keys[which], level + 1
     return frames, keys, level
