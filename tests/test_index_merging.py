@@ -74,6 +74,7 @@ async def test_the_statistics_of_what_was_sealed_are_made_then(
 ) -> None:
     """Guards `statistics.make` in _look: the first timeline of a long history takes minutes.
 
+    Guards `_drop_others` in `make`: they would gather as retention writes segments anew.
     Guards `_damaged` in storage/statistics.py: what cannot be made is not tried for ever.
     """
     make = StatisticsMaker.make
@@ -81,6 +82,8 @@ async def test_the_statistics_of_what_was_sealed_are_made_then(
     monkeypatch.setattr(index_merging, "_pause", lambda _seconds: None)
     rows = [row for row in journal.replica.catalog.segments() if row.sealed]
     flip(journal.directory / "segments" / segments.file_name(rows[2].number), 64 + 150)
+    (journal.directory / "statistics").mkdir()
+    (journal.directory / "statistics" / "000000999999-3.seg.stats").touch()
     tried: list[int] = []
 
     def watched(self: StatisticsMaker, rows: Any, pause: Any) -> None:

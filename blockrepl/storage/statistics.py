@@ -13,9 +13,10 @@ one per disk and edge. Damage is told beside the sums, and what it does not conc
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from blockrepl.formats.statistics import Statistics
 from blockrepl.model.timeline import Bins, edges, summarise
 from blockrepl.storage.catalog import SegmentRow
 from blockrepl.storage.files import failure
-from blockrepl.storage.history import ReplicaHistory, State
+from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.journal import DIRECTORY_NAME as SEGMENTS_NAME
 from blockrepl.storage.reading import GoneError, ReadFiles
 from blockrepl.storage.runs import directory_cache
@@ -103,7 +104,7 @@ def _activity(history: ReplicaHistory, disks: list[bytes], at: U64, pace: Pace) 
             raise
         except DamageError as error:
             found.damaged.append(Damaged(begin, end, str(error)))
-    _drop_others(history.directory / DIRECTORY_NAME, state)
+    _drop_others(history.directory / DIRECTORY_NAME, state.segments.values())
     return found
 
 
@@ -145,11 +146,12 @@ class StatisticsMaker:
         self._group = group
         self._damaged: set[str] = set()
 
-    def make(self, rows: Iterable[SegmentRow], pause: Callable[[float], None]) -> None:
+    def make(self, rows: Sequence[SegmentRow], pause: Callable[[float], None]) -> None:
         """``rows``: all segments. After each one ``pause`` is called with the seconds it took.
 
         StorageError when they cannot be kept.
         """
+        _drop_others(self._directory / DIRECTORY_NAME, rows)
         for row in rows:
             name = file_name(row.number, row.generation)
             path = self._directory / DIRECTORY_NAME / (name + SUFFIX)
@@ -216,11 +218,12 @@ def _keep(path: Path, data: bytes) -> None:
         raise
 
 
-def _drop_others(directory: Path, state: State) -> None:
+def _drop_others(directory: Path, rows: Iterable[SegmentRow]) -> None:
     """Remove the statistics of segments that are no more, and what a crash has left."""
-    wanted = {file_name(row.number, row.generation) + SUFFIX for row in state.segments.values()}
-    for path in directory.glob("*"):
-        with contextlib.suppress(OSError):
+    wanted = {file_name(row.number, row.generation) + SUFFIX for row in rows}
+    with contextlib.suppress(OSError):
+        for name in set(os.listdir(directory)) - wanted:
+            path = directory / name
             is_old = time.time() - path.stat().st_mtime > TEMPORARY_SECONDS
-            if path.name not in wanted and (path.suffix == SUFFIX or is_old):
+            if path.suffix == SUFFIX or is_old:
                 path.unlink()
