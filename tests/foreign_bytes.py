@@ -39,7 +39,9 @@ from blockrepl.formats import (
     ring,
     run,
     segment,
+    statistics,
 )
+from blockrepl.model import timeline
 from blockrepl.services import agent_api, receiver_api
 from blockrepl.storage import admission, durable
 from blockrepl.storage.catalog import DiskRow
@@ -297,6 +299,25 @@ def merged_contents(data: bytes) -> object:
     return merged_run.decode_contents(data, xxhash.xxh3_64_intdigest(data))
 
 
+def segment_statistics(data: bytes) -> object:
+    """With the segment's making and size, and the digest, put right."""
+    if len(data) < statistics.HEADER.size + 8:
+        return statistics.decode(data, 1, 2)
+    body = data[:8] + struct.pack("<QQ", 1, 2) + data[24:-8]
+    found = statistics.decode(body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body)), 1, 2)
+    bins = timeline.Bins(timeline.edges(0, 100, 5), [DISK.bytes])
+    bins.add(found)
+    return bins.changed_bytes()
+
+
+def _statistics() -> bytes:
+    stamps = np.arange(3, dtype=np.uint64)
+    lengths, kinds = np.arange(3, dtype=np.uint32), np.arange(3, dtype=np.uint8)
+    columns = [frame.Columns(stamps, stamps, lengths, kinds)] * 2
+    made = timeline.summarise([0, 1], [1, 3], [DISK.bytes] * 2, [5, 5], columns)
+    return statistics.encode(made, 1, 2)
+
+
 _ENTRY = segment.RunEntry(
     disk=DISK,
     directory_offset=1,
@@ -468,6 +489,7 @@ TARGETS: dict[str, Target] = {
     ),
     "index-chunk": Target(index_chunk, (b"\2" + _chunk(),)),
     "index-directory": Target(run.decode_directory, (bytes(2 * run.DIRECTORY.itemsize),)),
+    "segment-statistics": Target(segment_statistics, (_statistics(),)),
     "merged-header": Target(merged_run.decode_header, (merged_run.encode_header(GROUP),)),
     "merged-contents": Target(
         merged_contents,

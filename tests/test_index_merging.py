@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import trio
 from journal_model import GROUP, Journal, small_segments
+from test_view import flip
 
 from blockrepl.errors import StorageError
+from blockrepl.formats import segment as segments
+from blockrepl.formats import statistics as forms
 from blockrepl.model import levels
 from blockrepl.services import index_merging
 from blockrepl.services.index_merging import IndexMerging
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.merging import Merger
+from blockrepl.storage.statistics import StatisticsMaker
 from blockrepl.units import KIB
 from blockrepl.views.view import View
 
@@ -63,6 +67,42 @@ async def test_it_merges_what_was_sealed_and_then_looks_no_more(
         view = View(replica, journal.stamp, replica.state())
         assert view.read("root", 0, 128 * KIB) == journal.model.at(journal.stamp)["root"]
         assert replica.index.merged()
+
+
+async def test_the_statistics_of_what_was_sealed_are_made_then(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards `statistics.make` in _look: the first timeline of a long history takes minutes.
+
+    Guards `_drop_others` in `make`: they would gather as retention writes segments anew.
+    Guards `_damaged` in storage/statistics.py: what cannot be made is not tried for ever.
+    """
+    make = StatisticsMaker.make
+    settled = trio.Event()
+    monkeypatch.setattr(index_merging, "_pause", lambda _seconds: None)
+    rows = [row for row in journal.replica.catalog.segments() if row.sealed]
+    flip(journal.directory / "segments" / segments.file_name(rows[2].number), 64 + 150)
+    (journal.directory / "statistics").mkdir()
+    (journal.directory / "statistics" / "000000999999-3.seg.stats").touch()
+    tried: list[int] = []
+
+    def watched(self: StatisticsMaker, rows: Any, pause: Any) -> None:
+        for _ in range(2):
+            make(self, rows, lambda _seconds: tried.append(1))
+        trio.from_thread.run_sync(settled.set)
+
+    monkeypatch.setattr(StatisticsMaker, "make", watched)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(merging_of(journal).run)
+        await settled.wait()
+        nursery.cancel_scope.cancel()
+    made = {path.name for path in (journal.directory / "statistics").iterdir()}
+    whole = [row for row in rows if row != rows[2]]
+    assert made == {segments.file_name(row.number) + ".stats" for row in whole}
+    assert len(tried) == len(rows)
+    for row in whole:
+        data = (journal.directory / "statistics" / f"{row.number:012d}.seg.stats").read_bytes()
+        assert len(forms.decode(data, row.created_ns, row.bytes).frames)
 
 
 async def test_a_merge_at_work_ends_at_once_when_it_is_cancelled(

@@ -49,6 +49,7 @@ COMMANDS = {
     "fork": ("fork", "Writable views that are kept: create, list, remove."),
     "export": ("export", "Write a disk, as it was at a point, to a file."),
     "diff": ("diff", "What was written between two points; a patch of it."),
+    "timeline": ("timeline", "Draw what happened to a group: writes, flushes, gaps."),
     "bisect": ("bisect", "Find the write that made a group bad."),
     "retention": ("retention", "Which points are kept for how long, and what goes next."),
     "doctor": ("doctor", "What this machine lacks, and how to install it."),

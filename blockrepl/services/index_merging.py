@@ -3,6 +3,7 @@
 One thread for all groups. It works for at most MERGE_SHARE of the time, in pieces of some
 milliseconds: a merge of ten million records takes about 3 s of a core in all, per level. A merge
 that finds no room, or cannot be written, is tried again later: lookups use smaller runs meanwhile.
+When all is merged, what statistics are missing is made (storage/statistics.py): some 50 ms each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from blockrepl.services.group_committer import GroupCommitter
 from blockrepl.storage.merging import Merger
 from blockrepl.storage.replica import Replica
 from blockrepl.storage.segment_reader import Known
+from blockrepl.storage.statistics import StatisticsMaker
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ MERGE_SHARE = 0.25  # of the time, at most
 @dataclass(slots=True)
 class _Group:
     merger: Merger
+    statistics: StatisticsMaker
     seen: object = None  # the sealed segments when all was merged
     seen_at: float = 0.0
     told: str = ""
@@ -51,7 +54,8 @@ class IndexMerging:
     def _look(self, name: str, replica: Replica) -> None:
         group = self._groups.get(name)
         if group is None:
-            group = self._groups[name] = _Group(Merger(replica.directory, replica.group_id))
+            of = replica.directory, replica.group_id
+            group = self._groups[name] = _Group(Merger(*of), StatisticsMaker(*of))
         try:
             state = replica.catalog.sealed_state()
             now = trio.from_thread.run_sync(trio.current_time)
@@ -61,6 +65,7 @@ class IndexMerging:
                 {row.number: Known.of(row) for row in replica.catalog.segments()}, _pause
             ):
                 _pause(0.0)
+            group.statistics.make(replica.catalog.segments(), _pause)
             group.seen, group.seen_at, group.told = state, now, ""
         except BlockreplError as error:
             if str(error) != group.told:
