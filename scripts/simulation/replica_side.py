@@ -217,5 +217,6 @@ class ReceiverMachine:
         place, remembered = self._copy
         shutil.rmtree(self.directory)
         shutil.copytree(place, self.directory)
+        self._durable_before = b""  # it speaks of the store that is gone
         self.model.roll_back(remembered)
         self.world.trace("restored", "the store at", self.model.acknowledged_number)
