@@ -21,7 +21,7 @@ from blockrepl.formats.merged_run import MergedName
 from blockrepl.limits import FORK_BLOCK_BYTES
 from blockrepl.storage import catalog as catalogs
 from blockrepl.storage import durable as durables
-from blockrepl.storage import forks, merged_runs, pins
+from blockrepl.storage import forks, merged_runs, pins, statistics
 from blockrepl.storage.attachment import image_path
 from blockrepl.storage.catalog import Catalog, DiskRow, SegmentRow
 from blockrepl.storage.check_findings import Finding
@@ -40,6 +40,7 @@ _KNOWN = {
     pins.DIRECTORY_NAME,
     forks.DIRECTORY_NAME,
     merged_runs.DIRECTORY_NAME,
+    statistics.DIRECTORY_NAME,
     DIRECTORY_NAME,
     SEEDS,
     "base",
