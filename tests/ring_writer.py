@@ -91,7 +91,6 @@ class RingWriter:
         region_bytes = self.geometry.region_bytes
         for region in range(offset // region_bytes, (offset + length - 1) // region_bytes + 1):
             self._words.store_byte(self.geometry.stale_at + region, 1)
-            self._add(layout.STALE_MARKS_AT, 1)
         self._add(layout.DROPPED_AT, 1)
         self._words.swap(layout.GAP_FROM_AT, 0, stamp)
         return stamp

@@ -218,7 +218,8 @@ def steps(log: Path, disk: Disk) -> list[str]:
         if match:
             file = "map" if match[2] == str(disk.hot_map) else "image"
             found.append(f"{file} {names[match[1]]}")
-    return found
+    # The map is made durable as it is read: before the trace begins, or as its first step.
+    return found[1:] if found[:1] == ["map flush"] else found
 
 
 def test_the_hot_bit_is_durable_before_a_cold_region_is_written(place: Pair) -> None:
@@ -233,7 +234,6 @@ def test_the_hot_bit_is_durable_before_a_cold_region_is_written(place: Pair) -> 
         client.write(3 * REGION - 1, b"the edge of two")
     hot = ["map write", "map flush"]
     assert steps(log, disk) == [
-        "map flush",  # of what was read: a killed server may have left it in the page cache
         *hot,
         "image write",
         "image write",
@@ -253,7 +253,7 @@ def test_fua_is_durable_before_it_is_acknowledged(place: Pair) -> None:
         client.write(0, b"now", flags=nbd_client.FUA)
         client.write(0, b"later")
         client.flush()
-    assert steps(log, disk)[1:] == ["image write", "image flush", "image write", "image flush"]
+    assert steps(log, disk) == ["image write", "image flush", "image write", "image flush"]
 
 
 def test_no_local_write_where_the_hot_map_cannot_be_written(place: Pair) -> None:

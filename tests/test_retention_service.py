@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +14,8 @@ from journal_model import Journal, small_segments
 from test_thinning import SIZES, check
 
 from blockrepl.errors import PointError
+from blockrepl.formats.marks import ConsistentMark, GapMark
+from blockrepl.model.points import Instant, Point
 from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
 from blockrepl.services.retention import Retention
 from blockrepl.services.retention_status import describe_retention
@@ -169,3 +173,47 @@ async def test_a_group_whose_source_is_away_keeps_its_history(journal: Journal) 
     async with committing(journal) as committer:
         await Retention().run_pass(committer)  # by our clock, all of it is years from here
         assert check(journal, read_kept(journal.replica.catalog), floor_of(journal))[0] > 20
+
+
+async def test_what_the_system_refuses_is_a_problem_and_not_the_receivers_end(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards OSError in Retention.run_pass: a full disk would end every group's replication.
+    def refused(_directory: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "pins.lock")
+
+    journal.run(60)
+    async with committing(journal) as committer:
+        retention = Retention()
+        monkeypatch.setattr(pins, "lock", refused)
+        await retention.run_pass(committer)
+        assert "No space left" in retention.groups["web"].problem
+        monkeypatch.undo()
+        await retention.run_pass(committer)
+        assert retention.groups["web"].problem == ""
+
+
+async def test_the_floor_is_a_point_though_the_gaps_of_two_disks_overlap(
+    journal: Journal,
+) -> None:
+    # Guards union in retention._decide: out of the later gap, into the earlier one.
+    journal.run(100)
+    for disk in ("root", "data"):
+        journal.mark(GapMark(disk=journal.ids[disk], from_ns=journal.tick()))
+        journal.replica.commit()
+        journal.run(60)
+    for disk in ("root", "data"):
+        journal.mark(ConsistentMark(disk=journal.ids[disk], at_ns=journal.tick()))
+        journal.replica.commit()
+        journal.run(60)
+    begin, end = (journal.replica.status().gaps[place] for place in (0, 1))
+    assert begin.to_ns is not None
+    assert end.from_ns < begin.to_ns
+    age = (journal.stamp - begin.to_ns) // SECOND - 5  # it lies in the later one
+    write_policy(journal.replica.catalog, Policy(ladder=f"all:{age}s"))
+    async with committing(journal) as committer:
+        await Retention().run_pass(committer)
+        floor_ns = floor_of(journal)
+        assert floor_ns < begin.from_ns
+        with ReplicaHistory(journal.directory) as history:
+            assert history.resolve(Point("x", Instant(floor_ns)), journal.stamp).at_ns == floor_ns

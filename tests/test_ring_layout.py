@@ -32,7 +32,7 @@ int main(void)
 {
     HEADER(magic); HEADER(version); HEADER(complete); HEADER(ring_id); HEADER(disk_id);
     HEADER(size_bytes); HEADER(region_bytes); HEADER(region_count); HEADER(slot_count);
-    HEADER(payload_bytes); HEADER(clock_offset); HEADER(stale_marks); HEADER(head); HEADER(busy);
+    HEADER(payload_bytes); HEADER(clock_offset); HEADER(head); HEADER(busy);
     HEADER(last_stamp); HEADER(gap_from); HEADER(dropped); HEADER(written_bytes);
     HEADER(hot_regions); HEADER(writer_pid); HEADER(flushed); HEADER(flush_failed);
     HEADER(tail); HEADER(durable);
@@ -60,7 +60,6 @@ FIELDS = {
     "slot_count": ("slot count", None),
     "payload_bytes": ("payload bytes", None),
     "clock_offset": ("clock offset", None),
-    "stale_marks": ("regions marked stale", layout.STALE_MARKS_AT),
     "head": ("head", layout.HEAD_AT),
     "busy": ("busy", layout.BUSY_AT),
     "last_stamp": ("last stamp", layout.LAST_STAMP_AT),

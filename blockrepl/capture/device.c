@@ -150,12 +150,8 @@ static void mark_gap(struct device *d, uint64_t start, uint64_t end)
     struct ring_header *ring = d->ring;
     ring_begin_busy(&ring->busy);
     ring->last_stamp = next_stamp(d);
-    for (uint64_t r = start / d->region_bytes; r <= (end - 1) / d->region_bytes; r++) {
-        if (__atomic_load_n(&d->stale[r], __ATOMIC_SEQ_CST))
-            continue;
+    for (uint64_t r = start / d->region_bytes; r <= (end - 1) / d->region_bytes; r++)
         ring_store_byte(&d->stale[r], 1);
-        ring_store(&ring->stale_marks, ring->stale_marks + 1);
-    }
     /* the agent may send the region's content before it is on the local disk: it cools only after
      * a flush that began after this write, as if the record had been kept */
     hot_map_touch(&d->map, start, end, ring->head + 1);

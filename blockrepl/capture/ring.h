@@ -45,8 +45,7 @@ struct ring_header {
     uint64_t slot_count;      /*  64 */
     uint64_t payload_bytes;   /*  72 */
     int64_t clock_offset;     /*  80: stamp = CLOCK_MONOTONIC + this, ns */
-    uint64_t stale_marks;     /*  88: regions marked stale by capture since the ring was made */
-    uint8_t pad0[32];
+    uint8_t pad0[40];
     /* written by capture */
     uint64_t head;            /* 128: sequence of the next record */
     uint64_t busy;            /* 136: odd from just before a stamp is taken until it is published */

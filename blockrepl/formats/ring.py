@@ -17,7 +17,6 @@ offset  size  header field
 64      8     slot count
 72      8     payload bytes
 80      8     clock offset in ns, signed: stamp = CLOCK_MONOTONIC + offset
-88      8     regions marked stale since the ring was made
 128     8     head: sequence of the next record
 136     8     busy: odd from just before a stamp is taken until its record is published
 144     8     last stamp
@@ -50,7 +49,6 @@ PAGE_BYTES = 4096
 INFLIGHT_SLOTS = 128
 
 COMPLETE_AT = 12
-STALE_MARKS_AT = 88
 HEAD_AT = 128
 BUSY_AT = 136
 LAST_STAMP_AT = 144

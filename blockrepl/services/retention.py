@@ -28,8 +28,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import trio
+from pydantic import ValidationError
 
 from blockrepl.errors import BlockreplError, DamageError, StorageError
+from blockrepl.model.points import Gap, union
 from blockrepl.model.retention_plan import Pinned, decide, floor_for_room, next_batch
 from blockrepl.services.group_committer import GroupCommitter
 from blockrepl.storage import pins
@@ -70,7 +72,7 @@ class Retention:
                     logger.info("group %s: checkpoint %s was thinned", replica.name, name)
                 await self._fold(committer)
                 await self._thin(committer, known)
-            except BlockreplError as error:
+            except (BlockreplError, OSError) as error:
                 problem = str(error)
         if problem and problem != known.problem:
             logger.error("group %s: retention: %s", replica.name, problem)
@@ -123,13 +125,15 @@ class Retention:
             capture_stdout=True,
             check=False,
         )
-        if done.returncode == 0:
-            return Outcome.model_validate_json(done.stdout)
-        if not done.stdout:
+        try:
+            if done.returncode == 0:
+                return Outcome.model_validate_json(done.stdout)
+            failure = Failure.model_validate_json(done.stdout)
+        except ValidationError:  # it was killed, or failed inside: its traceback is in our log
             raise StorageError(
-                f"{order.operation} ended with {done.returncode}", hint="see the receiver's log"
-            )
-        failure = Failure.model_validate_json(done.stdout)
+                f"{order.operation} ended with {done.returncode}",
+                hint="see the receiver's log; it is tried again",
+            ) from None
         kind = DamageError if failure.code == "damage" else StorageError
         raise kind(failure.error, hint=failure.hint)
 
@@ -150,7 +154,7 @@ def _decide(replica: Replica) -> tuple[list[str], str]:
         found += [Pinned(one.at_ns, one.at_ns) for one in catalog.checkpoints() if one.kept]
         kept = read_kept(catalog)
         decision = decide(policy.rungs(), now_ns, kept, found, status.floor_ns, room_ns)
-        for gap in status.gaps:
+        for gap in union(Gap(gap.from_ns, gap.to_ns) for gap in status.gaps):
             if gap.from_ns <= decision.floor_ns and (gap.to_ns or now_ns + 1) > decision.floor_ns:
                 # The floor must be a point: it waits for the end of the gap.
                 found.append(Pinned(gap.from_ns - 1, gap.from_ns - 1))

@@ -155,9 +155,6 @@ class RingReader:
         """Whether the local disk has failed to flush since the ring was made."""
         return self._words.load(layout.FLUSH_FAILED_AT) != 0
 
-    def stale_marks(self) -> int:
-        return self._words.load(layout.STALE_MARKS_AT)
-
     def dropped(self) -> int:
         return self._words.load(layout.DROPPED_AT)
 
@@ -368,7 +365,6 @@ class RingReader:
             if start < end <= geometry.size_bytes:
                 first, last = start // geometry.region_bytes, (end - 1) // geometry.region_bytes
                 self.stale[first : last + 1] = 1
-                words.store(layout.STALE_MARKS_AT, self.stale_marks() + 1)
                 words.swap(layout.GAP_FROM_AT, 0, max(stamp, self.last_stamp() + 1))
             words.store(layout.DROPPED_AT, self.dropped() + 1)
             at = geometry.inflight_at + int(slot) * layout.INFLIGHT.itemsize + 16

@@ -272,9 +272,7 @@ class Server:
         self._words.store(layout.LAST_STAMP_AT, stamp)
         await self._step()
         for region in self._regions(start, end):
-            if not self._mapping[self.geometry.stale_at + region]:
-                self._words.store_byte(self.geometry.stale_at + region, 1)
-                self._add(layout.STALE_MARKS_AT, 1)
+            self._words.store_byte(self.geometry.stale_at + region, 1)
         self._touch(start, end, self._head + 1)
         self._add(layout.DROPPED_AT, 1)
         if self._words.swap(layout.GAP_FROM_AT, 0, stamp):
@@ -341,7 +339,6 @@ class Server:
             words.store(layout.LAST_STAMP_AT, stamp)
             for region in self._regions(words.load(at), words.load(at + 8)):
                 words.store_byte(geometry.stale_at + region, 1)
-                self._add(layout.STALE_MARKS_AT, 1)
             self._add(layout.DROPPED_AT, 1)
             words.swap(layout.GAP_FROM_AT, 0, stamp)
             self._add(at + 16, 1)
