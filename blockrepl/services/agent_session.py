@@ -28,6 +28,8 @@ from blockrepl.services.outbox import LostError, Shape
 
 log = logging.getLogger(__name__)
 
+_SOFTWARE = version("blockrepl")
+
 CONFIGURATION_SECONDS = 0.2
 ANSWER_SECONDS = 30.0
 PASS_SECONDS = 0.5  # how often the receiver is told how scrub passes stand
@@ -57,7 +59,7 @@ class AgentSession:
         """Work until the connection ends or is refused: always raises a BlockreplError."""
         hello = messages.Hello(
             version=messages.PROTOCOL_VERSION,
-            software=version("blockrepl"),
+            software=_SOFTWARE,
             instance=self.instance,
         )
         await self._stream.send(MessageType.HELLO, messages.encode(hello))

@@ -9,7 +9,7 @@ from blockrepl.formats.frame import RecordKind
 from blockrepl.units import KIB
 from scripts.simulation.scale import REGION_BYTES
 
-ACTIVE_SECONDS = 1.6  # the guest writes and faults begin within them
+ACTIVE_SECONDS = (0.3, 0.6, 1.6)  # the guest writes and faults begin within one of them
 FAULT_WEIGHTS = {
     "agent killed": 3,
     "server killed": 3,
@@ -62,6 +62,7 @@ class DiskPlan:
 
 @dataclass(slots=True)
 class Plan:
+    active_seconds: float  # the guest writes and faults begin within them
     disks: list[DiskPlan]
     requests: list[Request]
     faults: list[Fault]
@@ -73,6 +74,7 @@ class Plan:
 
 def make_plan(seed: int) -> Plan:
     chance = random.Random(f"plan {seed}")
+    active = chance.choice(ACTIVE_SECONDS)
     disks = [_disk(chance, number) for number in range(1 + (chance.random() < 0.4))]
     scale: dict[str, object] = {
         "SEGMENT_FRAMES_MAX": chance.choice((4, 8, 16, 65536)),
@@ -82,9 +84,10 @@ def make_plan(seed: int) -> Plan:
         "services.outbox.MEMORY_BYTES": chance.choice((4, 32, 1024)) * KIB,
     }
     return Plan(
+        active,
         disks,
-        _requests(chance, disks),
-        _faults(chance, len(disks)),
+        _requests(chance, disks, active),
+        _faults(chance, len(disks), active),
         chance.choice((0.0002, 0.001, 0.02)),
         chance.choice((1, 16, 64, 1 << 20)) * KIB,
         chance.choice((0.0, 1e6)),
@@ -111,15 +114,15 @@ def _content(chance: random.Random, length: int) -> bytes:
     return chance.randbytes(512) * (length // 512)
 
 
-def _requests(chance: random.Random, disks: list[DiskPlan]) -> list[Request]:
+def _requests(chance: random.Random, disks: list[DiskPlan], active: float) -> list[Request]:
     requests: list[Request] = []
     count = chance.randint(10, 40)
     hot = [[chance.randrange(disk.size_bytes // 512) for _ in range(3)] for disk in disks]
     at = chance.uniform(0, 0.3)
     while len(requests) < count:
         at += chance.choice((0.0, 0.0, 0.001, 0.02, 0.1)) * chance.random()
-        if at > ACTIVE_SECONDS:
-            at = chance.uniform(0, ACTIVE_SECONDS)
+        if at > active:
+            at = chance.uniform(0, active)
         number = chance.randrange(len(disks))
         requests.append(_request(chance, at, number, disks[number], hot[number]))
     return sorted(requests, key=lambda request: request.at)
@@ -152,7 +155,7 @@ def _request(
     )
 
 
-def _faults(chance: random.Random, disks: int) -> list[Fault]:
+def _faults(chance: random.Random, disks: int, active: float) -> list[Fault]:
     kinds = chance.choices(
         list(FAULT_WEIGHTS), list(FAULT_WEIGHTS.values()), k=chance.randint(2, 6)
     )
@@ -160,7 +163,7 @@ def _faults(chance: random.Random, disks: int) -> list[Fault]:
     for number, kind in enumerate(kinds):
         seconds = chance.choice((0.0, 0.01, 0.1, 0.5, 1.0)) * chance.random()
         operations = chance.choice((-1, -1, *range(12)))
-        at = chance.uniform(0.02, ACTIVE_SECONDS)
+        at = chance.uniform(0.02, active)
         faults.append(Fault(at, kind, seconds, chance.randrange(disks), operations, number))
         if kind == "store restored":
             faults.append(Fault(at * chance.random(), "store copied"))

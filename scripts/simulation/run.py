@@ -1,6 +1,6 @@
 """One run: the machines, the guest and the faults of a seed, and the checkers beside them.
 
-1. Everything runs; the guest writes and faults happen as planned, for ACTIVE_SECONDS.
+1. Everything runs; the guest writes and faults happen as planned (plan.py).
 2. The faults are over: the link works, what is down comes up, disks have room.
 3. Both sides must come to the same within CONVERGE_SECONDS, and the checkers look for a last time.
 """
@@ -22,7 +22,7 @@ from blockrepl.services.group_pump import WantedCheckpoint
 from scripts.simulation import checkers
 from scripts.simulation.link import Network
 from scripts.simulation.model import DiskModel, Model
-from scripts.simulation.plan import ACTIVE_SECONDS, Fault, make_plan
+from scripts.simulation.plan import Fault, make_plan
 from scripts.simulation.replica_side import ReceiverMachine
 from scripts.simulation.source import SourceMachine
 from scripts.simulation.world import Violation, World
@@ -97,7 +97,7 @@ class Run:
             for fault in self.plan.faults:
                 nursery.start_soon(self._fault, fault)
             nursery.start_soon(self._watch)
-            await trio.sleep(ACTIVE_SECONDS + SETTLE_SECONDS)
+            await trio.sleep(self.plan.active_seconds + SETTLE_SECONDS)
             self._end_faults()
             await self._converge()
             nursery.cancel_scope.cancel()

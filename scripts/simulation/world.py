@@ -230,21 +230,24 @@ class World:
     ) -> Any:
         """What `trio.to_thread.run_sync` does, without a thread."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        with trio.CancelScope(shield=True):
-            if self.chance.random() < 0.1:
-                await trio.sleep(self.chance.uniform(0, 0.02))
+        if self.chance.random() < 0.1:
+            await self._pause()
         process = running.get()
         if process is not None:
             process.check()
         result = call(*args)
-        with trio.CancelScope(shield=True):
-            if self.chance.random() < 0.1:
-                await trio.sleep(self.chance.uniform(0, 0.02))
-            else:
-                await trio.lowlevel.checkpoint()
+        if self.chance.random() < 0.1:
+            await self._pause()
+        else:
+            await trio.lowlevel.cancel_shielded_checkpoint()
         if process is not None:
             process.check()
         return result
+
+    async def _pause(self) -> None:
+        """A worker thread takes its time, and cannot be cancelled."""
+        with trio.CancelScope(shield=True):
+            await trio.sleep(self.chance.uniform(0, 0.02))
 
     # --- what is replaced
 
