@@ -14,7 +14,7 @@ from blockrepl import limits
 from blockrepl.formats import frame as frames
 from blockrepl.formats.frame import Columns, FrameKind, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, Mark, decode_mark
-from blockrepl.session.release import Release, release_of
+from blockrepl.session.release import HeldReleases, Release, release_of
 from blockrepl.units import MIB
 
 MARKS: dict[str, tuple[Mark, Release]] = {
@@ -54,6 +54,18 @@ def test_content_lets_go_of_its_regions_and_if_journaled_of_the_records_before_i
     assert release_of(frame.header, found, None) == Release(DISK.bytes, RING, 41, (6,))
     base, found = content(0, 41, 6)
     assert release_of(base.header, found, None) == Release(DISK.bytes, RING, 0, (6,))
+
+
+def test_what_has_no_number_is_held_until_one_behind_it_is_durable() -> None:
+    held = HeldReleases()
+    first, second = Release(DISK.bytes, regions=(1,)), Release(DISK.bytes, regions=(2,))
+    held.hold(7, first)
+    held.hold(9, second)
+    assert held.take(7) == []  # frames before 7
+    assert held.take(8) == [first]
+    assert held.take(9) == []
+    held.clear()
+    assert held.take(100) == []
 
 
 EXTENTS = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), min_size=1, max_size=6)

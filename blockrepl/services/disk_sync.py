@@ -12,6 +12,9 @@ differing  syncing                         the blocks that differ are read again
 sent       syncing                         acknowledged -> done
 =========  ==============================  ==================================================
 
+What is in the base image alone, sent or found there to be the same, is done when a numbered frame
+behind it is acknowledged too (session/release.py).
+
 A write that finds no room in the ring makes its region stale again, in whatever state it is. Then
 the region is begun anew, in another turn, and what comes back of the earlier one ends nothing.
 When the link is lost, all that is not done is stale again.
@@ -41,6 +44,7 @@ from blockrepl.formats.comparison import Compare, Purpose, Verdict, encode_compa
 from blockrepl.formats.frame import Columns, FrameKind, encode_frame
 from blockrepl.services.outbox import Outbox
 from blockrepl.services.source_disk import SourceDisk
+from blockrepl.session.release import Release
 from blockrepl.storage.pieces import (
     DATA_REGIONS_MAX,
     HOLE_REGIONS_MAX,
@@ -221,12 +225,17 @@ class DiskSync:
         for block in verdict.differing:
             at = regions.start * BLOCKS_PER_REGION + block
             found.setdefault(at // BLOCKS_PER_REGION, []).append(at)
-        for region in regions:
-            if region in found:
-                self._differing.append((region, turn, found[region]))
-            else:
-                self._end(region, turn)
+        self._differing += [(region, turn, found[region]) for region in regions if region in found]
+        self._same(tuple(region for region in regions if region not in found), turn)
         return True
+
+    def _same(self, regions: tuple[int, ...], turn: int) -> None:
+        disk = self.disk
+        if disk.state != "empty":
+            self.durable(regions, turn)
+        elif disk.ring is not None:
+            ring_id = disk.ring.geometry.ring_id
+            self._outbox.found_in_base(Release(disk.id, ring_id, regions=regions, sync_epoch=turn))
 
     async def _send_differing(self, watermark: int) -> None:
         disk, epoch = self.disk, self._epoch

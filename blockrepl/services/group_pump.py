@@ -8,7 +8,8 @@ A round, in this order; the order is what makes watermarks and marks true:
 4. read each ring's gap, then its head; put what was before a new gap, and report it, so that no
    watermark passes one unreported. A receiver that knows of a gap has all records before it:
    whatever is lost later, the gap begins where it says
-5. put all records up to the heads seen in 4; the last frame carries the watermark
+5. put all records up to the heads seen in 4; the last frame carries the watermark. Without any, a
+   frame that carries nothing else, once a second or when base content waits for its number
 6. put marks: disks that are consistent again, checkpoints asked for
 7. on a direct link: one piece of content (disk_sync.py) of each disk that owes some, unless its gap
    is yet to be reported. Its stamp is the watermark, or that of the disk's last record or gap sent
@@ -222,6 +223,12 @@ class GroupPump:
             and any(sync.wants() for sync in self.syncs.values())
         )
 
+    def _owes_number(self) -> bool:
+        """Whether all content is sent, and waits for a numbered frame behind it."""
+        return self.outbox.needs_number and not any(
+            disk.ring is not None and disk.ring.needs_sync() for disk in self.disks
+        )
+
     # --- a round
 
     async def _round(self) -> bool:
@@ -253,7 +260,8 @@ class GroupPump:
         for checkpoint in wanted:
             await self._put_checkpoint(checkpoint, watermark)
             worked = True
-        if not worked and watermark - self.outbox.due.watermark > limits.WATERMARK_SECONDS * 1e9:
+        is_late = watermark - self.outbox.due.watermark > limits.WATERMARK_SECONDS * 1e9
+        if not worked and (is_late or self._owes_number()):
             await self.outbox.put(self._encode(None, FrameKind.RECORDS, watermark))
         if not self.outbox.is_direct:
             return worked

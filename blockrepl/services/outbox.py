@@ -17,7 +17,8 @@ draining   memory                       nowhere                     direct: all 
 So the spool, where there is one, holds all numbers from the first unacknowledged one up to those in
 memory, and an agent that is killed finds in it all it must know (storage/spool.py). Frames without
 a number (base content) and comparisons are of their session: without a link they are dropped, and
-`interrupted` tells the owner to send that content again.
+`interrupted` tells the owner to send that content again. Base content is told to be durable with
+the next numbered frame behind it (`HeldReleases`); ``needs_number``: none has been put in yet.
 
 Memory is bounded by MEMORY_BYTES; a full spool makes `put` wait, and then the rings say what was
 lost.
@@ -46,7 +47,7 @@ from blockrepl.formats.frame import (
 from blockrepl.formats.marks import Mark
 from blockrepl.formats.messages import AttachDisk, Attached, MessageType
 from blockrepl.session.known import Known
-from blockrepl.session.release import Release, release_of
+from blockrepl.session.release import HeldReleases, Release, release_of
 from blockrepl.session.sender import SendWindow
 from blockrepl.storage.spool import Spool, SpooledFrame
 
@@ -124,6 +125,8 @@ class Outbox:
         self.spool = spool
         self.sent_bytes = 0
         self.window: SendWindow[Item] | None = None
+        self.needs_number = False
+        self._held = HeldReleases()
         self._owner = owner
         self._memory: deque[Item] = deque()  # sent and not acknowledged, then not yet sent
         self._memory_bytes = 0
@@ -183,6 +186,7 @@ class Outbox:
         release = replace(release_of(header, columns, mark), sync_epoch=sync_epoch)
         if header.number:
             self.due.apply(header, mark)
+        self.needs_number = not header.number
         await self._put(Item(MessageType.DATA, buffers, header.frame_bytes, release, header, mark))
 
     async def put_comparison(self, payload: bytes) -> None:
@@ -359,6 +363,8 @@ class Outbox:
         self.window = None
         self._read = None
         self._sync_epochs.clear()
+        self._held.clear()
+        self.needs_number = False
         self._sent_count = 0
         self._memory = deque(item for item in self._memory if item.number)
         self._memory_bytes = sum(item.size_bytes for item in self._memory)
@@ -435,9 +441,18 @@ class Outbox:
             self._acknowledge(item)
         self._notify()
 
+    def found_in_base(self, release: Release) -> None:
+        """The receiver has this content in its base image already: as if it had been sent."""
+        self._held.hold(self.due.next_number, release)
+        self.needs_number = True
+
     def _acknowledge(self, item: Item) -> None:
-        if item.header is not None and item.number:
+        releases: list[Release] = []
+        if item.header is None or not item.number:
+            self._held.hold(self.known.next_number, item.release)
+        else:
             self.known.apply(item.header, item.mark)
+            releases = [*self._held.take(self.known.next_number), item.release]
             if self.spool.begins_file(self.known.next_number):
                 self._to_give_back = self.known.attached()
         if not item.is_spooled and self._memory and self._memory[0] is item:
@@ -445,9 +460,10 @@ class Outbox:
             self._memory_bytes -= item.size_bytes
             self._sent_count = max(0, self._sent_count - 1)
         if self._moving:  # its buffers are being written
-            self._freed_while_moving.append(item.release)
-        else:
-            self._owner.durable(item.release)
+            self._freed_while_moving += releases
+            return
+        for release in releases:
+            self._owner.durable(release)
 
     async def sync_spool(self) -> None:
         """Sync the spool now and then, until cancelled."""

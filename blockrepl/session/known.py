@@ -13,7 +13,7 @@ mark gap      ready               gap, and the next epoch
 mark gap      empty, gap          nothing: there is no history to break, or it is broken already
 mark          empty, gap          ready
 consistent
-base          any                 nothing: it has no number
+base          any                 nothing: it has no number (release.py says what stands for it)
 ============  ==================  ============================================================
 """
 

@@ -6,7 +6,8 @@ built. A region is never split over two frames, so a frame says all of the regio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,6 +26,31 @@ class Release:
     consistent: bool = False
     checkpoint: str = ""
     sync_epoch: int = 0  # regions count only within the stretch of syncing they were read in
+
+
+@dataclass(slots=True)
+class HeldReleases:
+    """What is at the receiver without a number of its own, each until a frame behind it is durable.
+
+    That is content in the base image. A receiver whose store is an older copy is known by its next
+    number alone: what no number stands behind could be missing there, and nobody would know.
+    """
+
+    _held: deque[tuple[int, Release]] = field(default_factory=deque)
+
+    def hold(self, number: int, release: Release) -> None:
+        """Until frame ``number``, or one after it, is durable."""
+        self._held.append((number, release))
+
+    def take(self, next_number: int) -> list[Release]:
+        """Those that may be let go when all frames before ``next_number`` are durable."""
+        found = []
+        while self._held and self._held[0][0] < next_number:
+            found.append(self._held.popleft()[1])
+        return found
+
+    def clear(self) -> None:
+        self._held.clear()
 
 
 def release_of(header: FrameHeader, columns: Columns | None, mark: Mark | None) -> Release:
