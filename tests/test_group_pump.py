@@ -490,6 +490,26 @@ async def test_a_region_is_done_when_its_content_is_durable_and_not_before(
         await until(receiver.marks)
 
 
+async def test_a_gap_before_any_record_is_known_begins_where_the_ring_says(
+    source: Source, receiver: Receiver
+) -> None:
+    # Guards ``is_first`` in SourceDisk._resume: all since the last watermark was lost with it.
+    entry = source.add("root", SIZE, hot=True, content=random_bytes(SIZE))
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)):
+        await until(receiver.marks)
+    guest = source.guest(entry)
+    guest.write(0, b"x" * 512)
+    lost_ns = guest.write(MIB, b"y" * 512, kept=False)
+    again = Receiver(before={entry.id.bytes: replay(receiver.frames, entry.id.bytes, SIZE)})
+    async with pumping(source, again, known(entry, "ready", ring_id=0)):
+        await until(lambda: len(again.marks()) == 2)
+    gap, _ = again.marks()
+    assert isinstance(gap, GapMark)
+    assert gap.from_ns == lost_ns
+    assert again.frames[0].header.kind == FrameKind.RECORDS
+    assert len(again.frames[0].records) == 1
+
+
 @pytest.mark.parametrize("where", ["sent", "found there"])
 async def test_base_content_counts_with_the_next_number_at_once(
     source: Source, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, where: str

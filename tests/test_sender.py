@@ -130,9 +130,14 @@ def known(state: DiskState, ring_id: int, next_sequence: int) -> AttachedDisk:
 
 
 def ring(
-    *, has_stale: bool = False, tail: int = 100, head: int = 200, durable: int = 100
+    *,
+    has_stale: bool = False,
+    tail: int = 100,
+    head: int = 200,
+    durable: int = 100,
+    is_first: bool = False,
 ) -> RingState:
-    return RingState(RING, tail, head, has_stale, durable)
+    return RingState(RING, tail, head, has_stale, durable, is_first)
 
 
 @pytest.mark.parametrize("has_stale", [False, True])
@@ -179,6 +184,16 @@ def test_a_new_ring_with_stale_regions_is_a_gap_once_the_first_sync_is_done(
     answer = known(state, ring_id, 5)
     assert resume(answer, ring(has_stale=True), same_replica=True) == Resume(
         100, mark_all_stale=False, gap=gap
+    )
+
+
+@pytest.mark.parametrize("ring_id", [0, OTHER])
+def test_the_ring_of_the_first_sync_says_itself_what_it_lacks_while_it_is_the_only_one(
+    ring_id: int,
+) -> None:
+    answer = known("ready", ring_id, 0)
+    assert resume(answer, ring(has_stale=True, is_first=True), same_replica=True) == Resume(
+        100, mark_all_stale=False, gap=ring_id == OTHER
     )
 
 

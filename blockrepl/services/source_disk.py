@@ -99,7 +99,14 @@ class SourceDisk:
     ) -> None:
         ring_id = ring.geometry.ring_id
         stale_ring, base_ring = self.entry.stale_ring, self.entry.base_ring
-        state = RingState(ring_id, ring.tail(), ring.head(), ring.needs_sync(), ring.durable())
+        state = RingState(
+            ring_id,
+            ring.tail(),
+            ring.head(),
+            ring.needs_sync(),
+            ring.durable(),
+            is_first=base_ring == ring_id,
+        )
         same_replica = same_replica and stale_ring in (0, ring_id)
         plan = resume(known, state, same_replica=same_replica, has_lost=has_lost)
         if plan.mark_all_stale:

@@ -24,6 +24,8 @@ another ring or none  records let go      as with fewer frames: the ring let go 
                       that are not noted  told to be durable, or in a spool, and they are not there.
                       to be durable       (Skipped ones, that are in a first sync's content, are
                                           noted at once)
+none                  stale regions, and  go on at the tail: what became stale since the first sync,
+                      the first sync's    the ring says itself
 another ring or none  stale regions       go on at the tail; a gap since the last watermark,
                                           unless the first sync is not done yet
 another ring or none  nothing stale       the old ring was retired in order: go on at the tail
@@ -103,6 +105,7 @@ class RingState:
     head: int
     has_stale: bool
     durable: int  # records before it are noted to be durable at the receiver
+    is_first: bool = False  # the first sync read the disk beside it, and beside no other since
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,4 +130,6 @@ def resume(
         return Resume(known.next_sequence, mark_all_stale=False, gap=False)
     if ring.tail > ring.durable:
         return Resume(ring.tail, mark_all_stale=True, gap=is_ready)
-    return Resume(ring.tail, mark_all_stale=False, gap=is_ready and ring.has_stale)
+    says_itself = known.ring_id == 0 and ring.is_first
+    gap = is_ready and ring.has_stale and not says_itself
+    return Resume(ring.tail, mark_all_stale=False, gap=gap)

@@ -67,16 +67,16 @@ class LazyFuture:
         if self._is_done:
             return
         self._is_done = True
+        # Whoever looks while the call is under way is its own process's death.
+        self._error = StorageError("the process was killed", code="full")
         if self._process is not None and not self._process.alive:
-            self._error = StorageError("the process was killed", code="full")
             return
         try:
             self._result = self._call()
         except Exception as error:
             self._error = error
-        except BaseException:
-            self._error = StorageError("the process was killed", code="full")
-            raise
+        else:
+            self._error = None
 
 
 class Executor:

@@ -93,7 +93,10 @@ class Process:
             self.alive = False
             self.scope.cancel()
             for call in self.on_death:
-                call()
+                try:
+                    call()
+                except Exception as error:  # nobody would see it: the process is dead
+                    raise Violation(f"{self.name} did not die as it should: {error!r}") from error
 
     def check(self) -> None:
         if not self.alive:
