@@ -460,7 +460,7 @@ def test_disks_that_do_not_fit_are_refused_and_change_nothing(
     faults: list[Callable[[], object]] = [
         lambda: attach(replica, disk=UUID(int=8)),
         lambda: attach(replica, name="other"),
-        lambda: attach(replica, size_bytes=DISK_BYTES + 512),
+        lambda: attach(replica, size_bytes=DISK_BYTES - 512),
         lambda: attach(replica, source=b"x" * 16),
     ]
     for refused in faults:
