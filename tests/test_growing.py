@@ -158,17 +158,17 @@ def test_a_side_that_is_killed_right_after_is_told_again(stage: Stage, name: str
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    ("module", "name", "then"),
+    ("module", "name", "count", "then"),
     [  # killed before the step of storage/growing.py, and who comes next
-        ("blockrepl.storage.growing", "write_atomically", "resize"),  # 2, the hot map
-        ("blockrepl.storage.growing", "make_grown", "agent"),  # 3, the ring's copy
-        ("blockrepl.storage.source", "SourceDisks.write", "resize"),  # 4, the entry
-        ("os", "rename", "agent"),  # 5, the copy takes the ring's place
-        ("os", "rename", "server"),
+        ("blockrepl.storage.growing", "write_atomically", 1, "resize"),  # 2, the hot map
+        ("blockrepl.storage.growing", "make_grown", 1, "agent"),  # 3, the ring's copy
+        ("blockrepl.storage.source", "SourceDisks.write", 1, "resize"),  # 4, the entry
+        ("os", "rename", 3, "agent"),  # 5, the copy takes the ring's place: behind map and entry
+        ("os", "rename", 3, "server"),
     ],
 )
 def test_a_resize_that_is_killed_at_any_step_is_finished(
-    stage: Stage, module: str, name: str, then: str
+    stage: Stage, module: str, name: str, count: int, then: str
 ) -> None:
     # Guards the order of the steps: a gap, a resync or a lost record. Guards is_outgrown.
     it = stage
@@ -178,7 +178,7 @@ def test_a_resize_that_is_killed_at_any_step_is_finished(
     it.disk.stop()
     it.sample_offline()
     home = ("--home", str(it.place.source_home))
-    command = [sys.executable, "-c", KILL_AT, module, name, "1", *home]
+    command = [sys.executable, "-c", KILL_AT, module, name, str(count), *home]
     killed = subprocess.run(
         [*command, "disk", "resize", "d1", str(GROWN)], capture_output=True, check=False
     )

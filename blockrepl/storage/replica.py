@@ -115,6 +115,7 @@ class Replica:
         self._images: dict[bytes, BaseImage] = {}
         self._base_bytes: dict[bytes, int] = {}
         self._marks_due: list[Mark] = []  # of durable frames, not yet in the catalog
+        self._disks: dict[bytes, DiskRow] = {}
         self._reload()
         self._forget_staged()
         retained.remove_leftovers(catalog, directory / DIRECTORY_NAME)
@@ -176,7 +177,7 @@ class Replica:
         Everything staged must have been committed. StateError, StorageError.
         """
         self._check_working()
-        self._write_catalog()  # or the reload below would forget how far the rings have come
+        self._write_catalog()  # a disk that is retired leaves us with what the catalog says of it
         row = self._sources.setdefault(source, SourceRow(source, 0, 0))
         attach_disks(self.directory, self.catalog, source, disks, row.watermark + 1)
         self._reload()
@@ -395,7 +396,15 @@ class Replica:
 
     def _reload(self) -> None:
         rows = self.catalog.disks(removed=True)
+        known = self._disks
         self._disks = {row.id: row for row in rows if row.removed_ns is None}
+        for disk in known.keys() & self._disks.keys():
+            # How far the rings have come is in the catalog later than here (`_write_catalog`).
+            self._disks[disk] = replace(
+                self._disks[disk],
+                ring_id=known[disk].ring_id,
+                next_sequence=known[disk].next_sequence,
+            )
         floors = (row.ready_ns for row in rows if row.ready_ns is not None)
         self._floor_ns = min(floors, default=None)
         self._gaps = self.catalog.gaps()
