@@ -36,7 +36,7 @@ from blockrepl.cli.main import run as run_command
 from blockrepl.formats.frame import RecordKind
 from blockrepl.services import retention
 from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
-from blockrepl.storage import base, retention_worker
+from blockrepl.storage import files, retention_worker
 from blockrepl.storage.catalog import Catalog
 from blockrepl.storage.home import Home
 from blockrepl.storage.merging import Merger
@@ -68,7 +68,8 @@ class Killer:
     def arm(self) -> None:
         for name in CALLS.split():
             PATCH.setattr(os, name, self._counting(getattr(os, name), name))
-        PATCH.setattr(base, "punch_hole", self._counting(base.punch_hole, "punch_hole"))
+        punched = self._counting(files.punch_hole, "punch_hole")
+        PATCH.setattr("blockrepl.storage.base.punch_hole", punched)
         PATCH.setattr(Catalog, "transaction", self._transaction(Catalog.transaction))
         PATCH.setattr(builtins, "open", self._counting(builtins.open, "open"))
 
@@ -169,7 +170,7 @@ def worker(operation: str, killer: Killer) -> int:
     order = sys.stdin.read()
     if retention_worker.Order.model_validate_json(order).operation == operation:
         killer.arm()
-    sys.stdin = type("Order", (), {"read": staticmethod(lambda: order)})()  # type: ignore[assignment]
+    sys.stdin = type("Order", (), {"read": staticmethod(lambda: order)})()
     return retention_worker.main()
 
 

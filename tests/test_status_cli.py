@@ -158,7 +158,7 @@ def test_status_says_before_the_promise_cannot_be_kept(place: Pair) -> None:
     assert [pin["what"] for pin in found["pins"]] == ["checkpoint stays"]
     assert found["bytes_per_day"] >= 24 * 16 * MIB  # an hour's, at the least, times 24
     assert found["level"] == "ok" or found["days_left"] < 7  # of this machine
-    place.receiver("retention", "set", "g", "--promise", "1h", "--max-size", "17M", quiet=True)
+    place.receiver("retention", "set", "g", "--promise", "1h", "--max-size", "8M", quiet=True)
     found = place.group("g")["retention"]
     assert found["level"] == "error"
     assert "that is promised takes" in found["reason"]
