@@ -10,6 +10,7 @@ SECTOR_BYTES = 512  # a disk's size is a multiple of it
 REGION_BYTES = 1 * MIB  # grain of the hot map and of resync
 HOT_REGIONS_MAX = 16384  # per disk: 16 GiB to compare after a power cut, half a minute of reading
 DISK_BYTES_MAX = 64 * 1024 * 1024 * MIB  # 64 TiB: its region maps in shared memory take 128 MiB
+DISK_GROWTHS_MAX = 1000  # of one disk: every look at a point goes through them
 
 RING_BYTES_DEFAULT = 64 * MIB
 RING_BYTES_MIN = 16 * MIB  # must hold the largest request beside others

@@ -35,3 +35,13 @@ def format_instant(stamp: int) -> str:
     seconds, nanoseconds = divmod(stamp, NANOSECONDS_PER_SECOND)
     day = datetime.fromtimestamp(seconds, tz=timezone.utc)
     return f"{day:%Y-%m-%dT%H:%M:%S}.{nanoseconds:09d}Z"
+
+
+def format_bytes(size_bytes: int) -> str:
+    """``512 B``, ``1.5 KiB``, ``20 GiB``."""
+    value = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < KIB or unit == "TiB":
+            break
+        value /= KIB
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"

@@ -14,7 +14,14 @@ import pytest
 from blockrepl import limits
 from blockrepl.formats import frame as frames
 from blockrepl.formats.frame import Columns, FrameKind, RecordKind
-from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, encode_mark
+from blockrepl.formats.marks import (
+    CheckpointMark,
+    ConsistentMark,
+    GapMark,
+    GrowMark,
+    Mark,
+    encode_mark,
+)
 from blockrepl.formats.messages import AttachDisk
 from blockrepl.storage.home import Home
 from blockrepl.storage.replica import create_replica, open_replica
@@ -42,11 +49,13 @@ class Model:
     base: dict[str, bytes]
     records: list[Record] = field(default_factory=list)
     hidden: list[tuple[int, int]] = field(default_factory=list)  # gaps
+    growths: list[tuple[int, str, int]] = field(default_factory=list)  # stamp, disk, bytes
 
     def states(self) -> Iterator[tuple[int, dict[str, bytearray]]]:
         """(stamp, content of every disk) after each record, ascending. The dict is reused."""
         now = {disk: bytearray(content) for disk, content in self.base.items()}
         for record in sorted(self.records, key=lambda record: record.stamp):
+            self._grow(now, record.stamp)
             _apply(now[record.disk], record)
             if not any(first <= record.stamp < last for first, last in self.hidden):
                 yield record.stamp, now
@@ -55,8 +64,15 @@ class Model:
         now = {disk: bytearray(content) for disk, content in self.base.items()}
         for record in sorted(self.records, key=lambda record: record.stamp):
             if record.stamp <= stamp:
+                self._grow(now, record.stamp)
                 _apply(now[record.disk], record)
+        self._grow(now, stamp)
         return now
+
+    def _grow(self, now: dict[str, bytearray], stamp: int) -> None:
+        for at, disk, size in self.growths:
+            if at <= stamp:
+                now[disk] += bytes(max(0, size - len(now[disk])))
 
 
 def _apply(content: bytearray, record: Record) -> None:
@@ -76,7 +92,7 @@ class Journal:
         self.directory = Home.create(home).replica_directory(GROUP)
         create_replica(self.directory, GROUP)
         self.ids = {name: UUID(int=index + 1) for index, name in enumerate(sizes)}
-        self.sizes = sizes
+        self.sizes = dict(sizes)
         self.model = Model({name: bytes(size) for name, size in sizes.items()})
         self._number = 1
         self.open()
@@ -158,6 +174,15 @@ class Journal:
         self.replica.commit()
         return self.stamp
 
+    def grow(self, disk: str, size: int, *, commit: bool = True) -> int:
+        """From the next instant on the disk has that size."""
+        self.mark(GrowMark(disk=self.ids[disk], at_ns=self.stamp + 1, size_bytes=size))
+        self.model.growths.append((self.stamp + 1, disk, size))
+        self.sizes[disk] = size
+        if commit:
+            self.replica.commit()
+        return self.stamp + 1
+
     def gap_and_resync(self, disk: str) -> tuple[int, int]:
         """Records are lost; then the source's content is sent again."""
         begin = self.tick()
@@ -182,7 +207,7 @@ class Journal:
         self.model.records.append(record)
         self._frame(FrameKind.SYNC, record.disk, [record])
 
-    def mark(self, mark: CheckpointMark | ConsistentMark | GapMark) -> None:
+    def mark(self, mark: Mark) -> None:
         self._frame(FrameKind.MARK, None, [], payload=encode_mark(mark))
 
     def _frame(

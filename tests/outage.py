@@ -92,6 +92,10 @@ class Stage:
         self.samples.append(Sample(self.clock.now(), bytes(self.content)))
         self.client.write(0, bytes(self.content[:512]))  # a record behind it, of nothing new
 
+    def sample_offline(self) -> None:
+        """The same, while no server runs: nothing can be written until the next one does."""
+        self.samples.append(Sample(self.clock.now(), bytes(self.content)))
+
     def wait_ring(self) -> None:
         """Until the agent has made room: for a load that the ring is not to lose."""
         wait_for(lambda: self.reader.fill() < 0.4, "room in the ring")

@@ -19,7 +19,7 @@ from blockrepl.formats import frame as frames
 from blockrepl.formats import hot_map
 from blockrepl.formats.comparison import DIGEST_BYTES, Compare, Verdict, decode_compare
 from blockrepl.formats.frame import Buffer, FrameHeader, FrameKind, RecordKind
-from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, decode_mark
+from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, Mark, decode_mark
 from blockrepl.formats.messages import AttachDisk, Attached, AttachedDisk, MessageType
 from blockrepl.services.group_pump import GroupPump
 from blockrepl.services.source_disk import SourceDisk
@@ -42,7 +42,7 @@ class Received:
     header: FrameHeader
     records: list[Record]
     payload: bytes
-    mark: CheckpointMark | GapMark | ConsistentMark | None
+    mark: Mark | None
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Receiver:
     def of(self, kind: FrameKind) -> list[Received]:
         return [frame for frame in self.frames if frame.header.kind == kind]
 
-    def marks(self) -> list[CheckpointMark | GapMark | ConsistentMark]:
+    def marks(self) -> list[Mark]:
         return [frame.mark for frame in self.frames if frame.mark is not None]
 
     def records(self, disk: bytes) -> list[Record]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from blockrepl import limits
 from blockrepl.errors import PeerError
 from blockrepl.formats import marks
-from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
+from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, GrowMark
 
 STAMPS = st.integers(0, (1 << 63) - 1)
 NAMES = st.from_regex(re.compile(limits.NAME_PATTERN), fullmatch=True)
@@ -29,12 +29,18 @@ MARKS = st.one_of(
     ),
     st.builds(GapMark, disk=st.uuids(), from_ns=STAMPS),
     st.builds(ConsistentMark, disk=st.uuids(), at_ns=STAMPS),
+    st.builds(
+        GrowMark,
+        disk=st.uuids(),
+        at_ns=STAMPS,
+        size_bytes=st.integers(1, limits.DISK_BYTES_MAX // 512).map(lambda count: count * 512),
+    ),
 )
 
 
 @given(MARKS)
 def test_a_mark_comes_back_as_it_was_and_fits_its_frame(
-    mark: CheckpointMark | GapMark | ConsistentMark,
+    mark: marks.Mark,
 ) -> None:
     data = marks.encode_mark(mark)
     assert marks.decode_mark(data) == mark
@@ -44,7 +50,8 @@ def test_a_mark_comes_back_as_it_was_and_fits_its_frame(
 def test_the_docstring_names_the_marks_there_are() -> None:
     told = re.findall(r"^([a-z]+) {2,}(?:``|from)", marks.__doc__ or "", re.MULTILINE)
     assert told == [
-        kind.model_fields["mark"].default for kind in (CheckpointMark, GapMark, ConsistentMark)
+        kind.model_fields["mark"].default
+        for kind in (CheckpointMark, GapMark, ConsistentMark, GrowMark)
     ]
 
 

@@ -35,6 +35,8 @@ from blockrepl.errors import DamageError, PeerError, StateError, StorageError
 from blockrepl.formats import frame as frames
 from blockrepl.formats.frame import Buffer, FrameKind, RecordKind
 from blockrepl.formats.segment import file_name
+from blockrepl.model.retention import Kept
+from blockrepl.model.retention_plan import Decision
 from blockrepl.storage.catalog import Catalog, CheckpointRow, GapRow
 from blockrepl.storage.durable import read_durable
 from blockrepl.storage.files import Files
@@ -460,7 +462,7 @@ def test_disks_that_do_not_fit_are_refused_and_change_nothing(
     faults: list[Callable[[], object]] = [
         lambda: attach(replica, disk=UUID(int=8)),
         lambda: attach(replica, name="other"),
-        lambda: attach(replica, size_bytes=DISK_BYTES + 512),
+        lambda: attach(replica, size_bytes=DISK_BYTES - 512),
         lambda: attach(replica, source=b"x" * 16),
     ]
     for refused in faults:
@@ -468,6 +470,20 @@ def test_disks_that_do_not_fit_are_refused_and_change_nothing(
             refused()
         assert error.value.code.startswith("disk-")
     assert [row.name for row in replica.catalog.disks(removed=True)] == ["root"]
+
+
+def test_retention_does_not_forget_how_far_the_rings_have_come(tmp_path: Path) -> None:
+    # Guards the positions in Replica._reload: the source would find its disk "elsewhere" after a
+    # restart of the receiver, and send all of it again behind a gap.
+    replica, agent = start(tmp_path / "web")
+    put(replica, agent.consistent())
+    put(replica, agent.writes())
+    replica.shorten(Decision(Kept(), 0))
+    replica.replace_segments([], [])
+    replica.close()
+    replica = open_replica(tmp_path / "web")
+    assert attach(replica).disks[0].next_sequence == agent.sequence
+    replica.close()
 
 
 def test_a_retired_disk_keeps_its_history_and_comes_back_with_a_gap(

@@ -240,7 +240,7 @@ def test_an_entry_that_cannot_be_written_leaves_no_hot_map(
     def full(_entry: DiskEntry) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(disks, "_write", full)
+    monkeypatch.setattr(disks, "write", full)
     with pytest.raises(OSError, match="No space"):
         add(disks, image)
     assert left(disks) == []

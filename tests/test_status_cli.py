@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
 import pytest
+from oracle.nbd_client import Client
 from serving import Disk, place, wait_for
 
 from blockrepl.cli import status
 from blockrepl.cli.output import print_rich
+from blockrepl.units import MIB
 from scripts.guest.pair import Pair
 
 __all__ = ["place"]
@@ -104,3 +107,64 @@ def test_a_disk_says_what_is_proven_and_what_differs(capsys: pytest.CaptureFixtu
     )
     proven = disk | {"mismatches": 0, "verified_ns": time.time_ns() - 7200 * 10**9}
     assert "2 h ago" in shown(capsys, disks=[proven | {"scrub": scrub | {"ended_ns": 1}}])
+
+
+def test_what_is_promised_and_held_and_pinned_and_the_room_are_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outlook = {
+        "level": "ok",
+        "reason": "",
+        "promised_seconds": 86400.0,
+        "held_seconds": 7200.0,
+        "pins": [{"what": f"pin {n}", "first_ns": n, "last_ns": n} for n in range(5)],
+        "free_bytes": 20 << 30,
+        "bytes_per_day": 4 << 30,
+        "days_left": 5.0,
+        "promise_days_left": 5.0,
+    }
+    told = shown(capsys, retention=outlook)
+    assert "promised 1 d, held 2 h, pinned by pin 0, pin 1, pin 2 and 2 more" in told
+    assert "room 20 GiB free: 5.0 days at today's rate" in told
+    assert "WARNING" not in told
+    late = outlook | {"level": "warning", "reason": "too little", "pins": [], "days_left": None}
+    told = shown(capsys, retention=late)
+    assert "  promised 1 d, held 2 h\n" in told
+    assert "  room 20 GiB free\n" in told
+    assert "WARNING: too little" in told
+
+
+def test_status_says_before_the_promise_cannot_be_kept(place: Pair) -> None:
+    # Guards describe_retention in facts_of and in status_at_rest.
+    disk = Disk(place)
+    place.receiver("receiver", "init", quiet=True)
+    place.start_receiver()
+    place.join()
+    place.start_agent()
+    disk.start()
+    place.wait_replicating("g")
+    with Client(disk.socket) as client:
+        for turn in range(16):
+            client.write(turn % 8 * MIB, os.urandom(MIB))
+    place.wait_durable("g")
+    place.receiver("checkpoint", "create", "g", "stays", "--keep", quiet=True)
+    place.receiver("retention", "set", "g", "--promise", "1h", "--max-size", "1G", quiet=True)
+    # The rows of the journal say how much there is: the newest one does when it is closed.
+    place.stop("receiver")
+    place.start_receiver()
+    found = place.group("g")["retention"]
+    assert found["promised_seconds"] == 3600.0
+    assert found["held_seconds"] >= 0
+    assert [pin["what"] for pin in found["pins"]] == ["checkpoint stays"]
+    assert found["bytes_per_day"] >= 24 * 16 * MIB  # an hour's, at the least, times 24
+    assert found["level"] == "ok" or found["days_left"] < 7  # of this machine
+    place.receiver("retention", "set", "g", "--promise", "1h", "--max-size", "8M", quiet=True)
+    found = place.group("g")["retention"]
+    assert found["level"] == "error"
+    assert "that is promised takes" in found["reason"]
+    told = place.receiver("status", quiet=True)
+    assert "promised 1 h" in told
+    assert "pinned by checkpoint stays" in told
+    assert "ERROR: at today's rate" in told
+    place.stop("receiver")
+    assert place.group("g")["retention"]["level"] == "error"

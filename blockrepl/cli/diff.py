@@ -130,6 +130,7 @@ def _data(
             {
                 "disk": each.name,
                 "size_bytes": each.size_bytes,
+                "before_bytes": each.before_bytes,
                 "only_at": each.only_at,
                 "records": each.records,
                 "changed_bytes": each.changed_bytes,
@@ -149,6 +150,10 @@ def _text(group: str, first: Resolved, second: Resolved, found: list[DiskDiff]) 
         if each.only_at is not None:
             lines.append(f"{each.name}: only there at the {each.only_at} point")
             continue
+        if each.before_bytes not in (None, each.size_bytes):
+            lines.append(
+                f"{each.name}: its size goes from {each.before_bytes} to {each.size_bytes} bytes"
+            )
         lines.append(
             f"{each.name}: {human_bytes(each.changed_bytes)} in {len(each.starts)} ranges, "
             f"{each.records} records"

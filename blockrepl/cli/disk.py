@@ -14,6 +14,7 @@ from blockrepl.cli.output import emit, human_bytes, json_option, pass_home, prog
 from blockrepl.cli.point import completion_home
 from blockrepl.cli.sizes import SizeType
 from blockrepl.errors import StateError
+from blockrepl.units import format_instant
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -154,6 +155,61 @@ def remove(home: Path, name: str) -> None:
     click.echo(
         f"disk {name} is no longer protected; its image {entry.image} is untouched, its history "
         f"in group {entry.group} is kept under that name"
+    )
+
+
+@disk.command()
+@click.argument("name", shell_complete=complete_disk)
+@click.argument("size", type=SizeType(), required=False)
+@json_option
+@pass_home
+def resize(home: Path, name: str, size: int | None, json_mode: bool) -> None:
+    """Make a disk larger: to SIZE, or to the size that its image has got already.
+
+    A raw file is extended. A block device must have been resized before (lvextend, for instance);
+    what is new of it is overwritten with zeros. History goes on without a gap, and nothing is sent
+    again: points before that instant show the disk with its old size, later ones with its new one.
+
+    The disk's server must not run meanwhile: end it, and the guest's requests wait for the next
+    one. A running QEMU is then told the new size, and tells its guest: block_resize in its monitor,
+    or `virsh blockresize`.
+
+    \b
+    Examples:
+      systemctl stop blockrepl-disk@vm1
+      blockrepl disk resize vm1 20G
+      systemctl start blockrepl-disk@vm1
+      virsh blockresize DOMAIN vda 20G
+
+      lvextend --size 20G vg0/data && blockrepl disk resize data
+    """
+    from blockrepl.services.resizing import resize as resize_disk
+    from blockrepl.storage.home import Home
+
+    with progress(f"zeros behind {name}", size) as tell:
+        done = resize_disk(Home.open(home), name, size, tell)
+    entry, before_bytes = done.entry, done.before_bytes
+    at_ns = entry.growths[-1].at_ns if entry.size_bytes > before_bytes else None
+    data = {
+        "name": entry.name,
+        "group": entry.group,
+        "size_bytes": entry.size_bytes,
+        "before_bytes": before_bytes,
+        "at": None if at_ns is None else format_instant(at_ns),
+        "at_ns": at_ns,
+    }
+    emit(data, json_mode, _resized)
+
+
+def _resized(data: dict[str, Any]) -> str:
+    name, size = data["name"], human_bytes(data["size_bytes"])
+    if data["at"] is None:
+        return f"disk {name} has {size} already"
+    return (
+        f"disk {name} has {size} from {data['at']} on, {human_bytes(data['before_bytes'])} before; "
+        f"serve it again: blockrepl disk serve {name}\n"
+        f"then tell a QEMU that runs (a reboot of its guest does not): block_resize in its monitor "
+        f"(-blockdev: node blockrepl-{name}), or virsh blockresize, with {data['size_bytes']} bytes"
     )
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import click
 
-from blockrepl.units import KIB
+from blockrepl.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -121,14 +121,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: str =
     return result
 
 
-def human_bytes(size_bytes: int) -> str:
-    """``512 B``, ``1.5 KiB``, ``20 GiB``."""
-    value = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(value) < KIB or unit == "TiB":
-            break
-        value /= KIB
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
+human_bytes = format_bytes
+LEVEL_COLOURS = {"ok": "", "warning": "yellow", "error": "bold red"}
 
 
 def human_seconds(seconds: float) -> str:

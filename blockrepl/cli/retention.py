@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from blockrepl.cli.checkpoint import receiver_client
-from blockrepl.cli.output import emit, human_bytes, json_option, pass_home, table
+from blockrepl.cli.output import LEVEL_COLOURS, emit, human_bytes, json_option, pass_home, table
 from blockrepl.cli.point import complete_group
 from blockrepl.cli.sizes import SizeType
 from blockrepl.units import format_instant
@@ -100,10 +100,10 @@ def _shown(document: dict[str, Any]) -> Any:
     policy = document["policy"]
     lines: list[Any] = [
         Text.assemble(("group ", ""), (document["group"], "bold"), f"  ladder {policy['ladder']}"),
-        Text(f"  {_room(document)}", "red" if document["level"] == "error" else ""),
+        Text(f"  {_room(document)}"),
     ]
-    if document["problem"]:
-        lines.append(Text(f"  {document['problem']}", "red"))
+    if document["reason"]:
+        lines.append(Text(f"  {document['reason']}", LEVEL_COLOURS[document["level"]]))
     rows = [
         [
             f"  {format_instant(one['from_ns'])}",
@@ -121,9 +121,9 @@ def _planned(document: dict[str, Any]) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[Any] = [Text(_room(document), "red" if document["level"] == "error" else "")]
-    if document["problem"]:
-        parts.append(Text(document["problem"], "red"))
+    parts: list[Any] = [Text(_room(document))]
+    if document["reason"]:
+        parts.append(Text(document["reason"], LEVEL_COLOURS[document["level"]]))
     rows = [
         [
             "goes into the base" if one["what"] == "fold" else _step(one["step_seconds"]),

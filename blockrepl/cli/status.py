@@ -9,6 +9,7 @@ from typing import Any, Literal
 import click
 
 from blockrepl.cli.output import (
+    LEVEL_COLOURS,
     console,
     emit,
     human_bytes,
@@ -19,6 +20,7 @@ from blockrepl.cli.output import (
 from blockrepl.units import format_instant
 
 WATCH_SECONDS = 1.0
+PINS_SHOWN = 3
 COLOURS = {"replicating": "green", "error": "bold red", "disconnected": "red"}
 Role = Literal["receiver", "source"]
 
@@ -190,11 +192,33 @@ def _group(group: dict[str, Any], role: Role) -> list[Any]:
     lines.append(Text(f"  history {_history(group)}"))
     if group["journal_bytes"] is not None:
         lines.append(Text(f"  journal {human_bytes(group['journal_bytes'])}"))
+    if outlook := group.get("retention"):
+        lines += _outlook(outlook)
     if (spool := group.get("spool")) and spool["waiting_bytes"]:
         lines.append(Text(f"  spool {_spool(spool)}", "yellow"))
     for gap in group["gaps"]:
         lines.append(Text(f"  gap {_gap(gap)}", "yellow"))
     return [*lines, _disks(group["disks"], role)]
+
+
+def _outlook(outlook: dict[str, Any]) -> list[Any]:
+    """What is promised and held of history, by whom it is pinned, how long the room lasts."""
+    from rich.text import Text
+
+    held = outlook["held_seconds"]
+    promise = f"  promised {human_seconds(outlook['promised_seconds'])}"
+    promise += f", held {human_seconds(held)}" if held is not None else ""
+    names = [pin["what"] for pin in outlook["pins"]]
+    if names:
+        more = f" and {len(names) - PINS_SHOWN} more" if len(names) > PINS_SHOWN else ""
+        promise += f", pinned by {', '.join(names[:PINS_SHOWN])}{more}"
+    days = outlook["days_left"]
+    lasts = "" if days is None else f": {days:.1f} days at today's rate"
+    lines = [Text(promise), Text(f"  room {human_bytes(outlook['free_bytes'])} free{lasts}")]
+    if outlook["level"] != "ok":
+        told = f"  {outlook['level'].upper()}: {outlook['reason']}"
+        lines.append(Text(told, LEVEL_COLOURS[outlook["level"]]))
+    return lines
 
 
 def _spool(spool: dict[str, Any]) -> str:

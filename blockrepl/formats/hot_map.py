@@ -34,19 +34,33 @@ def region_count(size_bytes: int, region_bytes: int) -> int:
 
 def encode(disk: bytes, size_bytes: int, region_bytes: int, *, hot: bool) -> bytes:
     """A whole file, all regions hot or all cold."""
+    regions = np.full(region_count(size_bytes, region_bytes), hot, np.uint8)
+    return encode_regions(disk, size_bytes, region_bytes, regions)
+
+
+def encode_regions(
+    disk: bytes, size_bytes: int, region_bytes: int, hot: npt.NDArray[np.uint8]
+) -> bytes:
+    """A whole file; ``hot`` has a byte per region, or fewer: the rest is cold."""
     header = HEADER.pack(MAGIC, 1, 0, disk, size_bytes, region_bytes).ljust(HEADER_BYTES, b"\0")
-    bits = np.full(region_count(size_bytes, region_bytes), hot, np.uint8)
-    return header + np.packbits(bits, bitorder="little").tobytes()
+    regions = np.zeros(region_count(size_bytes, region_bytes), np.uint8)
+    regions[: len(hot)] = hot
+    return header + np.packbits(regions, bitorder="little").tobytes()
 
 
 def decode(
     data: bytes, disk: bytes, size_bytes: int, region_bytes: int
 ) -> npt.NDArray[np.uint8] | None:
-    """A byte per region, 1 = hot; None when the file is not this disk's map."""
-    count = region_count(size_bytes, region_bytes)
-    if len(data) != HEADER_BYTES + -(-count // 8):
+    """A byte per region, 1 = hot; None when the file is not this disk's map.
+
+    The map of a larger disk is one, too: growing it broke off (storage/growing.py).
+    """
+    if len(data) < HEADER.size:
         return None
-    if HEADER.unpack_from(data) != (MAGIC, 1, 0, disk, size_bytes, region_bytes):
+    *identity, mapped_bytes, grain = HEADER.unpack_from(data)
+    if (identity, grain) != ([MAGIC, 1, 0, disk], region_bytes) or mapped_bytes < size_bytes:
+        return None
+    if len(data) != HEADER_BYTES + -(-region_count(mapped_bytes, region_bytes) // 8):
         return None
     bits = np.frombuffer(data, np.uint8, offset=HEADER_BYTES)
-    return np.unpackbits(bits, bitorder="little", count=count)
+    return np.unpackbits(bits, bitorder="little", count=region_count(size_bytes, region_bytes))

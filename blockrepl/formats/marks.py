@@ -7,6 +7,8 @@ checkpoint      ``name`` is the state of the group at ``at_ns``
 gap             from ``from_ns`` on, history of ``disk`` is incomplete
 consistent      from ``at_ns`` on, the replica of ``disk`` equals the source again (or for the
                 first time: then the first sync is done and ``at_ns`` is the disk's floor)
+grow            from ``at_ns`` on, ``disk`` has ``size_bytes``; what is new reads as zeros. It
+                comes before all records in the new part
 ==============  =====================================================================
 """
 
@@ -18,7 +20,7 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from blockrepl.errors import PeerError
-from blockrepl.limits import NAME_PATTERN
+from blockrepl.limits import NAME_PATTERN, SECTOR_BYTES
 
 _STAMP_MAX = (1 << 63) - 1  # what SQLite holds
 StampField = Annotated[int, Field(ge=0, le=_STAMP_MAX)]
@@ -49,7 +51,14 @@ class ConsistentMark(_Mark):
     at_ns: StampField
 
 
-Mark = CheckpointMark | GapMark | ConsistentMark
+class GrowMark(_Mark):
+    mark: Literal["grow"] = "grow"
+    disk: UUID
+    at_ns: StampField
+    size_bytes: Annotated[int, Field(gt=0, multiple_of=SECTOR_BYTES)]
+
+
+Mark = CheckpointMark | GapMark | ConsistentMark | GrowMark
 _ADAPTER: TypeAdapter[Mark] = TypeAdapter(Annotated[Mark, Field(discriminator="mark")])
 
 

@@ -110,12 +110,15 @@ class Welcome(Message):
     window_bytes: int = Field(ge=limits.MESSAGE_BYTES_MAX, le=1 << 32)
 
 
+SizeField = Annotated[int, Field(gt=0, le=limits.DISK_BYTES_MAX, multiple_of=limits.SECTOR_BYTES)]
+
+
 class AttachDisk(Message):
+    """More than the receiver knows of: the disk has grown, and a mark will say when."""
+
     id: UUID
     name: NameField
-    size_bytes: Annotated[
-        int, Field(gt=0, le=limits.DISK_BYTES_MAX, multiple_of=limits.SECTOR_BYTES)
-    ]
+    size_bytes: SizeField
 
 
 class Attach(Message):
@@ -136,6 +139,8 @@ class AttachedDisk(Message):
     next_sequence: PositionField  # in that ring: the first record that is not durable here
     # The base image is known to be all zeros: nothing to compare a first sync with.
     blank: bool = False
+    # Up to its last durable frame; None: it does not say, and knows of no growing.
+    size_bytes: SizeField | None = None
 
 
 class Attached(Message):

@@ -88,7 +88,7 @@ class ScrubPlan:
     ) -> None:
         self.current: Pass | None = None
         self.rate = rate
-        self._size_bytes = size_bytes
+        self.size_bytes = size_bytes
         self._rest_seconds = rest_seconds
         self._regions = -(-size_bytes // REGION_BYTES)
         self._next_pass_at = now
@@ -115,7 +115,7 @@ class ScrubPlan:
             return Wait(due)
         region = self._take(now)
         offset = region * REGION_BYTES
-        length = min(REGION_BYTES, self._size_bytes - offset)
+        length = min(REGION_BYTES, self.size_bytes - offset)
         self._ready_at = max(self._ready_at, now - BURST_SECONDS) + length / self.rate_now
         self._serial += 1
         self._under_way[self._serial] = region

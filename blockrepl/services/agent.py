@@ -30,6 +30,7 @@ from blockrepl.services.group_replication import GroupReplication
 from blockrepl.services.scrubber import ScrubPool
 from blockrepl.services.shaping import Shaper
 from blockrepl.storage.clock import SourceClock, open_clock
+from blockrepl.storage.growing import grow_disk
 from blockrepl.storage.home import Home, exclusive_lock
 from blockrepl.storage.source import DiskEntry, SourceDisks
 from blockrepl.storage.spool import SpoolLimits
@@ -130,6 +131,14 @@ class Agent:
             group.entries = entries
             nursery.start_soon(group.run)
         group.entries = entries
+
+    async def grow(self, name: str, size_bytes: int) -> DiskEntry:
+        """Give a disk the size that its image has got. StateError, StorageError."""
+        entry = self.disks.load(name)
+        group = self.groups.get(entry.group)
+        if group is None:  # nothing of it is open yet
+            return grow_disk(self.disks, name, size_bytes, self.clock)
+        return await group.grow(entry, size_bytes)
 
     # --- the session
 

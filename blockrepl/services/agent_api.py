@@ -11,6 +11,7 @@ GET /verify/G                         what the scrub has proven, per disk
 POST /verify/G                        begins a pass of all disks; as before it
 POST /disks/NAME/resync               ``{"full"}``: compares all of a disk and sends what differs,
                                       or sends all of it
+POST /disks/NAME/grow                 ``{"size_bytes"}``: takes the size that its image has got
 ====================================  =================================================
 """
 
@@ -52,6 +53,10 @@ class _WantedResync(BaseModel):
     full: bool = False
 
 
+class _WantedSize(BaseModel):
+    size_bytes: int
+
+
 def agent_application(agent: Agent) -> Starlette:
     async def status(request: Request) -> JSONResponse:
         return JSONResponse(await _status(agent))
@@ -84,6 +89,11 @@ def agent_application(agent: Agent) -> Starlette:
         wanted = _WantedResync.model_validate_json(await request.body())
         return JSONResponse(await _resync(agent, request.path_params["name"], wanted.full))
 
+    async def grow(request: Request) -> JSONResponse:
+        wanted = _WantedSize.model_validate_json(await request.body())
+        grown = await agent.grow(request.path_params["name"], wanted.size_bytes)
+        return JSONResponse(grown.model_dump(mode="json"))
+
     return control_application(
         [
             Route("/status", status),
@@ -91,6 +101,7 @@ def agent_application(agent: Agent) -> Starlette:
             Route("/checkpoints/{group}/{name}/remove", remove, methods=["POST"]),
             Route("/verify/{group}", verify, methods=["GET", "POST"]),
             Route("/disks/{name}/resync", resync, methods=["POST"]),
+            Route("/disks/{name}/grow", grow, methods=["POST"]),
         ]
     )
 

@@ -131,7 +131,9 @@ class GroupComparison:
         end = compare.offset + compare.length
         if end > disk.size_bytes:
             raise PeerError(f"comparison beyond the end of disk {disk.name}")
-        if compare.length % COMPARE_BLOCK_BYTES and end != disk.size_bytes:
+        # It may have been sent before the disk grew.
+        ends = [row.before_bytes for row in status.growths if row.disk == disk.id]
+        if compare.length % COMPARE_BLOCK_BYTES and end not in (*ends, disk.size_bytes):
             raise PeerError("comparison ends inside a block that is not the disk's last")
         return disk
 

@@ -55,7 +55,9 @@ def exec_server(disks: SourceDisks, name: str) -> None:
             raise StateError(
                 f"image {entry.image} has {size_bytes} bytes, disk {name!r} was added with "
                 f"{entry.size_bytes}",
-                hint="restore its size, or remove the disk and add it under another name",
+                hint=f"if it was enlarged on purpose: blockrepl disk resize {name}"
+                if size_bytes > entry.size_bytes
+                else "restore its size, or remove the disk and add it under another name",
                 code="image-size",
             )
         ring = disks.ensure_ring(entry, clock)

@@ -82,7 +82,8 @@ class DiskSync:
         self._epoch = 1
         self._turn = 0  # counts what was begun, and what is sent of it
         self._turns: dict[int, int] = {}  # region -> the turn that ends it
-        self._comparing: dict[int, tuple[range, int]] = {}  # token -> regions, their turn
+        # token -> regions, their turn, where the last one ended: the disk may grow meanwhile
+        self._comparing: dict[int, tuple[range, int, int]] = {}
         self._differing: deque[tuple[int, int, list[int]]] = deque()  # region, turn, its blocks
 
     def interrupted(self) -> None:
@@ -197,7 +198,7 @@ class DiskSync:
         if epoch != self._epoch:
             return
         token = next(tokens)
-        self._comparing[token] = (regions, turn)
+        self._comparing[token] = (regions, turn, end)
         compare = Compare(
             self._outbox.known.group_id.bytes,
             disk.id,
@@ -214,9 +215,7 @@ class DiskSync:
         """Take an answer; False when it is to no question of ours. PeerError when it cannot be."""
         if verdict.token not in self._comparing:
             return False
-        regions, turn = self._comparing.pop(verdict.token)
-        size_bytes = self.disk.entry.size_bytes
-        end = min(regions.stop * limits.REGION_BYTES, size_bytes)
+        regions, turn, end = self._comparing.pop(verdict.token)
         if verdict.block_count != -(
             -(end - regions.start * limits.REGION_BYTES) // limits.COMPARE_BLOCK_BYTES
         ):

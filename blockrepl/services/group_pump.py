@@ -4,7 +4,8 @@ A round, in this order; the order is what makes watermarks and marks true:
 
 1. note which disks have settled (source_disk.py), before the clock is read
 2. read the clock: t; then look for new rings, for one that is made later holds later stamps only
-3. wait until appends under way are published; the watermark of the round is t - 1
+3. say which disks have grown: a ring of the new size has been opened in 2 at the earliest. Then
+   wait until appends under way are published; the watermark of the round is t - 1
 4. read each ring's gap, then its head; put what was before a new gap, and report it, so that no
    watermark passes one unreported. A receiver that knows of a gap has all records before it:
    whatever is lost later, the gap begins where it says
@@ -37,7 +38,14 @@ from blockrepl import limits
 from blockrepl.errors import StateError
 from blockrepl.formats.comparison import Verdict
 from blockrepl.formats.frame import EncodedFrame, FrameKind, encode_frame
-from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, Mark, encode_mark
+from blockrepl.formats.marks import (
+    CheckpointMark,
+    ConsistentMark,
+    GapMark,
+    GrowMark,
+    Mark,
+    encode_mark,
+)
 from blockrepl.formats.messages import AttachDisk
 from blockrepl.services.disk_sync import DiskSync
 from blockrepl.services.outbox import Outbox
@@ -238,6 +246,8 @@ class GroupPump:
         self._clock.renew()
         for disk in self.disks:
             disk.refresh(self.outbox.due.watermark)
+        for disk in self.disks:
+            await self._put_growths(disk)
         rings = [(disk, disk.ring) for disk in self.disks if disk.ring is not None]
         if not all(ring.quiesce() for _, ring in rings):
             return False  # a writer was stopped inside an append; the next round sees
@@ -274,6 +284,14 @@ class GroupPump:
             return False
         await self._put_records([(disk, disk.ring.head())], self.outbox.due.watermark)
         return True
+
+    async def _put_growths(self, disk: SourceDisk) -> None:
+        """Say how the disk has grown, before any record in what is new."""
+        due = self.outbox.due
+        for growth in disk.growths_after(due.disks[disk.id].size_bytes):
+            at_ns = max(growth.at_ns, due.watermark + 1)
+            mark = GrowMark(disk=UUID(bytes=disk.id), at_ns=at_ns, size_bytes=growth.size_bytes)
+            await self._put_mark(mark, disk, due.watermark)
 
     async def _put_gap(self, disk: SourceDisk, from_ns: int, head: int) -> None:
         """Report a gap, behind the records of before it."""

@@ -35,6 +35,7 @@ from blockrepl.services.source_disk import SourceDisk
 from blockrepl.session.known import Known
 from blockrepl.storage.clock import SourceClock
 from blockrepl.storage.group_notes import GroupNote, forget_note, read_note, write_note
+from blockrepl.storage.growing import grow_disk
 from blockrepl.storage.source import DiskEntry, SourceDisks
 from blockrepl.storage.spool import Spool, SpoolLimits
 
@@ -273,6 +274,7 @@ class GroupReplication:
             raise PeerError(f"the receiver leaves out disk {entry.name}")
         disk = SourceDisk(self._source_disks, entry, self._clock)
         try:
+            _check_size(entry, due.disks[entry.id.bytes].size_bytes)
             disk.attach(
                 due.disks[entry.id.bytes], due.group_id, due.watermark, has_lost=self._has_lost
             )
@@ -407,6 +409,20 @@ class GroupReplication:
         if self.pump is not None and self.pump.outbox.known.group_id.bytes == verdict.group:
             self.pump.verdict(verdict)
 
+    async def grow(self, entry: DiskEntry, size_bytes: int) -> DiskEntry:
+        """Give a disk its new size (storage/growing.py). StateError, StorageError.
+
+        Blocks for as long as it takes to copy a ring: no task may touch it meanwhile.
+        """
+        pump = self.pump
+        async with pump.between_rounds if pump is not None else trio.Lock():
+            grown = grow_disk(self._source_disks, entry.name, size_bytes, self._clock)
+            self.entries = [grown if one.id == grown.id else one for one in self.entries]
+            for disk in self.disks:
+                if disk.entry.id == grown.id:
+                    disk.entry = grown
+        return grown
+
     def end(self) -> None:
         """The group is no more at this source."""
         self._scope.cancel()
@@ -417,6 +433,16 @@ def _attach_disks(entries: list[DiskEntry]) -> list[AttachDisk]:
     return [
         AttachDisk(id=entry.id, name=entry.name, size_bytes=entry.size_bytes) for entry in entries
     ]
+
+
+def _check_size(entry: DiskEntry, known_bytes: int | None) -> None:
+    if known_bytes is not None and known_bytes > entry.size_bytes:
+        raise StateError(
+            f"disk {entry.name!r} has {known_bytes} bytes at the receiver, {entry.size_bytes} here",
+            hint="a disk cannot shrink: give its image that size with `blockrepl disk resize`, or "
+            "add it under another name",
+            code="disk-size",
+        )
 
 
 def _fold(spool: Spool, attached: Attached) -> Known:

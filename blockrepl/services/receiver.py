@@ -198,7 +198,9 @@ class Receiver:
         return Status(name=self.name, running=True, groups=groups)
 
     async def _describe(self, committer: GroupCommitter) -> GroupStatus:
-        facts = await trio.to_thread.run_sync(facts_of, committer.replica)
+        known = self._retention.groups.get(committer.replica.name)
+        problem = known.problem if known else ""
+        facts = await trio.to_thread.run_sync(facts_of, committer.replica, problem)
         return self.describe(facts, committer.throughput.per_second())
 
     def describe(self, facts: GroupFacts, bytes_per_second: float) -> GroupStatus:

@@ -28,7 +28,7 @@ from starlette.routing import Route
 
 from blockrepl.formats.marks import NameField, StampField
 from blockrepl.services.control import control_application
-from blockrepl.services.retention_status import RetentionStatus
+from blockrepl.services.retention_status import HistoryOutlook, RetentionStatus
 from blockrepl.services.verification import DiskProof, PassStatus
 from blockrepl.storage.catalog import CheckpointRow
 from blockrepl.storage.retained import Policy
@@ -80,6 +80,7 @@ class GroupStatus(BaseModel):
     problem: str | None = None
     received_bytes_per_second: float = 0.0
     sources: list[SourceStatus] = []
+    retention: HistoryOutlook | None = None  # None: it cannot be told
 
 
 class Status(BaseModel):

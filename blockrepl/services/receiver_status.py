@@ -33,8 +33,9 @@ from blockrepl.services.receiver_api import (
     Status,
 )
 from blockrepl.services.receiver_home import read_configuration
+from blockrepl.services.retention_status import HistoryOutlook, describe_retention
 from blockrepl.services.verification import PassStatus
-from blockrepl.storage.catalog import DiskRow, GapRow
+from blockrepl.storage.catalog import Catalog, DiskRow, GapRow
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.home import Home
 from blockrepl.storage.proofs import Proofs, Proven
@@ -54,12 +55,14 @@ class GroupFacts:
     error: BlockreplError | None = None
     proven: Mapping[bytes, Proven] = field(default_factory=dict)
     newest_watermark: int = 0  # of the source that is furthest
+    outlook: HistoryOutlook | None = None
 
 
-def facts_of(replica: Replica) -> GroupFacts:
-    """Reads the catalog: blocks. Never raises."""
+def facts_of(replica: Replica, problem: str = "") -> GroupFacts:
+    """Reads the catalog: blocks. Never raises. ``problem``: of retention."""
     status = replica.status()
     proven: dict[bytes, Proven] = {}
+    seen = _outlook(replica.directory, replica.catalog, status.watermark, problem)
     with suppress(BlockreplError):  # the group's error says it
         proven = {row.id: replica.proofs.proven(row.id, row.size_bytes) for row in status.disks}
     return GroupFacts(
@@ -73,7 +76,16 @@ def facts_of(replica: Replica) -> GroupFacts:
         status.error,
         proven,
         max((row.watermark for row in status.sources.values()), default=0),
+        seen,
     )
+
+
+def _outlook(
+    directory: Path, catalog: Catalog, latest_ns: int, problem: str
+) -> HistoryOutlook | None:
+    with suppress(BlockreplError, OSError):
+        return HistoryOutlook.of(describe_retention(directory, catalog, latest_ns, problem))
+    return None
 
 
 def describe_group(
@@ -117,6 +129,7 @@ def describe_group(
             SourceStatus(name=_source_name(source, source_names), connected=source in connected)
             for source in sources
         ],
+        retention=facts.outlook,
     )
 
 
@@ -207,6 +220,7 @@ def _facts_at_rest(directory: Path) -> GroupFacts:
                 history.history(state).floor_ns,
                 state.gaps,
                 proven={row.id: proofs.proven(row.id, row.size_bytes) for row in state.disks},
+                outlook=_outlook(directory, history.catalog, state.latest_ns, ""),
             )
     except BlockreplError as error:
         return GroupFacts(directory.name, error=error)

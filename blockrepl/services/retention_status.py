@@ -12,14 +12,14 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from blockrepl.model.retention import ALL, Kept, Ladder
+from blockrepl.model.retention_room import Level, Outlook, Room, outlook
 from blockrepl.storage.catalog import Catalog, SegmentRow
 from blockrepl.storage.forks import all_pins
 from blockrepl.storage.retained import Policy, read_kept, read_policy
-from blockrepl.units import NANOSECONDS_PER_SECOND, format_instant
+from blockrepl.units import NANOSECONDS_PER_SECOND, format_bytes, format_instant
 
-DAY_NS = 86400 * NANOSECONDS_PER_SECOND
-WARNING_DAYS = 7.0  # of room at today's rate
-ERROR_DAYS = 1.0
+HOUR_NS = 3600 * NANOSECONDS_PER_SECOND
+DAY_NS = 24 * HOUR_NS
 
 
 class StretchStatus(BaseModel):
@@ -48,6 +48,10 @@ class Upcoming(BaseModel):
 
 
 class RetentionStatus(BaseModel):
+    """``level`` is a warning, or an error, before history cannot be as long as promised
+    (model/retention_room.py); ``reason`` says why it is.
+    """
+
     group: str
     policy: Policy
     floor: str | None
@@ -61,8 +65,30 @@ class RetentionStatus(BaseModel):
     free_bytes: int
     bytes_per_day: int
     days_left: float | None  # None: nothing was written in the last day
-    level: str  # ok, warning, error
+    promised_seconds: float  # of history with every write that nothing may shorten
+    held_seconds: float | None
+    promise_days_left: float | None  # None: the promise can be kept for good
+    level: Level
+    reason: str = ""
     problem: str = ""
+
+
+class HistoryOutlook(BaseModel):
+    """What `status` says of it."""
+
+    level: Level
+    reason: str
+    promised_seconds: float
+    held_seconds: float | None
+    pins: list[PinStatus]
+    free_bytes: int
+    bytes_per_day: int
+    days_left: float | None
+    promise_days_left: float | None
+
+    @classmethod
+    def of(cls, status: RetentionStatus) -> HistoryOutlook:
+        return cls(**{name: getattr(status, name) for name in cls.model_fields})
 
 
 def describe_retention(
@@ -85,12 +111,9 @@ def describe_retention(
     ]
     place = os.statvfs(directory)
     free_bytes = place.f_bavail * place.f_frsize
-    per_day = sum(row.bytes for row in rows if row.last_stamp > latest_ns - DAY_NS)
+    per_day = _bytes_per_day(rows, floor_ns, latest_ns)
     room_bytes = max(0, free_bytes - policy.free_bytes)
-    days_left = room_bytes / per_day if per_day else None
-    level = "ok"
-    if days_left is not None and days_left < WARNING_DAYS:
-        level = "error" if days_left < ERROR_DAYS else "warning"
+    seen = outlook(_room(policy, rows, pins, latest_ns, per_day, free_bytes))
     has_history = floor_ns is not None and latest_ns >= floor_ns
     return RetentionStatus(
         group=catalog.group_name,
@@ -107,9 +130,58 @@ def describe_retention(
         journal_bytes=sum(row.bytes for row in rows),
         free_bytes=free_bytes,
         bytes_per_day=per_day,
-        days_left=days_left,
-        level="error" if problem else level,
+        days_left=room_bytes / per_day if per_day else None,
+        promised_seconds=policy.promised_ns() / NANOSECONDS_PER_SECOND,
+        held_seconds=(latest_ns - floor_ns) / NANOSECONDS_PER_SECOND
+        if floor_ns is not None and has_history
+        else None,
+        promise_days_left=seen.days,
+        level="error" if problem else seen.level,
+        reason=problem or _reason(seen, per_day),
         problem=problem,
+    )
+
+
+def _bytes_per_day(rows: list[SegmentRow], floor_ns: int | None, latest_ns: int) -> int:
+    """Of the last day. A history that is younger counts for as long as it is, or an hour."""
+    begin_ns = max(latest_ns - DAY_NS, min(floor_ns or 0, latest_ns - HOUR_NS))
+    written = sum(row.bytes for row in rows if row.last_stamp > begin_ns)
+    return round(written * DAY_NS / (latest_ns - begin_ns))
+
+
+def _room(
+    policy: Policy,
+    rows: list[SegmentRow],
+    pins: list[PinStatus],
+    latest_ns: int,
+    per_day: int,
+    free_bytes: int,
+) -> Room:
+    promised_from_ns = latest_ns - policy.promised_ns()
+    held_from_ns = min([promised_from_ns, *(pin.first_ns for pin in pins)])
+    held = [row for row in rows if row.last_stamp > held_from_ns or not row.sealed]
+    return Room(
+        journal_bytes=sum(row.bytes for row in rows),
+        held_bytes=sum(row.bytes for row in held),
+        pinned_bytes=sum(row.bytes for row in held if row.last_stamp <= promised_from_ns),
+        bytes_per_day=per_day,
+        promised_days=policy.promised_ns() / DAY_NS,
+        free_bytes=free_bytes - policy.free_bytes,
+        has_min_free=policy.free_bytes > 0,
+        size_limit_bytes=policy.size_bytes,
+    )
+
+
+def _reason(seen: Outlook, per_day: int) -> str:
+    if seen.level == "ok" or seen.days is None:
+        return ""
+    rate = f"at today's rate, {format_bytes(per_day)} a day,"
+    if seen.needed_bytes is None or seen.capacity_bytes is None:
+        return f"{rate} the file system is full in {seen.days:.1f} days: nothing is taken then"
+    return (
+        f"{rate} the history that is promised takes {format_bytes(seen.needed_bytes)}, and there "
+        f"is room for {format_bytes(seen.capacity_bytes)}: it is used up in {seen.days:.1f} days, "
+        "and nothing is taken then"
     )
 
 

@@ -163,8 +163,11 @@ class GroupScrub:
         for gone in self.disks.keys() - ids:
             self._pool.remove(self.disks.pop(gone).plan)
         for disk in pump.disks:
+            size_bytes = disk.entry.size_bytes
+            if disk.id in self.disks and self.disks[disk.id].plan.size_bytes != size_bytes:
+                self._pool.remove(self.disks.pop(disk.id).plan)  # it has grown: begin anew
             if disk.id not in self.disks:
-                plan = ScrubPlan(disk.entry.size_bytes, trio.current_time(), rate=self._pool.rate)
+                plan = ScrubPlan(size_bytes, trio.current_time(), rate=self._pool.rate)
                 self._pool.add(plan)
                 self.disks[disk.id] = DiskScrub(plan)
 

@@ -28,7 +28,7 @@ from blockrepl.formats.messages import AttachedDisk
 from blockrepl.session.sender import DiskState, RingState, resume
 from blockrepl.storage.clock import SourceClock
 from blockrepl.storage.ring import RingReader, read_geometry, ring_path
-from blockrepl.storage.source import DiskEntry, SourceDisks
+from blockrepl.storage.source import DiskEntry, Growth, SourceDisks
 
 
 class SourceDisk:
@@ -199,6 +199,13 @@ class SourceDisk:
         elif self._disks.retire_ring(self.entry, ring, self._clock):
             self.close()
             self._known_ring = ring.geometry.ring_id
+
+    def growths_after(self, size_bytes: int | None) -> list[Growth]:
+        """What a receiver that knows of so many bytes must hear of; None: it knows no growing."""
+        if size_bytes is None or size_bytes >= self.entry.size_bytes:
+            return []
+        noted = [one for one in self.entry.growths if one.size_bytes > size_bytes]
+        return noted or [Growth(at_ns=0, size_bytes=self.entry.size_bytes)]
 
     # --- gaps and their end
 

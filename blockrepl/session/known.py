@@ -13,6 +13,7 @@ mark gap      ready               gap, and the next epoch
 mark gap      empty, gap          nothing: there is no history to break, or it is broken already
 mark          empty, gap          ready
 consistent
+mark grow     any                 the disk has that size
 base          any                 nothing: it has no number (release.py says what stands for it)
 ============  ==================  ============================================================
 """
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 from uuid import UUID
 
 from blockrepl.formats.frame import FrameHeader, FrameKind
-from blockrepl.formats.marks import ConsistentMark, GapMark, Mark
+from blockrepl.formats.marks import ConsistentMark, GapMark, GrowMark, Mark
 from blockrepl.formats.messages import Attached, AttachedDisk
 
 
@@ -70,6 +71,8 @@ class Known:
                 self._update(mark.disk.bytes, state="gap", epoch=disk.epoch + 1)
         elif isinstance(mark, ConsistentMark):
             self._update(mark.disk.bytes, state="ready", blank=False)
+        elif isinstance(mark, GrowMark):
+            self._update(mark.disk.bytes, size_bytes=mark.size_bytes)
 
     def _update(self, disk: bytes, **changes: object) -> None:
         if disk in self.disks:
@@ -90,5 +93,5 @@ class Known:
         return ""
 
 
-def _position(disk: AttachedDisk) -> tuple[int, int, str]:
-    return disk.ring_id, disk.next_sequence, disk.state
+def _position(disk: AttachedDisk) -> tuple[int, int, str, int | None]:
+    return disk.ring_id, disk.next_sequence, disk.state, disk.size_bytes

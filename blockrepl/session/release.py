@@ -13,7 +13,7 @@ import numpy as np
 
 from blockrepl import limits
 from blockrepl.formats.frame import Columns, FrameHeader, FrameKind
-from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, Mark
+from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, GrowMark, Mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,8 @@ def release_of(header: FrameHeader, columns: Columns | None, mark: Mark | None) 
         return Release(mark.disk.bytes, gap_from=mark.from_ns)
     if isinstance(mark, ConsistentMark):
         return Release(mark.disk.bytes, consistent=True)
+    if isinstance(mark, GrowMark):
+        return Release(mark.disk.bytes)  # nothing waits for it: the next answer to ATTACH tells
     if header.kind == FrameKind.RECORDS:
         taken = header.first_sequence + header.record_count if header.record_count else 0
         return Release(header.disk, header.ring_id, next_sequence=taken)

@@ -5,6 +5,8 @@
 3. With records, or a mark that names a disk: of a disk that this source has attached.
 4. Columns, block table and every block match their digests.
 5. Every record inside its disk, of a known kind.
+6. A disk grows, to DISK_BYTES_MAX at the most and DISK_GROWTHS_MAX times, and after the watermark:
+   a point up to that may be mounted already.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from blockrepl.formats.frame import (
     decode_payload,
     parse_columns,
 )
-from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, decode_mark
+from blockrepl.formats.marks import CheckpointMark, GrowMark, Mark, decode_mark
+from blockrepl.limits import DISK_BYTES_MAX, DISK_GROWTHS_MAX
 from blockrepl.storage.catalog import DiskRow
 
 NUMBER_MAX = (1 << 63) - 2  # what SQLite's integers hold, with room for the next one
-Mark = CheckpointMark | GapMark | ConsistentMark
 
 
 def check_header(
@@ -80,3 +82,23 @@ def read_mark(header: FrameHeader, body: memoryview, disks: Mapping[bytes, DiskR
     if not isinstance(mark, CheckpointMark):
         _own_disk(disks, mark.disk.bytes, header.source)
     return mark
+
+
+def check_growth(mark: GrowMark, disk: DiskRow, growth_count: int, watermark: int) -> None:
+    """Rule 6. ``disk`` as it will be when all that is staged has been applied."""
+    if mark.size_bytes <= disk.size_bytes:
+        raise PeerError(
+            f"disk {disk.name} cannot grow to {mark.size_bytes} bytes: it has {disk.size_bytes}"
+        )
+    if mark.size_bytes > DISK_BYTES_MAX:
+        raise PeerError(
+            f"disk {disk.name} cannot grow to {mark.size_bytes} bytes: a disk may have "
+            f"{DISK_BYTES_MAX} (DISK_BYTES_MAX)"
+        )
+    if growth_count >= DISK_GROWTHS_MAX:
+        raise PeerError(
+            f"disk {disk.name} has grown {growth_count} times: that is all a disk may "
+            "(DISK_GROWTHS_MAX)"
+        )
+    if mark.at_ns <= watermark:
+        raise PeerError(f"disk {disk.name} grew before the watermark {watermark}")

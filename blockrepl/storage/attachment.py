@@ -6,9 +6,12 @@ the source names                         then
 a disk that is not known                 its base image is made, or there is a seed of its size
                                          already (seed.py); then its row (StateError when the
                                          name is taken)
-a known one, same name and size          goes on
-a known one under another name or size,  StateError, nothing is changed
-or of another source
+a known one, same name, same size or     goes on; a mark will say when it grew
+larger
+one of its sizes of before it grew       goes on: its source waits for the acknowledgement of that
+                                         mark, or has a spool from before
+a known one under another name, of any   StateError, nothing is changed
+other size, or of another source
 a retired one                            taken back; the time between is a gap
 (a known one is not named)               retired right after the source's watermark: its history
                                          stays. Never by our own clock, which may differ
@@ -45,7 +48,7 @@ def attach_disks(
             if row is None:
                 _add(directory, catalog, source, disk)
                 continue
-            _check_same(catalog.group_name, row, source, disk)
+            _check_same(catalog, row, source, disk)
             if row.removed_ns is not None:
                 catalog.set_removed(row.id, None)
         named = {disk.id.bytes for disk in disks}
@@ -79,17 +82,19 @@ def _add(directory: Path, catalog: Catalog, source: bytes, disk: AttachDisk) -> 
     catalog.add_disk(DiskRow(disk.id.bytes, disk.name, disk.size_bytes, source))
 
 
-def _check_same(group: str, row: DiskRow, source: bytes, disk: AttachDisk) -> None:
+def _check_same(catalog: Catalog, row: DiskRow, source: bytes, disk: AttachDisk) -> None:
+    group = catalog.group_name
     if (row.source, row.name) != (source, disk.name):
         raise StateError(
             f"the id of disk {disk.name} is that of another disk of group {group}",
             hint="add the disk anew",
             code="disk-identity",
         )
-    if row.size_bytes != disk.size_bytes:
+    before = {growth.before_bytes for growth in catalog.growths() if growth.disk == row.id}
+    if disk.size_bytes < row.size_bytes and disk.size_bytes not in before:
         raise StateError(
             f"disk {row.name} of group {group} has {row.size_bytes} bytes here, "
             f"the source says {disk.size_bytes}",
-            hint="a protected disk cannot change its size; add it under another name",
+            hint="a protected disk cannot shrink; add it under another name",
             code="disk-size",
         )

@@ -3,7 +3,9 @@
 It holds the disk's content at its floor: written by the first sync (frames of kind base), later by
 the folding of old segments. Any tool can open it. Rules:
 
-- Made with the disk's whole size, durably, before the disk is in the catalog.
+- Made with the disk's whole size, durably, before the disk is in the catalog. When the disk grows
+  later, so does the image: at once before the first sync is done, else by the fold that goes past
+  that instant, for the image is the disk as it was at the floor.
 - A zero or trim record makes a hole, but only where there is data: a first sync of an empty disk
   allocates nothing and writes nothing. Where the file system has no holes, zeros are written, and
   only over what is none.
@@ -117,6 +119,13 @@ class BaseImage:
                     position += length
                 case RecordKind.ZERO | RecordKind.TRIM:
                     clear(self._files, self._descriptor, offset, offset + length)
+
+    def grow(self, size_bytes: int) -> None:
+        """Add a hole at the end; durable on return, in any case. OSError."""
+        if self.size_bytes < size_bytes:
+            self._files.truncate(self._descriptor, size_bytes)
+            self.size_bytes = size_bytes
+        self._files.sync(self._descriptor)
 
     def sync(self, *, always: bool = False) -> None:
         """Make what was written durable; with ``always``, by whomever. OSError."""

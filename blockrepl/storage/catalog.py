@@ -8,7 +8,10 @@ table        a row is
 meta         group_name, group_id (hex), created_ns
 sources      a source that has attached: its last catalogued frame and watermark
 disks        a disk: ``ready_ns`` is its floor (null before the first sync is done), ``ring_id`` and
-             ``next_sequence`` say up to where its ring is journaled, ``removed_ns`` retires it
+             ``next_sequence`` say up to where its ring is journaled, ``removed_ns`` retires it,
+             ``size_bytes`` is its newest size
+growths      up to ``at_ns`` a disk had ``before_bytes``, later more: the next larger
+             ``before_bytes`` among its rows, else its newest size
 gaps         an interval of a disk's history that cannot be reconstructed; open: ``to_ns`` null
 checkpoints  a named instant
 segments     a journal file. Sealed: closed for ever, its index is in the file, all its marks are
@@ -33,9 +36,9 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,15 @@ class GapRow:
     disk: bytes
     from_ns: int
     to_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class GrowthRow:
+    """The disk had ``before_bytes`` at all instants before ``at_ns``, unless it had less."""
+
+    disk: bytes
+    before_bytes: int
+    at_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +262,36 @@ class Catalog:
                         self.begin_gap(disk, row.removed_ns)
             self.change("UPDATE disks SET removed_ns = ? WHERE id = ?", at_ns, disk.hex())
 
+    def growths(self) -> list[GrowthRow]:
+        """All, by disk and size, which is by instant, too."""
+        if self.version < 4:
+            return []
+        rows = self.rows(
+            "SELECT disk, before_bytes, at_ns FROM growths ORDER BY disk, before_bytes"
+        )
+        return [GrowthRow(bytes.fromhex(disk), before, at_ns) for disk, before, at_ns in rows]
+
+    def grow(self, disk: bytes, size_bytes: int, at_ns: int) -> int | None:
+        """A disk has that size from ``at_ns`` on. What it had; None, and no change, if it shrank.
+
+        Never before an earlier growth: then both are of the later one's instant.
+        """
+        with self.transaction():
+            for row in self.disks(removed=True):
+                if row.id == disk and row.size_bytes < size_bytes:
+                    self.change(
+                        "INSERT INTO growths SELECT ?1, ?2, "
+                        "max(?3, coalesce(max(at_ns), 0)) FROM growths WHERE disk = ?1",
+                        disk.hex(),
+                        row.size_bytes,
+                        at_ns,
+                    )
+                    self.change(
+                        "UPDATE disks SET size_bytes = ? WHERE id = ?", size_bytes, disk.hex()
+                    )
+                    return row.size_bytes
+            return None
+
     # History
 
     def gaps(self) -> list[GapRow]:
@@ -352,6 +394,14 @@ class Catalog:
 
     def remove_segment(self, number: int) -> None:
         self.change("DELETE FROM segments WHERE number = ?", number)
+
+
+def sized_at(disk: DiskRow, at_ns: int, growths: Iterable[GrowthRow]) -> DiskRow:
+    """The disk with the size it had at an instant. ``growths``: as `Catalog.growths` has them."""
+    for growth in growths:
+        if growth.disk == disk.id and growth.at_ns > at_ns:
+            return replace(disk, size_bytes=growth.before_bytes)
+    return disk
 
 
 def _fold(value: int) -> int:

@@ -6,6 +6,7 @@ version   adds
 1         meta, sources, disks, gaps, checkpoints, segments
 2         proofs, mismatches
 3         retention: what thinning has left, pending folds, segments written anew
+4         growths
 ========  =========================================
 
 Who opens an older version to write upgrades it, in one transaction. Readers take it as it is.
@@ -67,7 +68,12 @@ CREATE TABLE folds (floor_ns INTEGER PRIMARY KEY) STRICT;
 CREATE TABLE leftovers (
     number INTEGER NOT NULL, generation INTEGER NOT NULL, PRIMARY KEY (number, generation)) STRICT;
 """
-STEPS = (_VERSION_1, _VERSION_2, _VERSION_3)
+_VERSION_4 = """
+CREATE TABLE growths (
+    disk TEXT NOT NULL REFERENCES disks (id), before_bytes INTEGER NOT NULL,
+    at_ns INTEGER NOT NULL, PRIMARY KEY (disk, before_bytes)) STRICT;
+"""
+STEPS = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4)
 VERSION = len(STEPS)
 
 

@@ -62,6 +62,13 @@ def _contradictions(catalog: Catalog) -> Iterator[str]:
     for disk in catalog.disks(removed=True):
         if disk.size_bytes <= 0 or disk.size_bytes % SECTOR_BYTES:
             yield f"disk {disk.name} has a size of {disk.size_bytes} bytes"
+        reached_ns = 0
+        for growth in catalog.growths():
+            if growth.disk != disk.id:
+                continue
+            if growth.before_bytes >= disk.size_bytes or growth.at_ns < reached_ns:
+                yield f"disk {disk.name} cannot have grown from {growth.before_bytes} bytes"
+            reached_ns = growth.at_ns
     for gap in catalog.gaps():
         if gap.to_ns is not None and gap.to_ns < gap.from_ns:
             yield f"a gap from {gap.from_ns} ends before it begins"

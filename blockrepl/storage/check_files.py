@@ -23,11 +23,11 @@ from blockrepl.storage import catalog as catalogs
 from blockrepl.storage import durable as durables
 from blockrepl.storage import forks, merged_runs, pins, statistics
 from blockrepl.storage.attachment import image_path
-from blockrepl.storage.catalog import Catalog, DiskRow, SegmentRow
+from blockrepl.storage.catalog import Catalog, DiskRow, SegmentRow, sized_at
 from blockrepl.storage.check_findings import Finding
 from blockrepl.storage.journal import DIRECTORY_NAME
 from blockrepl.storage.merging import TEMPORARY
-from blockrepl.storage.retained import leftovers
+from blockrepl.storage.retained import fold_due, leftovers
 from blockrepl.storage.seed import SEEDS
 from blockrepl.storage.segment_reader import Known
 
@@ -57,8 +57,13 @@ def check_files(directory: Path, catalog: Catalog) -> Iterator[Finding]:
             yield Finding("unknown", group, name, "none of the store's files; move it away")
     yield from _check_durable(directory, group)
     yield from _check_names(directory, catalog)
+    growths, is_folding = catalog.growths(), fold_due(catalog) is not None
     for disk in catalog.disks(removed=True):
-        yield from _check_base(directory, group, disk)
+        at_floor = disk if disk.ready_ns is None else sized_at(disk, disk.ready_ns, growths)
+        before = [row.before_bytes for row in growths if row.disk == disk.id]
+        # The fold that goes past a growth enlarges the image.
+        least = min(before, default=at_floor.size_bytes) if is_folding else at_floor.size_bytes
+        yield from _check_base(directory, group, at_floor, min(least, at_floor.size_bytes))
     yield from _check_forks(directory, group)
     yield from _check_pins(directory, group)
 
@@ -118,7 +123,7 @@ def _is_begun(path: Path, group_id: bytes, newest: int) -> bool:
     return (header.group, header.number) == (group_id, int(path.stem))
 
 
-def _check_base(directory: Path, group: str, disk: DiskRow) -> Iterator[Finding]:
+def _check_base(directory: Path, group: str, disk: DiskRow, least_bytes: int) -> Iterator[Finding]:
     path = image_path(directory, disk.name)
     lost, code = (0, disk.size_bytes), "base"
     try:
@@ -128,7 +133,7 @@ def _check_base(directory: Path, group: str, disk: DiskRow) -> Iterator[Finding]
     else:
         if not stat.S_ISREG(found.st_mode):
             what = "the base image is no regular file"
-        elif found.st_size < disk.size_bytes:
+        elif found.st_size < least_bytes:
             what = f"the base image has {found.st_size} bytes, the disk {disk.size_bytes}"
             lost = (found.st_size, disk.size_bytes)
         elif found.st_size > disk.size_bytes:

@@ -9,6 +9,9 @@ of a disk that is not synced by the floor waits: its base is being written by ot
 `fold` writes what each disk shows at the floor, where a record shows, and makes it durable. Until
 the folded segments are gone, views find these records in the journal still, so it does not matter
 to them what the base holds there. A fold that broke off is done again, from the beginning.
+
+`grow_images` comes first, whether there is something to fold or not: the images get the size that
+their disks have at the floor. Views do not care: what lies beyond an image's end reads as zeros.
 """
 
 from __future__ import annotations
@@ -51,6 +54,25 @@ def foldable(history: ReplicaHistory, state: State, floor_ns: int) -> list[Segme
     fits.reverse()
     count = fits.index(False) if False in fits else len(fits)
     return rows[:count]
+
+
+def grow_images(
+    history: ReplicaHistory, state: State, floor_ns: int, *, files: Files | None = None
+) -> None:
+    """Give the base images the size of the floor. StorageError."""
+    for disk in state.disks_at(floor_ns):
+        path = history.image_path(disk)
+        try:
+            if path.stat().st_size >= disk.size_bytes:
+                continue
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                (files or Files()).truncate(descriptor, disk.size_bytes)
+                (files or Files()).sync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise failure(error, f"cannot enlarge {path}") from error
 
 
 def fold(

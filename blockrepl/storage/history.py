@@ -23,13 +23,21 @@ import numpy as np
 
 from blockrepl.errors import StateError, StorageError
 from blockrepl.formats.frame import KIND_MASK, U64, Columns, FrameHeader, RecordKind
-from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
+from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, GrowMark, Mark
 from blockrepl.formats.segment import file_name
 from blockrepl.model.points import Gap, History, Point, Resolved, resolve, union
 from blockrepl.model.retention import Kept
 from blockrepl.storage import catalog as catalogs
 from blockrepl.storage import durable as durables
-from blockrepl.storage.catalog import Catalog, CheckpointRow, DiskRow, GapRow, SegmentRow
+from blockrepl.storage.catalog import (
+    Catalog,
+    CheckpointRow,
+    DiskRow,
+    GapRow,
+    GrowthRow,
+    SegmentRow,
+    sized_at,
+)
 from blockrepl.storage.durable import Durable
 from blockrepl.storage.home import Home
 from blockrepl.storage.index import JournalIndex
@@ -52,11 +60,14 @@ class State:
     checkpoints: dict[str, CheckpointRow]
     segments: dict[int, SegmentRow]
     kept: Kept = field(default_factory=Kept)
+    growths: list[GrowthRow] = field(default_factory=list)
 
     def disks_at(self, at_ns: int) -> list[DiskRow]:
-        """The disks that a view of an instant has: synced by then, and not yet retired."""
+        """The disks that a view of an instant has, with the size they had: synced by then, and not
+        yet retired.
+        """
         return [
-            disk
+            sized_at(disk, at_ns, self.growths)
             for disk in self.disks
             if disk.ready_ns is not None
             and disk.ready_ns <= at_ns
@@ -114,6 +125,7 @@ class ReplicaHistory:
                 checkpoints={row.name: row for row in self.catalog.checkpoints()},
                 segments={row.number: row for row in self.catalog.segments()},
                 kept=read_kept(self.catalog),
+                growths=self.catalog.growths(),
             )
         if durable is not None and self._holds(durable):
             state.latest_ns = durable.watermark
@@ -261,7 +273,7 @@ def _flushes(columns: Columns, at_ns: int) -> U64:
     return stamps[stamps <= np.uint64(at_ns)]
 
 
-def _apply(state: State, mark: CheckpointMark | GapMark | ConsistentMark) -> None:
+def _apply(state: State, mark: Mark) -> None:
     """What the receiver will do with a mark when it recovers (storage/replica.py)."""
     match mark:
         case CheckpointMark():
@@ -281,3 +293,11 @@ def _apply(state: State, mark: CheckpointMark | GapMark | ConsistentMark) -> Non
             for place, gap in enumerate(state.gaps):
                 if gap.disk == disk and gap.to_ns is None:
                     state.gaps[place] = replace(gap, to_ns=max(gap.from_ns, mark.at_ns))
+        case GrowMark():
+            disk = mark.disk.bytes
+            for place, known in enumerate(state.disks):
+                if known.id == disk and known.size_bytes < mark.size_bytes:
+                    earlier = (growth.at_ns for growth in state.growths if growth.disk == disk)
+                    at_ns = max(mark.at_ns, *earlier, 0)
+                    state.growths.append(GrowthRow(disk, known.size_bytes, at_ns))
+                    state.disks[place] = replace(known, size_bytes=mark.size_bytes)

@@ -101,6 +101,18 @@ class Proofs:
                 self._write_chunks()
             self._waiting.clear()
 
+    def grown(self, disk: bytes, before_bytes: int) -> None:
+        """A disk had so many bytes: its last region, if it was short, is another one now.
+
+        StorageError.
+        """
+        if before_bytes % REGION_BYTES == 0:
+            return
+        with self._lock, self._catalog.transaction():
+            chunk, place = divmod(before_bytes // REGION_BYTES, CHUNK_REGIONS)
+            self._chunk(disk, chunk)[place] = 0
+            self._write_chunks()
+
     def _is_known(self, disk: bytes, start: int, length: int) -> bool:
         """Whether a mismatch that is not healed has all of the range."""
         query = (

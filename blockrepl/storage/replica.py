@@ -43,13 +43,13 @@ from uuid import UUID, uuid4
 
 from blockrepl.errors import DamageError, PeerError, StateError, StorageError
 from blockrepl.formats.frame import FrameHeader, FrameKind
-from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
+from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, GrowMark, Mark
 from blockrepl.formats.messages import AttachDisk, Attached, AttachedDisk
 from blockrepl.model.retention_plan import Decision
 from blockrepl.storage import catalog as catalogs
 from blockrepl.storage import catalog_file, retained
 from blockrepl.storage import durable as durables
-from blockrepl.storage.admission import Mark, check_content, check_header, read_mark
+from blockrepl.storage.admission import check_content, check_growth, check_header, read_mark
 from blockrepl.storage.attachment import attach_disks, image_path
 from blockrepl.storage.base import BaseImage, is_blank
 from blockrepl.storage.catalog import (
@@ -57,6 +57,7 @@ from blockrepl.storage.catalog import (
     CheckpointRow,
     DiskRow,
     GapRow,
+    GrowthRow,
     SegmentRow,
     SourceRow,
 )
@@ -91,6 +92,7 @@ class ReplicaStatus:
     disks: list[DiskRow]
     floor_ns: int | None  # of retired disks too: their history stays
     gaps: list[GapRow]
+    growths: list[GrowthRow]
     base_bytes: dict[bytes, int]  # per disk, of the first sync, received by this process
     sources: dict[bytes, SourceRow]  # what of each source is durable
 
@@ -113,6 +115,7 @@ class Replica:
         self._images: dict[bytes, BaseImage] = {}
         self._base_bytes: dict[bytes, int] = {}
         self._marks_due: list[Mark] = []  # of durable frames, not yet in the catalog
+        self._disks: dict[bytes, DiskRow] = {}
         self._reload()
         self._forget_staged()
         retained.remove_leftovers(catalog, directory / DIRECTORY_NAME)
@@ -174,7 +177,7 @@ class Replica:
         Everything staged must have been committed. StateError, StorageError.
         """
         self._check_working()
-        self._write_catalog()  # or the reload below would forget how far the rings have come
+        self._write_catalog()  # a disk that is retired leaves us with what the catalog says of it
         row = self._sources.setdefault(source, SourceRow(source, 0, 0))
         attach_disks(self.directory, self.catalog, source, disks, row.watermark + 1)
         self._reload()
@@ -199,6 +202,7 @@ class Replica:
             state=state,
             ring_id=disk.ring_id,
             next_sequence=disk.next_sequence,
+            size_bytes=disk.size_bytes,
             blank=disk.ready_ns is None and is_blank(image_path(self.directory, disk.name)),
         )
 
@@ -210,7 +214,7 @@ class Replica:
         if source not in self._sources:
             raise PeerError("frame of a source that has not attached")
         check_header(header, frame, group=self.group_id, source=source, disks=self._disks)
-        disk = self._disks[header.disk] if header.record_count else None
+        disk = self._grown_disk(header.disk) if header.record_count else None
         if header.kind != FrameKind.BASE:
             due = self._numbers[source] + 1
             if header.number < due:
@@ -226,7 +230,10 @@ class Replica:
             self._staged_base.append((header, body))
             return Admission.STAGED
         if header.kind == FrameKind.MARK:
-            self._marks.append(read_mark(header, body, self._disks))
+            mark = read_mark(header, body, self._disks)
+            if isinstance(mark, GrowMark):
+                self._check_growth(source, mark)
+            self._marks.append(mark)
         self._staged.append((header, frame))
         self._stage(header)
         return Admission.STAGED
@@ -240,6 +247,26 @@ class Replica:
                 f"frame {header.number} has records older than the watermark {watermark}",
                 hint="the source's clock went back; see its clock.json",
             )
+
+    def _check_growth(self, source: bytes, mark: GrowMark) -> None:
+        disk = mark.disk.bytes
+        count = sum(row.disk == disk for row in (*self._growths, *self._growths_staged()))
+        check_growth(mark, self._grown_disk(disk), count, self._watermarks[source])
+
+    def _growths_staged(self) -> list[GrowthRow]:
+        """With the sizes that the disks will have."""
+        return [
+            GrowthRow(mark.disk.bytes, mark.size_bytes, mark.at_ns)
+            for mark in self._marks
+            if isinstance(mark, GrowMark)
+        ]
+
+    def _grown_disk(self, disk: bytes) -> DiskRow:
+        """A disk as it will be when all that is staged is in the catalog."""
+        row = self._disks[disk]
+        sizes = (growth.before_bytes for growth in self._growths_staged() if growth.disk == disk)
+        size_bytes = max(row.size_bytes, *sizes, 0)
+        return row if size_bytes == row.size_bytes else replace(row, size_bytes=size_bytes)
 
     def _stage(self, header: FrameHeader) -> None:
         """Note what the frame moves forward once it is durable."""
@@ -283,8 +310,11 @@ class Replica:
 
     def _write_base(self) -> None:
         for header, body in self._staged_base:
-            image = self._image(self._disks[header.disk])
+            row = self._grown_disk(header.disk)
+            image = self._image(row)
             try:
+                if image.size_bytes < row.size_bytes:
+                    image.grow(row.size_bytes)
                 image.write(header, body)
             except OSError as error:
                 raise failure(error, f"cannot write {image.path}") from error
@@ -340,15 +370,45 @@ class Replica:
         elif isinstance(mark, GapMark):
             if self.catalog.begin_gap(mark.disk.bytes, mark.from_ns):
                 logger.warning("group %s: history has a gap from %d on", self.name, mark.from_ns)
+        elif isinstance(mark, GrowMark):
+            self._grow(mark)
         else:
             self.catalog.set_consistent(mark.disk.bytes, mark.at_ns)
 
+    def _grow(self, mark: GrowMark) -> None:
+        disk = next(row for row in self.catalog.disks(removed=True) if row.id == mark.disk.bytes)
+        if disk.ready_ns is None:
+            image = self._image(disk)
+            try:
+                image.grow(mark.size_bytes)
+            except OSError as error:
+                raise failure(error, f"cannot enlarge {image.path}") from error
+        before_bytes = self.catalog.grow(disk.id, mark.size_bytes, mark.at_ns)
+        if before_bytes is not None:
+            self.proofs.grown(disk.id, before_bytes)
+            logger.info(
+                "group %s: disk %s has grown from %d to %d bytes",
+                self.name,
+                disk.name,
+                before_bytes,
+                mark.size_bytes,
+            )
+
     def _reload(self) -> None:
         rows = self.catalog.disks(removed=True)
+        known = self._disks
         self._disks = {row.id: row for row in rows if row.removed_ns is None}
+        for disk in known.keys() & self._disks.keys():
+            # How far the rings have come is in the catalog later than here (`_write_catalog`).
+            self._disks[disk] = replace(
+                self._disks[disk],
+                ring_id=known[disk].ring_id,
+                next_sequence=known[disk].next_sequence,
+            )
         floors = (row.ready_ns for row in rows if row.ready_ns is not None)
         self._floor_ns = min(floors, default=None)
         self._gaps = self.catalog.gaps()
+        self._growths = self.catalog.growths()
 
     def _publish(self) -> None:
         live = {disk.source for disk in self._disks.values()}
@@ -420,6 +480,7 @@ class Replica:
             disks,
             self._floor_ns,
             self._gaps,
+            self._growths,
             dict(self._base_bytes),
             self._sources,
         )

@@ -171,7 +171,7 @@ def forget_retired(catalog: Catalog, floor_ns: int) -> list[str]:
     ]
     with catalog.transaction():
         for row in gone:
-            for table in ("gaps", "proofs", "mismatches"):
+            for table in ("gaps", "growths", "proofs", "mismatches"):
                 catalog.change(f"DELETE FROM {table} WHERE disk = ?", row.id.hex())
             catalog.change("DELETE FROM disks WHERE id = ?", row.id.hex())
     return [row.name for row in gone]

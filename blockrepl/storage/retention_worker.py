@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from blockrepl.errors import BlockreplError
 from blockrepl.storage.catalog import SegmentRow
-from blockrepl.storage.folding import fold, foldable
+from blockrepl.storage.folding import fold, foldable, grow_images
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.thinning import fitting, thin
 
@@ -72,6 +72,7 @@ def work(order: Order) -> Outcome:
     with ReplicaHistory(order.directory) as history:
         state = history.state()
         if order.operation == "fold":
+            grow_images(history, state, order.floor_ns)
             rows = foldable(history, state, order.floor_ns)
             if rows:
                 fold(history, state, order.floor_ns, pace=pace)

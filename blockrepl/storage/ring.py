@@ -15,6 +15,8 @@ import os
 import secrets
 import time
 from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +54,20 @@ def create_ring(
         ring_bytes=ring_bytes,
         clock_offset=clock_offset,
     )
-    temporary = path.with_suffix(".new")
+    with new_ring(path, ring) as descriptor:
+        os.pwrite(descriptor, stale.tobytes(), ring.stale_at)
+    os.rename(unfinished_path(path), path)
+
+
+def unfinished_path(path: Path) -> Path:
+    """Where a ring is made before it takes its place."""
+    return path.with_suffix(".new")
+
+
+@contextmanager
+def new_ring(path: Path, ring: layout.RingGeometry) -> Iterator[int]:
+    """The file of a new ring, all zeros but its sizes; complete when the block has ended."""
+    temporary = unfinished_path(path)
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -66,9 +81,8 @@ def create_ring(
                 code="ring-full",
             ) from error
         os.pwrite(descriptor, layout.encode_geometry(ring), 0)
-        os.pwrite(descriptor, stale.tobytes(), ring.stale_at)
+        yield descriptor
         os.pwrite(descriptor, b"\1", layout.COMPLETE_AT)
-        os.rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -36,7 +36,7 @@ from blockrepl.errors import DamageError, PeerError
 from blockrepl.formats import frame as frames
 from blockrepl.formats import segment as segments
 from blockrepl.formats.frame import HEADER_BYTES, Columns, FrameHeader, FrameKind
-from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, decode_mark
+from blockrepl.formats.marks import Mark, decode_mark
 from blockrepl.formats.run import Run, concatenate, from_frames
 from blockrepl.storage.catalog import SegmentRow
 from blockrepl.storage.reading import ReadFiles, damaged
@@ -44,7 +44,6 @@ from blockrepl.storage.runs import DirectoryCache, FileRun, MemoryRun, MendedRun
 
 log = logging.getLogger(__name__)
 
-Mark = CheckpointMark | GapMark | ConsistentMark
 SCAN_READ_BYTES = 64 * 1024  # header and columns of a frame of 4 KiB records, with some to spare
 TABLE_READ_BYTES = 8 * 1024  # header, columns and block table of a frame of 256 records
 

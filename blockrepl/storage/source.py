@@ -35,10 +35,19 @@ from blockrepl.storage.home import (
 )
 from blockrepl.storage.image import check_size, image_size, is_locked, lock_image
 from blockrepl.storage.ring import RingReader, create_ring, read_geometry, ring_path
+from blockrepl.storage.ring_growth import make_grown
 
 log = logging.getLogger(__name__)
 
 _SOCKET_PATH_BYTES_MAX = 107  # sun_path, with its final zero
+
+
+class Growth(BaseModel):
+    """From ``at_ns`` on, by the source's clock, the disk has ``size_bytes``."""
+
+    model_config = ConfigDict(frozen=True)
+    at_ns: int
+    size_bytes: Annotated[int, Field(gt=0, multiple_of=limits.SECTOR_BYTES)]
 
 
 class DiskEntry(BaseModel):
@@ -57,6 +66,7 @@ class DiskEntry(BaseModel):
     base_ring: int = 0
     # What the stale map says is sent as it is: what the replica has there is not asked for.
     send_all: bool = False
+    growths: tuple[Growth, ...] = ()  # all there were, the last one to size_bytes
 
 
 class SourceDisks:
@@ -109,7 +119,8 @@ class SourceDisks:
                 code="damaged-entry",
             ) from error
 
-    def _write(self, entry: DiskEntry) -> None:
+    def write(self, entry: DiskEntry) -> None:
+        """Durably. The caller holds the disk's lock, or makes the disk."""
         write_atomically(
             self.directory / f"{entry.name}.json", entry.model_dump_json(indent=2).encode()
         )
@@ -163,7 +174,7 @@ class SourceDisks:
         data = hot_map.encode(entry.id.bytes, size_bytes, limits.REGION_BYTES, hot=True)
         write_atomically(self.hot_map_path(entry), data)
         try:
-            self._write(entry)
+            self.write(entry)
         except BaseException:
             self.hot_map_path(entry).unlink(missing_ok=True)
             raise
@@ -199,10 +210,15 @@ class SourceDisks:
         return self._update(entry, stale_ring=stale_ring, base_ring=base_ring, send_all=send_all)
 
     def _update(self, entry: DiskEntry, **changes: object) -> DiskEntry:
-        changed = entry.model_copy(update=changes)
         with self.lock(entry):
-            if (self.directory / f"{entry.name}.json").exists():  # not removed meanwhile
-                self._write(changed)
+            try:
+                known = self._read(self.directory / f"{entry.name}.json")
+            except FileNotFoundError:
+                return entry.model_copy(update=changes)  # removed meanwhile
+            except StateError:
+                known = entry
+            changed = known.model_copy(update=changes)  # it may have grown since
+            self.write(changed)
         return changed
 
     # --- places
@@ -248,6 +264,15 @@ class SourceDisks:
             geometry.clock_offset,
         ) == (entry.id.bytes, entry.size_bytes, clock.offset_ns)
 
+    def is_outgrown(self, entry: DiskEntry, clock: SourceClock) -> bool:
+        """Whether the ring is that of the disk before it grew: growing it broke off."""
+        ring = read_geometry(ring_path(entry.id.bytes))
+        return (
+            ring is not None
+            and (ring.disk, ring.clock_offset) == (entry.id.bytes, clock.offset_ns)
+            and ring.size_bytes < entry.size_bytes
+        )
+
     def check_served_ring(self, entry: DiskEntry, clock: SourceClock) -> None:
         """StateError when a server writes to a ring that nobody else can find any more.
 
@@ -265,7 +290,11 @@ class SourceDisks:
     def ensure_ring(self, entry: DiskEntry, clock: SourceClock) -> Path:
         """The disk's ring, made where there is none. The caller holds the disk's lock."""
         path = ring_path(entry.id.bytes)
-        if not self.has_ring(entry, clock):
+        if self.has_ring(entry, clock):
+            return path
+        if self.is_outgrown(entry, clock):
+            os.rename(make_grown(path, entry.size_bytes), path)
+        else:
             create_ring(
                 path,
                 disk=entry.id.bytes,

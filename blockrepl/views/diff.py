@@ -7,7 +7,7 @@ the index knows. ``compare`` reads both and keeps what really differs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,11 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class DiskDiff:
-    """``only_at``: "first" or "second" when the disk is there at one of the instants only."""
+    """``only_at``: "first" or "second" when the disk is there at one of the instants only.
+
+    ``size_bytes`` is that of the second instant, ``before_bytes`` that of the first: when it has
+    grown in between, what is new and was not written to reads as zeros, and is not listed.
+    """
 
     name: str
     size_bytes: int
@@ -37,6 +41,7 @@ class DiskDiff:
     starts: U64
     ends: U64
     only_at: str | None = None
+    before_bytes: int | None = None
 
     @property
     def changed_bytes(self) -> int:
@@ -55,8 +60,12 @@ def diff(history: ReplicaHistory, state: State, first_ns: int, second_ns: int) -
         if identity in both:
             union, records = found[identity]
             starts, ends = union.result()
-            ends = np.minimum(ends, np.uint64(row.size_bytes))
-            result.append(DiskDiff(row.name, row.size_bytes, records, starts, ends))
+            inside = starts < np.uint64(row.size_bytes)  # it may have grown since
+            starts, ends = starts[inside], np.minimum(ends[inside], np.uint64(row.size_bytes))
+            before_bytes = first[identity].size_bytes
+            result.append(
+                DiskDiff(row.name, row.size_bytes, records, starts, ends, before_bytes=before_bytes)
+            )
         else:
             only_at = "first" if identity in first else "second"
             whole = np.array([0], np.uint64), np.array([row.size_bytes], np.uint64)
@@ -72,15 +81,14 @@ def compare(first: View, second: View, found: DiskDiff) -> DiskDiff:
     for start, end in _pieces(found.starts, found.ends, READ_BYTES):
         # To whole sectors: half of one is as good as all of it to a disk.
         start, end = start // SECTOR_BYTES * SECTOR_BYTES, -(-end // SECTOR_BYTES) * SECTOR_BYTES
-        pair = [
-            np.frombuffer(view.read(found.name, start, end - start), np.uint64)
-            for view in (first, second)
-        ]
+        data = [view.read(found.name, start, end - start) for view in (first, second)]
+        # The smaller one may end before: what is beyond it counts as zeros.
+        pair = [np.frombuffer(each + bytes(end - start - len(each)), np.uint64) for each in data]
         rows = (pair[0] != pair[1]).reshape(-1, SECTOR_BYTES // 8).any(axis=1)
         starts = np.flatnonzero(rows).astype(np.uint64) * np.uint64(SECTOR_BYTES) + np.uint64(start)
         differing.add(starts, starts + np.uint64(SECTOR_BYTES))
     starts, ends = differing.result()
-    return DiskDiff(found.name, found.size_bytes, found.records, starts, ends)
+    return replace(found, starts=starts, ends=ends)
 
 
 def write_patch(view: View, found: DiskDiff, target: Path, progress: Progress) -> None:
