@@ -47,7 +47,7 @@ EXTENSIONS = [
     ),
     extension("blockrepl.storage._ring", "blockrepl/storage/_ring.pyx"),
     extension("blockrepl.formats._pack", "blockrepl/formats/_pack.pyx"),
-    extension("blockrepl.model._paint", "blockrepl/model/_paint.pyx"),
+    extension("blockrepl.model._sweep", "blockrepl/model/_sweep.pyx"),
 ]
 
 setup(ext_modules=cythonize(EXTENSIONS, build_dir="build/cython", language_level=3))

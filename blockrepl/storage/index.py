@@ -332,8 +332,8 @@ def _refuse(damage: tuple[Damage, ...], disk: bytes, at_ns: int) -> None:
 
 
 def _shown(parts: list[Run], first: int, last: int) -> tuple[Run, extents.Extents]:
-    run = concatenate(parts).oldest_first()
-    return run, extents.resolve(run.starts, run.ends, first, last)
+    run = concatenate(parts)
+    return run, extents.resolve(run.starts, run.ends, first, last, run.ages)
 
 
 def _flatten(run: Run, flat: extents.Extents) -> Shown:
