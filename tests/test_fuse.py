@@ -106,6 +106,22 @@ def test_a_mount_at_a_point_holds_every_disk_as_it_was(journal: Journal, tmp_pat
             assert 0 < told.st_blocks * 512 <= size + 511
 
 
+def test_a_mount_keeps_no_more_of_what_it_reads_than_it_is_told(
+    journal: Journal, tmp_path: Path
+) -> None:
+    given = ["--read-cache", "8M"]
+    (tmp_path / "m").mkdir()
+    point = ["--at", format_instant(journal.stamp)]
+    command = [sys.executable, "-m", "blockrepl.cli.main", "--home", str(journal.home)]
+    subprocess.run([*command, *given, "mount", GROUP, str(tmp_path / "m"), *point], check=True)
+    try:
+        environment = Path(f"/proc/{serving_process(tmp_path / 'm')}/environ").read_bytes()
+        assert b"BLOCKREPL_READ_CACHE=%d" % (8 * MIB) in environment.split(b"\0")
+        assert digests(tmp_path / "m") == expected(journal, journal.stamp)
+    finally:
+        subprocess.run([*command, "umount", str(tmp_path / "m")], check=True)
+
+
 def test_latest_moves_on_and_the_instant_it_pointed_to_stays(
     journal: Journal, tmp_path: Path
 ) -> None:

@@ -215,6 +215,11 @@ class JournalIndex:
                 present.pop(number, None)
         return {number: self._directory / name for number, name in present.items()}
 
+    @property
+    def directory_bytes(self) -> int:
+        """What the directories of runs take that are kept."""
+        return self._directories.held
+
     def segments(self) -> list[SegmentReader]:
         """By number."""
         return [segment for _number, segment in sorted(self._segments.items())]

@@ -26,13 +26,12 @@ from blockrepl.formats.frame import parse_blocks
 from blockrepl.limits import BLOCK_BYTES, FRAME_PAYLOAD_BYTES_MAX, SEGMENT_FRAMES_MAX
 from blockrepl.storage import _gather
 from blockrepl.storage._gather import IMAGE, Blocks, Gather
+from blockrepl.storage.read_memory import read_memory
 from blockrepl.storage.reading import OpenFile, ReadFiles, damaged
 from blockrepl.storage.segment_reader import SegmentReader
 
 log = logging.getLogger(__name__)
 
-BLOCK_CACHE_BYTES = 64 * 1024 * 1024  # decompressed blocks, per process that reads
-TABLE_CACHE_BYTES = 16 * 1024 * 1024  # block tables: of about 40 GiB of journal of full frames
 INLINE_BLOCKS = 4  # proven where they are asked for: about 100 us
 REPORTED_MAX = 10_000  # damaged frames that are told once each; later ones are told every time
 
@@ -61,11 +60,15 @@ class PayloadReader:
     """Reads payload through the index's segments. May be used by several threads."""
 
     def __init__(
-        self, index: Segments, files: ReadFiles, block_cache_bytes: int = BLOCK_CACHE_BYTES
+        self, index: Segments, files: ReadFiles, block_cache_bytes: int | None = None
     ) -> None:
+        """``block_cache_bytes``: for decompressed blocks, else as storage/read_memory.py says."""
+        memory = read_memory()
         self._index = index
         self._files = files
-        self._kept = Blocks(TABLE_CACHE_BYTES, block_cache_bytes)
+        self.kept = Blocks(
+            memory.tables, memory.payloads if block_cache_bytes is None else block_cache_bytes
+        )
         self._reported: set[tuple[int, int]] = set()
 
     def fill(
@@ -87,7 +90,7 @@ class PayloadReader:
                 frames, end = segment.frame_table()
                 held.append(self._files.open(segment.path))
             opened.append((held[-1].descriptor, frames, end))
-        failure = gather.read(self._kept, opened, target, wait, INLINE_BLOCKS)
+        failure = gather.read(self.kept, opened, target, wait, INLINE_BLOCKS)
         if failure is not None:
             reason, number, frame, _block, offset = failure
             raise self._failure(gather.files[number], image, frame, offset, reason)

@@ -56,6 +56,11 @@ class Cache(Generic[Key, Value]):
             while self._held > self._limit and len(self._values) > 1:
                 self._held -= self._size(self._values.popitem(last=False)[1])
 
+    @property
+    def held(self) -> int:
+        """What it holds now, in the caller's unit."""
+        return self._held
+
     def clear(self) -> None:
         with self._lock:
             self._values.clear()
