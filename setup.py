@@ -14,7 +14,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
-CAPTURE_HEADERS = sorted(str(path.relative_to(HERE)) for path in HERE.glob("blockrepl/capture/*.h"))
+HEADERS = sorted(str(path.relative_to(HERE)) for path in HERE.glob("blockrepl/*/*.h"))
 FLAGS = ["-O2", "-Wall", "-pthread"]
 
 
@@ -22,8 +22,8 @@ def extension(name: str, *sources: str, libraries: Sequence[str] = ()) -> Extens
     return Extension(
         name,
         sources=list(sources),
-        include_dirs=["blockrepl/capture"],
-        depends=CAPTURE_HEADERS,
+        include_dirs=["blockrepl/capture", "blockrepl/storage"],
+        depends=HEADERS,
         libraries=list(libraries),
         extra_compile_args=FLAGS,
         extra_link_args=["-pthread"],
@@ -37,10 +37,17 @@ EXTENSIONS = [
         "blockrepl/capture/device.c",
         "blockrepl/capture/hot_map.c",
     ),
-    extension("blockrepl.storage._gather", "blockrepl/storage/_gather.pyx", libraries=["lz4"]),
+    extension(
+        "blockrepl.storage._gather",
+        "blockrepl/storage/_gather.pyx",
+        "blockrepl/storage/gather.c",
+        "blockrepl/storage/frame_table.c",
+        "blockrepl/storage/kept.c",
+        libraries=["lz4"],
+    ),
     extension("blockrepl.storage._ring", "blockrepl/storage/_ring.pyx"),
     extension("blockrepl.formats._pack", "blockrepl/formats/_pack.pyx"),
-    extension("blockrepl.model._paint", "blockrepl/model/_paint.pyx"),
+    extension("blockrepl.model._sweep", "blockrepl/model/_sweep.pyx"),
 ]
 
 setup(ext_modules=cythonize(EXTENSIONS, build_dir="build/cython", language_level=3))

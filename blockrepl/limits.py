@@ -66,6 +66,9 @@ FORK_RESERVE_SHARE = 0.05  # of the file system, where that is less
 FORK_SWEEP_SECONDS = 60.0  # between two looks for forks that have expired
 FORKS_MAX = 1000  # of a group
 
+READ_CACHE_BYTES_DEFAULT = 176 * MIB  # a view's process stays under 300 MB
+READ_CACHE_BYTES_MIN = 8 * MIB  # one resolved range, and a block of each of a megabyte's records
+
 WATERMARK_SECONDS = 1.0  # an idle group's watermark moves at least this often
 COMMIT_SECONDS = 0.003  # frames that arrive within it share one fdatasync
 

@@ -50,3 +50,25 @@ def test_a_hundred_thousand_overlapping_records_resolve_in_well_under_a_second()
     ends = starts + generator.integers(1, 1 << 16, 100_000).astype(np.uint64)
     flat = extents.resolve(starts, ends, 0, 1 << 24)
     assert int((flat.ends - flat.starts).sum()) == 1 << 24
+
+
+@given(st.data())
+def test_the_order_in_which_entries_are_given_does_not_matter_with_their_ages(
+    data: st.DataObject,
+) -> None:
+    spans = data.draw(st.lists(SPAN, max_size=25))
+    few = st.integers(0, 2)
+    ages = data.draw(st.lists(st.tuples(few, few, few), min_size=len(spans), max_size=len(spans)))
+    keys = [(*age, position) for position, age in enumerate(ages)]  # the last one is always new
+    order = sorted(range(len(spans)), key=lambda entry: keys[entry])
+    in_order = resolve([spans[entry] for entry in order], 5, 50)
+    columns = np.array(keys, np.uint32).reshape(-1, 4).T.copy()
+    starts = np.array([s for s, _ in spans], np.uint64)
+    ends = np.array([e for _, e in spans], np.uint64)
+    flat = extents.resolve(
+        starts, ends, 5, 50, (columns[0].astype(np.uint64), columns[1], columns[2], columns[3])
+    )
+    assert flat.starts.tolist() == in_order.starts.tolist()
+    assert flat.ends.tolist() == in_order.ends.tolist()
+    found = [extents.BASE if winner < 0 else order[winner] for winner in in_order.winners]
+    assert flat.winners.tolist() == found

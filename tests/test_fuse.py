@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -12,15 +13,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
+import trio
 from journal_model import GROUP, Journal, Record, small_segments
+from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, RequestContext
 from test_view import SIZES, find, flip, segments_of
 
 from blockrepl.formats.frame import RecordKind
+from blockrepl.storage.history import ReplicaHistory
 from blockrepl.units import KIB, MIB, format_instant
+from blockrepl.views.fuse import SMALL_BYTES, ViewFileSystem
+from blockrepl.views.view import View
 
 pytestmark = pytest.mark.skipif(
     not os.access("/dev/fuse", os.W_OK), reason="this user may not use /dev/fuse"
@@ -96,6 +104,22 @@ def test_a_mount_at_a_point_holds_every_disk_as_it_was(journal: Journal, tmp_pat
             told = (mounted / f"{name}.img").stat()
             assert (told.st_size, told.st_mtime_ns) == (size, at)
             assert 0 < told.st_blocks * 512 <= size + 511
+
+
+def test_a_mount_keeps_no_more_of_what_it_reads_than_it_is_told(
+    journal: Journal, tmp_path: Path
+) -> None:
+    given = ["--read-cache", "8M"]
+    (tmp_path / "m").mkdir()
+    point = ["--at", format_instant(journal.stamp)]
+    command = [sys.executable, "-m", "blockrepl.cli.main", "--home", str(journal.home)]
+    subprocess.run([*command, *given, "mount", GROUP, str(tmp_path / "m"), *point], check=True)
+    try:
+        environment = Path(f"/proc/{serving_process(tmp_path / 'm')}/environ").read_bytes()
+        assert b"BLOCKREPL_READ_CACHE=%d" % (8 * MIB) in environment.split(b"\0")
+        assert digests(tmp_path / "m") == expected(journal, journal.stamp)
+    finally:
+        subprocess.run([*command, "umount", str(tmp_path / "m")], check=True)
 
 
 def test_latest_moves_on_and_the_instant_it_pointed_to_stays(
@@ -345,3 +369,58 @@ def test_the_file_system_inside_can_be_mounted(tmp_path: Path) -> None:
         finally:
             subprocess.run(["losetup", "--detach", loop], check=True)
     journal.close()
+
+
+@dataclass
+class Spied:
+    """A file system that pyfuse3 does not know of, and where its view reads."""
+
+    files: ViewFileSystem
+    handle: FileHandleT
+    waits: list[tuple[bool, bool]]  # whether it might wait, whether in a thread of its own
+
+
+@pytest.fixture
+def spied(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[int, bool], Spied]]:
+    whole = View.read
+    found: list[tuple[bool, bool]] = []
+
+    def read(self: View, name: str, offset: int, length: int, *, wait: bool = True) -> bytearray:
+        found.append((wait, threading.current_thread() is not threading.main_thread()))
+        return whole(self, name, offset, length, wait=wait)
+
+    monkeypatch.setattr(View, "read", read)
+    with ReplicaHistory.open(journal.home, GROUP) as replica, contextlib.ExitStack() as stack:
+
+        def ask(size: int, has_more: bool) -> Spied:
+            found.clear()
+            files = ViewFileSystem(replica, journal.stamp, replica.state())
+            stack.callback(files.close)
+            files.has_more = lambda: has_more
+
+            async def go() -> FileHandleT:
+                name, context = FileNameT(b"root.img"), cast(RequestContext, None)
+                entry = await files.lookup(InodeT(1), name, context)
+                info = await files.open(entry.st_ino, FlagT(os.O_RDONLY), context)
+                data = await files.read(info.fh, 0, size)
+                assert data == journal.model.at(journal.stamp)["root"][:size]
+                assert not files.has_threads()
+                return info.fh
+
+            return Spied(files, trio.run(go), found)
+
+        yield ask
+
+
+def test_a_small_read_waits_in_place_only_when_no_request_has_to_wait_for_it(
+    spied: Callable[[int, bool], Spied],
+) -> None:
+    assert spied(4096, False).waits == [(True, False)]
+    # Nothing is resolved yet, so that it would have to wait.
+    assert spied(4096, True).waits == [(False, False), (True, True)]
+
+
+def test_a_large_read_waits_in_a_thread(spied: Callable[[int, bool], Spied]) -> None:
+    assert spied(SMALL_BYTES + 4096, False).waits == [(False, False), (True, True)]

@@ -5,54 +5,119 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import lz4.block
+import numpy as np
 import pytest
 import xxhash
 
+from blockrepl import limits
+from blockrepl.errors import PeerError
+from blockrepl.formats import frame as frames
+from blockrepl.formats.frame import HEADER, HEADER_BYTES, Columns, FrameHeader, FrameKind
 from blockrepl.storage import _gather
-from blockrepl.storage._gather import BLOCK_BYTES, Gather, ProvenBlocks
+from blockrepl.storage._gather import BLOCK_BYTES, IMAGE, Blocks, Gather
 
-IMAGE = -1
 RAW, PACKED = 0, 1  # frames: all blocks of one are stored raw, of the other compressed
+SEGMENT = 7
+PROOFS_MAX = 1000
+Failure = tuple[int, int, int, int, int]
 
 
 @dataclass
 class Store:
     """A segment file of two frames of three blocks, and a base image shorter than its disk."""
 
+    path: Path
     segment: int
     image: int
     image_bytes: bytes
-    payload: dict[int, bytes]
-    blocks: dict[tuple[int, int], tuple[int, int, int, bool, int]]
+    payload: list[bytes]
+    headers: list[FrameHeader]
+    offsets: array[int]
+    end: int
+
+    def opened(self, gather: Gather) -> list[tuple[int, array[int], int]]:
+        of_image = (self.image, array("Q"), 0)
+        return [
+            of_image if place == IMAGE else (self.segment, self.offsets, self.end)
+            for place in gather.files
+        ]
+
+    def read(
+        self,
+        gather: Gather,
+        target: bytearray,
+        blocks: Blocks | None = None,
+        *,
+        wait: bool = True,
+        proofs_max: int = PROOFS_MAX,
+    ) -> Failure | None:
+        kept = blocks or Blocks(1 << 20, 1 << 20)
+        return gather.read(kept, self.opened(gather), target, wait, proofs_max)
+
+    def body(self, frame: int) -> int:
+        return self.offsets[frame] + HEADER_BYTES
+
+    def block(self, frame: int, index: int) -> tuple[int, int]:
+        """Where a block is stored in the file, and in how many bytes."""
+        data = os.pread(self.segment, self.headers[frame].body_bytes, self.body(frame))
+        starts = frames.parse_blocks(self.headers[frame], data).offsets
+        return self.body(frame) + int(starts[index]), int(starts[index + 1] - starts[index])
+
+    def write(self, offset: int, data: bytes | bytearray) -> None:
+        with self.path.open("r+b") as file:
+            file.seek(offset)
+            file.write(data)
+
+    def flip(self, offset: int) -> None:
+        (byte,) = os.pread(self.segment, 1, offset)
+        self.write(offset, bytes([byte ^ 0x10]))
+
+
+def encoded(payload: bytes, records: int = 5) -> tuple[FrameHeader, bytes]:
+    """A frame of as many writes, its header apart and all its bytes."""
+    lengths = np.full(records, len(payload) // records, np.uint32)
+    lengths[-1] += len(payload) % records
+    stamps = np.arange(1, records + 1, dtype=np.uint64)
+    columns = Columns(stamps, stamps * 4096, lengths, np.zeros(records, np.uint8))
+    frame = frames.encode_frame(
+        kind=FrameKind.RECORDS,
+        group=b"g" * 16,
+        source=b"s" * 16,
+        disk=b"d" * 16,
+        number=1,
+        epoch=1,
+        watermark=records,
+        columns=columns,
+        payload=payload,
+    )
+    return frame.header, b"".join(bytes(part) for part in frame.buffers)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     rng = random.Random(1)
-    payload = {
-        RAW: rng.randbytes(3 * BLOCK_BYTES - 5000),
-        PACKED: b"".join(bytes([n % 251]) * 512 for n in range(3 * 128)),
-    }
-    blocks = {}
-    stored = b"head"
-    for frame, data in payload.items():
-        for index in range(3):
-            plain = data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
-            kept = plain if frame == RAW else lz4.block.compress(plain, store_size=False)
-            digest = xxhash.xxh3_64_intdigest(kept)
-            blocks[frame, index] = (len(stored), len(kept), len(plain), frame == RAW, digest)
-            stored += kept
+    payload = [
+        rng.randbytes(3 * BLOCK_BYTES - 5000),
+        b"".join(bytes([n % 251]) * 512 for n in range(3 * 128)),
+    ]
+    headers, offsets, stored = [], array("Q"), b"head"
+    for data in payload:
+        header, frame = encoded(data)
+        headers.append(header)
+        offsets.append(len(stored))
+        stored += frame
     image = rng.randbytes(300_000)
-    (tmp_path / "segment").write_bytes(stored)
+    path = tmp_path / "segment"
+    path.write_bytes(stored + b"index")
     (tmp_path / "image").write_bytes(image)
     segment, base = (os.open(tmp_path / name, os.O_RDONLY) for name in ("segment", "image"))
-    yield Store(segment, base, image, payload, blocks)
+    yield Store(path, segment, base, image, payload, headers, offsets, len(stored))
     for descriptor in (segment, base):
         os.close(descriptor)
 
@@ -63,7 +128,7 @@ class Layout:
     def __init__(self, store: Store, seed: int) -> None:
         rng = random.Random(seed)
         self.bounds = array("Q", [rng.randrange(1000)])
-        self.columns = [array("I"), array("I"), array("I")]
+        self.columns = (array("I"), array("I"), array("I"))
         self.truth = b""
         kinds = []
         for _ in range(rng.randrange(1, 40)):
@@ -72,8 +137,10 @@ class Layout:
             frame = rng.choice([RAW, PACKED])
             size = rng.choice([1, 512, 4096, rng.randrange(1, 100_000)])
             position = rng.randrange(len(store.payload[frame]) - size)
+            if not rng.randrange(8):  # whole blocks
+                position, size = 0, 2 * BLOCK_BYTES
             kinds.append(kind)
-            for column, value in zip(self.columns, (7, frame, position), strict=True):
+            for column, value in zip(self.columns, (SEGMENT, frame, position), strict=True):
                 column.append(value)
             self.bounds.append(at + size)
             shown = bytes(size)
@@ -84,151 +151,235 @@ class Layout:
             self.truth += shown
         self.kinds = bytes(kinds)
 
-    def gather(self, proven: ProvenBlocks, first: int, last: int) -> Gather:
-        return gathered(proven, self.bounds, self.kinds, self.columns, first, last)
+    def check(self, store: Store, rng: random.Random, blocks: Blocks) -> None:
+        """Read any part of it, first as one who may not wait."""
+        start, end = self.bounds[0], self.bounds[-1]
+        first = rng.randrange(start, end)
+        last = rng.randrange(first, end) + 1
+        gather = Gather(self.bounds, self.kinds, *self.columns, first, last)
+        target = bytearray(last - first)
+        failure = store.read(gather, target, blocks, wait=False, proofs_max=rng.randrange(4))
+        if failure is not None:
+            assert failure[0] == errno.EAGAIN
+            target = bytearray(last - first)
+            assert store.read(gather, target, blocks) is None
+        assert target == self.truth[first - start : last - start]
 
 
-def gathered(
-    proven: ProvenBlocks,
-    bounds: array[int],
-    kinds: bytes,
-    columns: Sequence[array[int]],
-    first: int,
-    last: int,
-) -> Gather:
-    segments, frames, positions = columns
-    return Gather(proven, bounds, kinds, segments, frames, positions, first, last)
-
-
-def orders(store: Store, gather: Gather) -> list[tuple[int, int, int, int, int, bool, int]]:
-    return [
-        (number, store.segment, *store.blocks[frame, index])
-        for number, (_segment, frame, index) in enumerate(gather.missing)
-    ]
-
-
-@pytest.mark.parametrize("flags", [0, os.RWF_NOWAIT])
-def test_a_range_is_what_its_extents_show(store: Store, flags: int) -> None:
-    proven = ProvenBlocks(4)
-    for seed in range(60):
+@pytest.mark.parametrize("room", [0, 100_000, 1 << 30])
+def test_a_range_is_what_its_extents_show(store: Store, room: int) -> None:
+    rng = random.Random(room)
+    blocks = Blocks(min(room, 500), room)
+    for seed in range(100):
         layout = Layout(store, seed)
-        start, end = layout.bounds[0], layout.bounds[-1]
-        rng = random.Random(seed)
         for _ in range(3):
-            first = rng.randrange(start, end)
-            last = rng.randrange(first, end) + 1
-            gather = layout.gather(proven, first, last)
-            target = memoryview(bytearray(last - first))
-            wanted = orders(store, gather)
-            by_hand = [order for order in wanted if rng.random() < 0.3]
-            for number, *_ in by_hand:
-                _, frame, index = gather.missing[number]
-                block = store.payload[frame][index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
-                assert gather.supply(number, block, target)
-            rest = [order for order in wanted if order not in by_hand]
-            failed, _, payloads = gather.prove(rest, target, flags)
-            assert failed == -1
-            for order, payload in zip(rest, payloads, strict=True):
-                _, frame, index = gather.missing[order[0]]
-                if frame == RAW:
-                    assert payload is None
-                    proven.add(7, frame, index, order[2], order[4])
-                else:
-                    at = index * BLOCK_BYTES
-                    assert payload == store.payload[frame][at : at + BLOCK_BYTES]
-            descriptors = {7: store.segment, IMAGE: store.image}
-            assert set(gather.files()) <= descriptors.keys()
-            assert gather.read(descriptors, target, flags) == (0, 0, 0)
-            assert target == layout.truth[first - start : last - start]
+            layout.check(store, rng, blocks)
 
 
-def test_more_blocks_than_it_has_room_for_are_forgotten_not_confused(store: Store) -> None:
-    """Guards the comparison of whole keys in ProvenBlocks.find."""
-    proven = ProvenBlocks(3)
-    for segment in range(500):
-        proven.add(segment, 1, 2, segment * 10, 4096)
-    remembered = 0
-    for segment in range(1000):
-        columns = (array("I", [segment]), array("I", [1]), array("I", [2 * BLOCK_BYTES]))
-        gather = gathered(proven, array("Q", [0, 16]), b"\0", columns, 0, 16)
-        remembered += not gather.missing
-        assert segment < 500 or gather.missing
-    assert 4 <= remembered <= 8
+def test_many_threads_with_room_for_next_to_nothing_read_what_is_there(store: Store) -> None:
+    blocks = Blocks(200, 100_000)
+    wrong: list[BaseException] = []
+
+    def read(number: int) -> None:
+        rng = random.Random(number)
+        try:
+            for seed in range(60):
+                Layout(store, seed + number).check(store, rng, blocks)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def piece(place: int, frame: int, position: int, size: int = 9) -> Gather:
+    """Some bytes of a frame's payload, at the beginning of a disk."""
+    columns = (array("I", [place]), array("I", [frame]), array("I", [position]))
+    return Gather(array("Q", [0, size]), b"\0", *columns, 0, size)
+
+
+def test_what_is_kept_stays_under_its_limits(store: Store) -> None:
+    blocks = Blocks(10_000, 300_000)
+    most = 0
+    for place in range(2000):
+        target = bytearray(16)
+        assert store.read(piece(place, PACKED, BLOCK_BYTES, 16), target, blocks) is None
+        assert target == store.payload[PACKED][BLOCK_BYTES : BLOCK_BYTES + 16]
+        most = max(most, blocks.payload_bytes)
+        assert blocks.table_bytes <= 10_000
+    assert 200_000 < most <= 300_000
+
+
+@pytest.mark.parametrize("frame", [RAW, PACKED])
+def test_a_block_is_proven_once_as_long_as_that_is_known(store: Store, frame: int) -> None:
+    blocks = Blocks(1 << 20, 1 << 20)
+    assert store.read(piece(SEGMENT, frame, 10), bytearray(9), blocks) is None
+    store.flip(store.block(frame, 0)[0] + 100)
+    target = bytearray(9)
+    assert store.read(piece(SEGMENT, frame, 10), target, blocks) is None
+    assert target == store.payload[frame][10:19]
+    other = store.read(piece(SEGMENT + 1, frame, 10), bytearray(9), blocks)
+    assert other is not None
+    assert other[0] == _gather.WRONG_DIGEST
+
+
+@pytest.mark.parametrize("size", [9, 4096, BLOCK_BYTES])
+@pytest.mark.parametrize("frame", [RAW, PACKED])
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_block_that_is_not_true_is_told(store: Store, frame: int, index: int, size: int) -> None:
+    offset, stored = store.block(frame, index)
+    for at in (0, stored // 2, stored - 1):
+        store.flip(offset + at)
+        gather = piece(SEGMENT, frame, index * BLOCK_BYTES, size)
+        failure = store.read(gather, bytearray(size))
+        assert failure == (_gather.WRONG_DIGEST, 0, frame, index, offset)
+        store.flip(offset + at)
+
+
+def test_every_flipped_byte_of_a_table_and_what_proves_it_is_noticed(store: Store) -> None:
+    header = store.headers[PACKED]
+    for at in range(HEADER_BYTES + header.blocks_offset):
+        store.flip(store.offsets[PACKED] + at)
+        failure = store.read(piece(SEGMENT, PACKED, 0), bytearray(9))
+        assert failure is not None
+        assert failure[0] == _gather.WRONG_TABLE
+        assert failure[2] == PACKED
+        store.flip(store.offsets[PACKED] + at)
+    assert store.read(piece(SEGMENT, PACKED, 0), bytearray(9)) is None
+
+
+def with_header(store: Store, offset: int, value: bytes) -> None:
+    """Change a field of the packed frame's header, its digest true again."""
+    data = bytearray(os.pread(store.segment, HEADER_BYTES, store.offsets[PACKED]))
+    data[offset : offset + len(value)] = value
+    data[HEADER.size :] = xxhash.xxh3_64_intdigest(data[: HEADER.size]).to_bytes(8, "little")
+    store.write(store.offsets[PACKED], data)
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("offset", "value"),
     [
-        ({"digest": 1}, _gather.WRONG_DIGEST),
-        ({"offset": 1 << 30}, _gather.ENDS_TOO_SOON),
-        ({"payload": -1}, _gather.WRONG_SIZE),
-        ({"stored": BLOCK_BYTES + 1}, _gather.WRONG_SIZE),
-        ({"payload": -60_000, "both": True}, _gather.WRONG_SIZE),
-        ({"descriptor": -1}, errno.EBADF),
+        (4, b"\2\0"),
+        (6, b"\0"),
+        (6, b"\5"),
+        (68, (limits.FRAME_RECORDS_MAX + 1).to_bytes(4, "little")),
+        (112, (limits.FRAME_PAYLOAD_BYTES_MAX + 1).to_bytes(8, "little")),
+        (120, (limits.FRAME_BODY_BYTES_MAX + 1).to_bytes(4, "little")),
+        (120, b"\1\0\0\0"),
+        (124, b"\2\0\0\0"),
     ],
 )
-@pytest.mark.parametrize("frame", [RAW, PACKED])
-def test_a_block_that_is_not_true_is_told(
-    store: Store, change: dict[str, int], reason: int, frame: int
+def test_a_header_that_the_format_refuses_is_refused(
+    store: Store, offset: int, value: bytes
 ) -> None:
-    columns = (array("I", [7]), array("I", [frame]), array("I", [0]))
-    gather = gathered(ProvenBlocks(4), array("Q", [0, 9]), b"\0", columns, 0, 9)
-    ((number, descriptor, offset, stored, payload, is_raw, digest),) = orders(store, gather)
-    descriptor = change.get("descriptor", descriptor)
-    offset += change.get("offset", 0)
-    stored = change.get("stored", stored)
-    payload += change.get("payload", 0)
-    digest ^= change.get("digest", 0)
-    order = (number, descriptor, offset, stored, payload, is_raw, digest)
-    target = memoryview(bytearray(9))
-    failed, told, _ = gather.prove([order], target, 0)
-    assert (failed, told) == (0, reason)
-    assert bytes(target) == bytes(9)
+    """The compiled reader of headers against formats/frame.py."""
+    with_header(store, offset, value)
+    with pytest.raises(PeerError):
+        frames.decode_header(os.pread(store.segment, HEADER_BYTES, store.offsets[PACKED]))
+    failure = store.read(piece(SEGMENT, PACKED, 0), bytearray(9))
+    assert failure is not None
+    assert failure[0] == _gather.WRONG_TABLE
 
 
-def test_an_entry_that_leads_out_of_its_block_is_told(store: Store) -> None:
-    size = len(store.payload[RAW]) - 2 * BLOCK_BYTES
-    columns = (array("I", [7]), array("I", [RAW]), array("I", [2 * BLOCK_BYTES + size - 5]))
-    gather = gathered(ProvenBlocks(4), array("Q", [0, 9]), b"\0", columns, 0, 9)
-    target = memoryview(bytearray(9))
-    assert gather.prove(orders(store, gather), target, 0)[:2] == (0, _gather.LEADS_OUT)
-    assert not gather.supply(0, store.payload[RAW][2 * BLOCK_BYTES :], target)
+def test_the_largest_frame_is_read(tmp_path: Path) -> None:
+    """Its columns are longer than what is read at first, and its limits are those of limits.py."""
+    payload = random.Random(3).randbytes(limits.FRAME_PAYLOAD_BYTES_MAX)
+    header, data = encoded(payload, limits.FRAME_RECORDS_MAX)
+    (tmp_path / "segment").write_bytes(data)
+    descriptor = os.open(tmp_path / "segment", os.O_RDONLY)
+    try:
+        for end in (len(data), HEADER_BYTES + header.blocks_offset - 1):
+            gather = piece(SEGMENT, 0, len(payload) - 9)
+            target = bytearray(9)
+            opened = [(descriptor, array("Q", [0]), end)]
+            failure = gather.read(Blocks(1 << 20, 0), opened, target, True, PROOFS_MAX)
+            if end == len(data):
+                assert failure is None
+                assert target == payload[-9:]
+    finally:
+        os.close(descriptor)
+
+
+def test_a_table_that_does_not_add_up_is_told(store: Store) -> None:
+    header = store.headers[RAW]
+    body = bytearray(os.pread(store.segment, header.blocks_offset, store.body(RAW)))
+    body[-4] ^= 1  # the last block's stored bytes
+    store.write(store.body(RAW), body)
+    data = bytearray(os.pread(store.segment, HEADER_BYTES, store.offsets[RAW]))
+    data[128:136] = xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
+    data[HEADER.size :] = xxhash.xxh3_64_intdigest(data[: HEADER.size]).to_bytes(8, "little")
+    store.write(store.offsets[RAW], data)
+    failure = store.read(piece(SEGMENT, RAW, 0), bytearray(9))
+    assert failure is not None
+    assert failure[0] == _gather.WRONG_TABLE
+
+
+@pytest.mark.parametrize("frame", [RAW, PACKED])
+def test_an_entry_that_leads_out_of_the_payload_is_told(store: Store, frame: int) -> None:
+    size = len(store.payload[frame])
+    assert store.read(piece(SEGMENT, frame, size - 9), bytearray(9)) is None
+    for position in (size - 8, size, size + 5 * BLOCK_BYTES):
+        failure = store.read(piece(SEGMENT, frame, position), bytearray(9))
+        assert failure is not None
+        assert (failure[0], failure[2]) == (_gather.LEADS_OUT, frame)
+    failure = store.read(piece(SEGMENT, 2, 0), bytearray(9))
+    assert failure is not None
+    assert failure[0] == _gather.WRONG_TABLE  # a frame that the segment has not
 
 
 def test_a_segment_that_ends_too_soon_is_told_and_an_image_is_zeros(store: Store) -> None:
-    proven = ProvenBlocks(4)
-    proven.add(7, 0, 0, 1 << 30, BLOCK_BYTES)
+    blocks = Blocks(1 << 20, 1 << 20)
+    assert store.read(piece(SEGMENT, RAW, 0), bytearray(9), blocks) is None
+    offset, _ = store.block(RAW, 0)
+    os.truncate(store.path, offset + 4)
     start = 1 << 20  # beyond the image's end
     bounds = array("Q", [start, start + 9, start + 20])
-    columns = (array("I", [0, 7]), array("I", [0, 0]), array("I", [0, 0]))
-    gather = gathered(proven, bounds, b"\xff\0", columns, start, start + 20)
-    descriptors = {7: store.segment, IMAGE: store.image}
-    target = memoryview(bytearray(20))
-    assert gather.read(descriptors, target, 0) == (_gather.ENDS_TOO_SOON, 7, 1 << 30)
-    assert bytes(target) == bytes(20)
+    columns = (array("I", [0, SEGMENT]), array("I", [0, RAW]), array("I", [0, 0]))
+    gather = Gather(bounds, b"\xff\0", *columns, start, start + 20)
+    assert gather.files == [IMAGE, SEGMENT]
+    target = bytearray(9)
+    assert store.read(gather, bytearray(20), blocks) == (_gather.ENDS_TOO_SOON, 1, 0, 0, offset)
+    assert store.read(Gather(bounds, b"\xff\0", *columns, start, start + 9), target) is None
+    assert target == bytes(9)
+    failure = store.read(piece(SEGMENT, RAW, 0), bytearray(9))
+    assert failure == (_gather.ENDS_TOO_SOON, 0, RAW, 0, offset)
+
+
+def test_a_read_that_fails_says_why(store: Store) -> None:
+    gather = piece(SEGMENT, RAW, 0)
+    opened = [(-1, store.offsets, store.end)]
+    failure = gather.read(Blocks(0, 0), opened, bytearray(9), True, PROOFS_MAX)
+    assert failure is not None
+    assert failure[0] == errno.EBADF
 
 
 def test_what_does_not_fit_is_refused(store: Store) -> None:
-    columns = (array("I", [7]), array("I", [RAW]), array("I", [0]))
+    columns = (array("I", [SEGMENT]), array("I", [RAW]), array("I", [0]))
     bounds = array("Q", [10, 20])
     for first, last in ((9, 12), (12, 21), (14, 13)):
         with pytest.raises(ValueError, match="leads out of its window"):
-            gathered(ProvenBlocks(4), bounds, b"\0", columns, first, last)
+            Gather(bounds, b"\0", *columns, first, last)
     with pytest.raises(ValueError, match="differ in length"):
-        gathered(ProvenBlocks(4), array("Q", [10]), b"\0", columns, 10, 10)
-    gather = gathered(ProvenBlocks(4), bounds, b"\0", columns, 10, 20)
+        Gather(array("Q", [10]), b"\0", *columns, 10, 10)
+    gather = Gather(bounds, b"\0", *columns, 10, 20)
     with pytest.raises(ValueError, match="too short"):
-        gather.prove(orders(store, gather), bytearray(5), 0)
-    with pytest.raises(ValueError, match="too short"):
-        gather.supply(0, store.payload[RAW][:BLOCK_BYTES], bytearray(5))
+        store.read(gather, bytearray(5))
+    with pytest.raises(ValueError, match="a file is lacking"):
+        gather.read(Blocks(0, 0), [], bytearray(10), True, PROOFS_MAX)
 
 
 def test_places_that_follow_one_another_in_different_files_are_read_from_each(store: Store) -> None:
-    """Guards the comparison of sources in Gather._add."""
-    proven = ProvenBlocks(4)
-    proven.add(7, RAW, 0, 100, BLOCK_BYTES)
-    columns = (array("I", [0, 7]), array("I", [0, RAW]), array("I", [0, 0]))
-    gather = gathered(proven, array("Q", [0, 100, 200]), b"\xff\0", columns, 0, 200)
-    target = memoryview(bytearray(200))
-    assert gather.read({7: store.segment, IMAGE: store.image}, target, 0) == (0, 0, 0)
-    assert target == store.image_bytes[:100] + os.pread(store.segment, 100, 100)
+    """Guards the comparison of files where reads are joined."""
+    blocks = Blocks(1 << 20, 1 << 20)
+    assert store.read(piece(SEGMENT, RAW, 0), bytearray(9), blocks) is None
+    place = store.block(RAW, 0)[0]
+    columns = (array("I", [0, SEGMENT]), array("I", [0, RAW]), array("I", [0, 0]))
+    bounds = array("Q", [place - 100, place, place + 100])
+    target = bytearray(200)
+    gather = Gather(bounds, b"\xff\0", *columns, place - 100, place + 100)
+    assert store.read(gather, target, blocks) is None
+    assert target == store.image_bytes[place - 100 : place] + store.payload[RAW][:100]

@@ -131,10 +131,10 @@ def test_a_lookup_reads_a_slice_not_the_run(
     read = 0
     whole = ReadFiles.read
 
-    def counted(self: ReadFiles, path: Path, size: int, offset: int, *, wait: bool = True) -> bytes:
+    def counted(self: ReadFiles, path: Path, size: int, offset: int) -> bytes:
         nonlocal read
         read += size
-        return whole(self, path, size, offset, wait=wait)
+        return whole(self, path, size, offset)
 
     monkeypatch.setattr(ReadFiles, "read", counted)
     assert sum(map(len, source.overlapping(1024 * MIB, 1088 * MIB, 5))) == 1024
@@ -170,10 +170,10 @@ def test_opening_a_view_reads_no_payload_and_resolves_nothing(
     read = 0
     whole = ReadFiles.read
 
-    def counted(self: ReadFiles, path: Path, size: int, offset: int, *, wait: bool = True) -> bytes:
+    def counted(self: ReadFiles, path: Path, size: int, offset: int) -> bytes:
         nonlocal read
         read += size
-        return whole(self, path, size, offset, wait=wait)
+        return whole(self, path, size, offset)
 
     monkeypatch.setattr(ReadFiles, "read", counted)
     with ReplicaHistory.open(journal.home, GROUP) as replica:

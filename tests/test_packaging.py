@@ -20,7 +20,7 @@ UNITS = CHECKOUT / "scripts" / "systemd"
 CORES = (
     "blockrepl/capture/_core",
     "blockrepl/formats/_pack",
-    "blockrepl/model/_paint",
+    "blockrepl/model/_sweep",
     "blockrepl/storage/_gather",
     "blockrepl/storage/_ring",
 )

@@ -22,6 +22,7 @@ With ``--json`` the same failure is also one object on stdout.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -98,12 +99,24 @@ class LazyGroup(click.Group):
     help="Where state is kept. [env: BLOCKREPL_HOME; default: /var/lib/blockrepl as root, "
     "else ~/.local/share/blockrepl]",
 )
+@click.option(
+    "--read-cache",
+    envvar="BLOCKREPL_READ_CACHE",
+    metavar="SIZE",
+    help="Memory for what was read of a replica, per mount, server or other reader of it. "
+    "[env: BLOCKREPL_READ_CACHE; default: 176M]",
+)
 @click.version_option(version("blockrepl"), message="blockrepl %(version)s")
 @click.pass_obj
-def cli(invocation: Invocation, home: Path | None) -> None:
+def cli(invocation: Invocation, home: Path | None, read_cache: str | None) -> None:
     """Continuous replication of virtual disks, with a time machine at the other end."""
     if home is not None:
         invocation.home = home.absolute()
+    if read_cache is not None:
+        from blockrepl.storage.read_memory import VARIABLE, check_read_cache
+
+        # Read where a replica is opened: in this process or in one that it starts.
+        os.environ[VARIABLE] = str(check_read_cache(read_cache))
 
 
 def run(arguments: Sequence[str]) -> int:

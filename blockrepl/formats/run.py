@@ -113,6 +113,12 @@ class Run:
     def is_long(self) -> npt.NDArray[np.bool_]:
         return self.lengths > LONG_BYTES
 
+    @property
+    def ages(self) -> tuple[U64, U32, U32, U32]:
+        """Orders entries of any place: by (stamp, segment, frame, position)."""
+        numbers = self.segments & np.uint32(NUMBER_MASK)
+        return self.stamps, numbers, self.frames, self.positions
+
     def take(self, which: Index) -> Run:
         """The entries that an index array, mask or slice selects."""
         return Run(*(getattr(self, name)[which] for name in COLUMNS))
@@ -123,8 +129,7 @@ class Run:
         stamps = self.stamps[order]
         if bool((stamps[1:] == stamps[:-1]).any()):
             # Only a resync's records share a stamp; four keys take four times as long.
-            numbers = self.segments & np.uint32(NUMBER_MASK)
-            order = np.lexsort((self.positions, self.frames, numbers, self.stamps))
+            order = np.lexsort(self.ages[::-1])
         return self.take(order)
 
     def by_start(self) -> Run:

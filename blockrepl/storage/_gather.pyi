@@ -1,23 +1,27 @@
+from collections.abc import Sequence
+
 from typing_extensions import Buffer
 
 BLOCK_BYTES: int
 SHOWS_DATA: int
 SHOWS_BASE: int
+IMAGE: int
 
 ENDS_TOO_SOON: int
 WRONG_DIGEST: int
 WRONG_SIZE: int
 LEADS_OUT: int
+WRONG_TABLE: int
 
-class ProvenBlocks:
-    def __init__(self, bits: int) -> None: ...
-    def add(self, segment: int, frame: int, block: int, offset: int, size: int) -> None: ...
+class Blocks:
+    table_bytes: int
+    payload_bytes: int
+    def __init__(self, table_bytes_max: int, payload_bytes_max: int) -> None: ...
 
 class Gather:
-    missing: list[tuple[int, int, int]]
+    files: list[int]
     def __init__(
         self,
-        proven: ProvenBlocks,
         bounds: Buffer,
         kinds: Buffer,
         segments: Buffer,
@@ -26,14 +30,11 @@ class Gather:
         first: int,
         last: int,
     ) -> None: ...
-    def files(self) -> list[int]: ...
-    def prove(
-        self,
-        wanted: list[tuple[int, int, int, int, int, bool, int]],
-        target: Buffer,
-        flags: int,
-    ) -> tuple[int, int, list[bytes | None]]: ...
-    def supply(self, number: int, block: Buffer, target: Buffer) -> bool: ...
     def read(
-        self, descriptors: dict[int, int], target: Buffer, flags: int
-    ) -> tuple[int, int, int]: ...
+        self,
+        kept: Blocks,
+        opened: Sequence[tuple[int, Buffer, int]],
+        target: Buffer,
+        may_wait: bool,
+        proofs_max: int,
+    ) -> tuple[int, int, int, int, int] | None: ...

@@ -1,160 +1,126 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
 """Fill a buffer from the many places that a resolved window says its bytes are at.
 
-``Gather`` walks the window's extents once and notes what is to be done:
+``Gather`` walks the window's extents once and notes what is wanted:
 
-==========================  ===================================================================
-an extent's bytes           are
-==========================  ===================================================================
-zeros                       left as they are: the buffer is zeros before
-of the base image           read from it; beyond its end they are zeros
-of a raw, proven block      read from the segment's file
-of any other block          missing: the caller hands in its payload (``supply``), or says where it
-                            is stored and what its digest is (``prove``)
-==========================  ===================================================================
+==================  ==============================================================================
+an extent's bytes   are
+==================  ==============================================================================
+zeros               left as they are: the buffer is zeros before
+of the base image   read from it; beyond its end they are zeros
+of payload          read from the segment's file, each block proven once and decompressed (gather.h)
+==================  ==============================================================================
 
-Reads of one file that go on where the last one ends become one. ``read`` does them all, ``prove``
-reads, checks and decompresses stored blocks, and both without the GIL. ``ProvenBlocks`` knows which stored blocks need no more proof: it remembers as many as it has
-room for, four to a set, and forgets the one of a set that was put there first.
+``read`` does it all in one call. ``Blocks`` is what it keeps for the next one: frames' block tables
+with what was proven of them, and the payload of compressed blocks, bounded in bytes each.
 """
 
-import numpy as np
-
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
-from libc.errno cimport EAGAIN, EINTR, EOPNOTSUPP, errno
+from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Realloc
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy
 
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    ssize_t preadv2(int fd, const iovec *vectors, int count, int64_t offset, int flags)
-
-cdef extern from "<fcntl.h>" nogil:
-    int posix_fadvise(int fd, int64_t offset, int64_t size, int advice)
-    int POSIX_FADV_WILLNEED
-
-cdef extern from * nogil:
-    """
-    #define XXH_INLINE_ALL
-    #include <xxhash.h>
-    #include <lz4.h>
-    #ifndef RWF_NOWAIT
-    #define RWF_NOWAIT 8
-    #endif
-    """
-    uint64_t XXH3_64bits(const void *data, size_t size)
-    int LZ4_decompress_safe(const char *source, char *target, int size, int room)
-    int RWF_NOWAIT
+cdef extern from "gather.h" nogil:
+    ctypedef bint c_bool "bool"
+    struct kept:
+        size_t bytes
+    struct kept_value:
+        pass
+    int kept_init(kept *kept, size_t bytes_max)
+    void kept_free(kept *kept)
+    struct segment_file:
+        int descriptor
+        uint32_t place
+        c_bool is_image
+        const uint64_t *frames
+        size_t frame_count
+        uint64_t end
+    struct want:
+        uint32_t file
+        uint32_t frame
+        uint32_t block
+        uint64_t offset
+        uint64_t into
+        uint64_t length
+    struct blocks:
+        kept tables
+        kept payloads
+    struct gather_failure:
+        uint32_t file
+        uint32_t frame
+        uint32_t block
+        uint64_t offset
+    int gather_read(
+        blocks *blocks, const segment_file *files, const want *wants, size_t count,
+        uint8_t *target, c_bool may_wait, size_t proofs_max, gather_failure *failure)
+    enum:
+        BLOCK_SHIFT
+        BLOCK_SIZE
+        C_ENDS_TOO_SOON "ENDS_TOO_SOON"
+        C_WRONG_DIGEST "WRONG_DIGEST"
+        C_WRONG_SIZE "WRONG_SIZE"
+        C_LEADS_OUT "LEADS_OUT"
+        C_WRONG_TABLE "WRONG_TABLE"
 
 cdef enum:
-    BLOCK_SHIFT = 16
-    BLOCK_SIZE = 1 << BLOCK_SHIFT  # limits.BLOCK_BYTES
-    WAYS = 4
     DATA = 0  # index.SHOWS_DATA
     BASE = 255  # index.SHOWS_BASE
-    IMAGE = -1  # source of a piece; a segment's number is that segment's file
-    MISSING = -2  # and below: the missing block -2 - source
 
 BLOCK_BYTES = BLOCK_SIZE
-# What may be wrong with a stored block, beside an errno.
-ENDS_TOO_SOON = -1
-WRONG_DIGEST = -2
-WRONG_SIZE = -3
-LEADS_OUT = -4
+# What may be wrong, beside an errno.
+ENDS_TOO_SOON = C_ENDS_TOO_SOON
+WRONG_DIGEST = C_WRONG_DIGEST
+WRONG_SIZE = C_WRONG_SIZE
+LEADS_OUT = C_LEADS_OUT
+WRONG_TABLE = C_WRONG_TABLE
 SHOWS_DATA = DATA
 SHOWS_BASE = BASE
+IMAGE = -1  # among a gather's files; a segment's place is that segment's file
 
 
-cdef struct Piece:
-    int64_t source
-    int64_t offset
-    int64_t into
-    int64_t length
-    int64_t before  # the piece before it of the same missing block, -1 for none
-    int descriptor
+cdef class Blocks:
+    """What is kept between reads. May be used by several threads."""
 
+    cdef blocks kept
 
-cdef struct Stored:
-    int descriptor
-    int64_t offset
-    int64_t stored_bytes
-    int64_t payload_bytes
-    bint is_raw
-    uint64_t digest
-    int64_t newest  # piece
-    uint8_t *payload  # room for it; NULL for a raw block: it is its stored bytes
+    def __cinit__(self, size_t table_bytes_max, size_t payload_bytes_max):
+        if kept_init(&self.kept.tables, table_bytes_max):
+            raise MemoryError
+        if kept_init(&self.kept.payloads, payload_bytes_max):
+            raise MemoryError
 
+    def __dealloc__(self):
+        kept_free(&self.kept.tables)
+        kept_free(&self.kept.payloads)
 
-cdef inline uint64_t _key(uint64_t segment, uint64_t frame, uint64_t block) noexcept nogil:
-    # Frames of a segment take 17 bits, blocks of a frame 8. 0 is no key.
-    return (segment << 25 | frame << 8 | block) + 1
+    @property
+    def table_bytes(self):
+        return self.kept.tables.bytes
 
-
-cdef class ProvenBlocks:
-    """Raw blocks whose digest was checked: where they lie. Use it with the GIL held."""
-
-    cdef uint64_t[::1] keys
-    cdef int64_t[::1] offsets
-    cdef uint32_t[::1] sizes
-    cdef uint8_t[::1] next
-    cdef uint64_t mask
-
-    def __init__(self, int bits):
-        """Room for 2 ** bits blocks, 20 bytes each."""
-        self.keys = np.zeros(1 << bits, np.uint64)
-        self.offsets = np.zeros(1 << bits, np.int64)
-        self.sizes = np.zeros(1 << bits, np.uint32)
-        self.next = np.zeros((1 << bits) // WAYS, np.uint8)
-        self.mask = (1 << bits) // WAYS - 1
-
-    cdef Py_ssize_t _set(self, uint64_t key) noexcept:
-        return <Py_ssize_t>(((key * <uint64_t>0x9E3779B97F4A7C15) >> 32) & self.mask)
-
-    def add(self, uint64_t segment, uint64_t frame, uint64_t block, int64_t offset, uint32_t size):
-        cdef uint64_t key = _key(segment, frame, block)
-        cdef Py_ssize_t place = self._set(key)
-        cdef Py_ssize_t way = self.next[place]
-        self.next[place] = (way + 1) % WAYS
-        place = place * WAYS + way
-        self.keys[place] = key
-        self.offsets[place] = offset
-        self.sizes[place] = size
-
-    cdef Py_ssize_t find(self, uint64_t key) noexcept:
-        cdef Py_ssize_t place = self._set(key) * WAYS
-        cdef Py_ssize_t way
-        for way in range(WAYS):
-            if self.keys[place + way] == key:
-                return place + way
-        return -1
+    @property
+    def payload_bytes(self):
+        return self.kept.payloads.bytes
 
 
 cdef class Gather:
-    """What to do for [first, last) of a disk. ``missing`` are (segment, frame, block)."""
+    """What is wanted of [first, last) of a disk. ``files``: each IMAGE or a segment's place."""
 
-    cdef Piece *pieces
-    cdef Py_ssize_t count
-    cdef Py_ssize_t room
-    cdef dict places
-    cdef list newest  # per missing block, its last piece
-    cdef readonly list missing
+    cdef want *wants
+    cdef size_t count
+    cdef size_t room
+    cdef uint64_t length
+    cdef dict numbers
+    cdef readonly list files
 
     def __cinit__(self):
-        self.pieces = NULL
+        self.wants = NULL
         self.count = self.room = 0
-        self.places = {}
-        self.missing = []
-        self.newest = []
+        self.numbers = {}
+        self.files = []
 
     def __dealloc__(self):
-        PyMem_Free(self.pieces)
+        PyMem_Free(self.wants)
 
     def __init__(
         self,
-        ProvenBlocks proven,
         const uint64_t[::1] bounds,
         const uint8_t[::1] kinds,
         const uint32_t[::1] segments,
@@ -165,12 +131,15 @@ cdef class Gather:
     ):
         cdef Py_ssize_t low = 0, high = bounds.shape[0], middle
         cdef uint64_t at = first, stop
+        cdef uint32_t file = 0
+        cdef int64_t place = IMAGE - 1
         if bounds.shape[0] != kinds.shape[0] + 1 or segments.shape[0] != kinds.shape[0]:
             raise ValueError("a window's arrays differ in length")
         if frames.shape[0] != kinds.shape[0] or positions.shape[0] != kinds.shape[0]:
             raise ValueError("a window's arrays differ in length")
         if first > last or first < bounds[0] or last > bounds[high - 1]:
             raise ValueError("a read leads out of its window")
+        self.length = last - first
         while low < high:
             middle = (low + high) // 2
             if bounds[middle] <= at:
@@ -179,249 +148,105 @@ cdef class Gather:
                 high = middle
         low -= 1
         while at < last:
-            stop = bounds[low + 1]
-            if stop > last:
-                stop = last
+            stop = min(bounds[low + 1], last)
             if kinds[low] == BASE:
-                self._add(IMAGE, at, at - first, stop - at)
+                if place != IMAGE:
+                    place = IMAGE
+                    file = self._number(place)
+                self._add(file, 0, 0, at, at - first, stop - at)
             elif kinds[low] == DATA:
+                if place != segments[low]:
+                    place = segments[low]
+                    file = self._number(place)
                 self._add_data(
-                    proven, segments[low], frames[low],
-                    positions[low] + (at - bounds[low]), at - first, stop - at,
+                    file, frames[low], positions[low] + (at - bounds[low]), at - first, stop - at
                 )
             at = stop
             low += 1
 
+    cdef uint32_t _number(self, int64_t place) except? 0:
+        number = self.numbers.get(place)
+        if number is None:
+            number = self.numbers[place] = len(self.files)
+            self.files.append(place)
+        return number
+
     cdef int _add_data(
-        self, ProvenBlocks proven, uint64_t segment, uint64_t frame,
-        uint64_t position, int64_t into, int64_t length,
+        self, uint32_t file, uint32_t frame, uint64_t position, uint64_t into, uint64_t length
     ) except -1:
-        cdef int64_t block, skip, size
-        cdef uint64_t key
-        cdef Py_ssize_t place
+        cdef uint64_t skip, size
         while length > 0:
-            block = position >> BLOCK_SHIFT
             skip = position & (BLOCK_SIZE - 1)
             size = min(length, BLOCK_SIZE - skip)
-            key = _key(segment, frame, block)
-            place = proven.find(key)
-            if place >= 0 and skip + size <= proven.sizes[place]:
-                self._add(segment, proven.offsets[place] + skip, into, size)
-            else:
-                known = self.places.get(key)
-                if known is None:
-                    known = self.places[key] = len(self.missing)
-                    self.missing.append((segment, frame, block))
-                    self.newest.append(-1)
-                self._add(MISSING - <int64_t>known, skip, into, size)
-                if self.newest[known] != self.count - 1:
-                    self.pieces[self.count - 1].before = self.newest[known]
-                    self.newest[known] = self.count - 1
+            self._add(file, frame, <uint32_t>(position >> BLOCK_SHIFT), skip, into, size)
             position += size
             into += size
             length -= size
 
-    cdef int _add(self, int64_t source, int64_t offset, int64_t into, int64_t length) except -1:
-        cdef Piece *piece
+    cdef int _add(
+        self, uint32_t file, uint32_t frame, uint32_t block,
+        uint64_t offset, uint64_t into, uint64_t length,
+    ) except -1:
         cdef void *grown
-        if self.count:
-            piece = &self.pieces[self.count - 1]
-            if (
-                piece.source == source
-                and piece.offset + piece.length == offset
-                and piece.into + piece.length == into
-            ):
-                piece.length += length
-                return 0
         if self.count == self.room:
-            self.room = max(16, 2 * self.room)
-            grown = PyMem_Realloc(self.pieces, self.room * sizeof(Piece))
+            self.room = 4 * self.room if self.room else 4
+            grown = PyMem_Realloc(self.wants, self.room * sizeof(want))
             if grown == NULL:
                 raise MemoryError
-            self.pieces = <Piece *>grown
-        self.pieces[self.count] = Piece(source, offset, into, length, -1, -1)
+            self.wants = <want *>grown
+        self.wants[self.count] = want(file, frame, block, offset, into, length)
         self.count += 1
         return 0
 
-    def files(self):
-        """Numbers of the segments to be read, -1 for the image, each once."""
-        cdef Py_ssize_t index
-        found = {}
-        for index in range(self.count):
-            if self.pieces[index].source > MISSING:
-                found[self.pieces[index].source] = None
-        return list(found)
+    def read(self, Blocks kept, opened, uint8_t[::1] target, bint may_wait, proofs_max):
+        """Fill the target, all zeros before. ``opened``: for each of ``files`` its descriptor,
+        the offsets of its frames and where they end (an image: an empty array and 0).
 
-    def prove(self, list wanted, uint8_t[::1] target, int flags):
-        """Read, prove and use missing blocks: (number, descriptor, file offset, stored bytes,
-        payload bytes, whether it is raw, digest).
-
-        Returns (place in ``wanted`` of what failed, errno or what is wrong, payloads): without
-        failure the place is -1, and payloads has those of compressed blocks, None for raw ones.
+        None, or (errno or what is wrong, number of the file, frame, block, offset in the file).
+        Without ``may_wait``: EAGAIN where it would take a device's time, or the proof of more than
+        ``proofs_max`` blocks.
         """
-        cdef Py_ssize_t place, count = len(wanted)
-        cdef Py_ssize_t failed = -1
-        cdef int reason = 0
-        cdef bint advised = False
-        cdef Stored *blocks = <Stored *>PyMem_Malloc(max(1, count) * sizeof(Stored))
-        cdef uint8_t *scratch = <uint8_t *>PyMem_Malloc(BLOCK_SIZE)
+        cdef size_t count = len(self.files), most = proofs_max
+        cdef Py_ssize_t number
+        cdef segment_file *files
+        cdef gather_failure failure
+        cdef int failed
+        cdef const uint64_t[::1] frames
         cdef uint8_t *start = &target[0] if target.shape[0] else NULL
-        cdef Stored *block
-        payloads = []
+        if <uint64_t>target.shape[0] < self.length:
+            raise ValueError("the target is too short")
+        if <size_t>len(opened) != count:
+            raise ValueError("a file is lacking")
+        if self.count == 0:
+            return None
+        held = []
+        files = <segment_file *>PyMem_Calloc(count, sizeof(segment_file))
+        if files == NULL:
+            raise MemoryError
         try:
-            if blocks == NULL or scratch == NULL:
-                raise MemoryError
-            for place in range(count):
-                block = &blocks[place]
-                (
-                    number, block.descriptor, block.offset, block.stored_bytes,
-                    block.payload_bytes, block.is_raw, block.digest,
-                ) = wanted[place]
-                block.newest = self.newest[number]
-                if not (
-                    0 <= block.stored_bytes <= BLOCK_SIZE and 0 <= block.payload_bytes <= BLOCK_SIZE
-                ):
-                    return place, WRONG_SIZE, []
-                block.payload = NULL
-                payload = None
-                if not block.is_raw:
-                    payload = PyBytes_FromStringAndSize(NULL, block.payload_bytes)
-                    block.payload = <uint8_t *>PyBytes_AS_STRING(payload)
-                payloads.append(payload)
-            for place in range(self.count):
-                if self.pieces[place].into + self.pieces[place].length > target.shape[0]:
-                    raise ValueError("the target is too short")
-            with nogil:
-                for place in range(count):
-                    reason = _prove(
-                        blocks, place, count, scratch, self.pieces, start, flags, &advised
+            for number in range(<Py_ssize_t>count):
+                descriptor, offsets, end = opened[number]
+                files[number].descriptor = descriptor
+                files[number].is_image = self.files[number] == IMAGE
+                if not files[number].is_image:
+                    files[number].place = self.files[number]
+                    frames = offsets
+                    held.append(frames)
+                    files[number].frames = &frames[0] if frames.shape[0] else NULL
+                    files[number].frame_count = frames.shape[0]
+                    files[number].end = end
+            if may_wait:
+                with nogil:
+                    failed = gather_read(
+                        &kept.kept, files, self.wants, self.count, start, True, most, &failure
                     )
-                    if reason:
-                        failed = place
-                        break
+            else:
+                # What never waits is over before another thread would have given the lock back.
+                failed = gather_read(
+                    &kept.kept, files, self.wants, self.count, start, False, most, &failure
+                )
         finally:
-            PyMem_Free(blocks)
-            PyMem_Free(scratch)
-        return failed, reason, payloads
-
-    def supply(self, Py_ssize_t number, const uint8_t[::1] block, uint8_t[::1] target):
-        """Copy all that is wanted of a missing block. False when it leads out of the block."""
-        cdef Py_ssize_t index = self.newest[number]
-        cdef Piece *piece
-        while index >= 0:
-            piece = &self.pieces[index]
-            if piece.offset + piece.length > block.shape[0]:
-                return False
-            if piece.into + piece.length > target.shape[0]:
-                raise ValueError("the target is too short")
-            memcpy(&target[piece.into], &block[piece.offset], piece.length)
-            index = piece.before
-        return True
-
-    def read(self, dict descriptors, uint8_t[::1] target, int flags):
-        """Do the reads: (0, 0, 0), or (errno, file as in ``files``, offset) of the one that failed.
-
-        An errno of -1: a segment's file ends too soon.
-        """
-        cdef Py_ssize_t index, place = -1
-        cdef Piece *piece
-        cdef int failed = 0
-        cdef uint8_t *start = &target[0] if target.shape[0] else NULL
-        for index in range(self.count):
-            piece = &self.pieces[index]
-            if piece.source > MISSING:
-                if piece.into + piece.length > target.shape[0]:
-                    raise ValueError("the target is too short")
-                piece.descriptor = descriptors[piece.source]
-        if flags:
-            # What never waits is over before another thread would have given the lock back.
-            failed = _read_all(self.pieces, self.count, start, flags, &place)
-        else:
-            with nogil:
-                failed = _read_all(self.pieces, self.count, start, flags, &place)
-        if failed:
-            return failed, self.pieces[place].source, self.pieces[place].offset
-        return 0, 0, 0
-
-
-cdef int _read_all(
-    Piece *pieces, Py_ssize_t count, uint8_t *target, int flags, Py_ssize_t *place
-) noexcept nogil:
-    cdef Py_ssize_t index
-    cdef int failed
-    for index in range(count):
-        if pieces[index].source > MISSING:
-            failed = _read(&pieces[index], target + pieces[index].into, flags)
-            if failed:
-                place[0] = index
-                return failed
-    return 0
-
-
-cdef int _read(const Piece *piece, uint8_t *target, int flags) noexcept nogil:
-    cdef int failed = _read_range(piece.descriptor, target, piece.length, piece.offset, flags)
-    return 0 if failed == -1 and piece.source == IMAGE else failed
-
-
-cdef int _read_range(
-    int descriptor, uint8_t *target, int64_t length, int64_t offset, int flags
-) noexcept nogil:
-    cdef iovec vector
-    cdef int64_t done = 0
-    cdef ssize_t count
-    while done < length:
-        vector.iov_base = target + done
-        vector.iov_len = length - done
-        count = preadv2(descriptor, &vector, 1, offset + done, flags)
-        if count < 0:
-            if errno == EINTR:
-                continue
-            return errno
-        if count == 0:
-            return -1
-        done += count
-    return 0
-
-
-cdef int _prove(
-    Stored *blocks, Py_ssize_t place, Py_ssize_t count, uint8_t *scratch,
-    const Piece *pieces, uint8_t *target, int flags, bint *advised,
-) noexcept nogil:
-    cdef Stored *block = &blocks[place]
-    cdef int failed = _read_range(
-        block.descriptor, scratch, block.stored_bytes, block.offset, RWF_NOWAIT
-    )
-    cdef Py_ssize_t other
-    cdef const uint8_t *payload = scratch
-    if failed == EAGAIN or failed == EOPNOTSUPP or failed == -1:
-        if flags & RWF_NOWAIT:
-            return EAGAIN
-        # One after the other each would be a wait: the device gets them all at once.
-        for other in range(count if advised[0] else place, count):
-            posix_fadvise(
-                blocks[other].descriptor, blocks[other].offset, blocks[other].stored_bytes,
-                POSIX_FADV_WILLNEED,
-            )
-        advised[0] = True
-        failed = _read_range(block.descriptor, scratch, block.stored_bytes, block.offset, 0)
-    if failed:
-        return failed
-    if XXH3_64bits(scratch, block.stored_bytes) != block.digest:
-        return -2
-    if block.is_raw:
-        if block.stored_bytes != block.payload_bytes:
-            return -3
-    else:
-        if LZ4_decompress_safe(
-            <const char *>scratch, <char *>block.payload, <int>block.stored_bytes,
-            <int>block.payload_bytes,
-        ) != block.payload_bytes:
-            return -3
-        payload = block.payload
-    cdef int64_t index = block.newest
-    while index >= 0:
-        if pieces[index].offset + pieces[index].length > block.payload_bytes:
-            return -4
-        memcpy(target + pieces[index].into, payload + pieces[index].offset, pieces[index].length)
-        index = pieces[index].before
-    return 0
+            PyMem_Free(files)
+        if failed == 0:
+            return None
+        return failed, failure.file, failure.frame, failure.block, failure.offset

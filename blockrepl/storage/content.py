@@ -27,8 +27,6 @@ from blockrepl.storage.index import SHOWS_BASE, SHOWS_DATA, JournalIndex, Shown
 from blockrepl.storage.payload import PayloadReader
 from blockrepl.storage.reading import ReadFiles
 
-IMAGE = -1  # the base image among a gather's files
-
 assert (_gather.SHOWS_DATA, _gather.SHOWS_BASE) == (SHOWS_DATA, SHOWS_BASE)
 
 
@@ -82,7 +80,6 @@ class ContentReader:
         time.
         """
         gather = Gather(
-            self._payload.proven,
             window.bounds,
             window.kinds,
             window.segments,
@@ -91,14 +88,7 @@ class ContentReader:
             at,
             at + len(target),
         )
-        if gather.missing:
-            self._payload.supply(gather, target, wait=wait)
-        if sources := gather.files():
-            paths = {
-                number: image if number == IMAGE else self._payload.path(number)
-                for number in sources
-            }
-            self._files.gather(gather, paths, target, wait=wait)
+        self._payload.fill(gather, target, image, wait=wait)
 
     def add_extents(
         self, pieces: list[Extent], image: Path, window: Window, at: int, end: int

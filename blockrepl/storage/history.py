@@ -41,7 +41,7 @@ from blockrepl.storage.catalog import (
 from blockrepl.storage.durable import Durable
 from blockrepl.storage.home import Home
 from blockrepl.storage.index import JournalIndex
-from blockrepl.storage.payload import BLOCK_CACHE_BYTES, PayloadReader
+from blockrepl.storage.payload import PayloadReader
 from blockrepl.storage.reading import GoneError, ReadFiles
 from blockrepl.storage.retained import leftovers, read_kept
 from blockrepl.storage.segment_reader import Known, SegmentReader
@@ -78,7 +78,7 @@ class State:
 class ReplicaHistory:
     """A group's replica, read-only: its points, and the way to the content of its disks."""
 
-    def __init__(self, directory: Path, *, block_cache_bytes: int = BLOCK_CACHE_BYTES) -> None:
+    def __init__(self, directory: Path, *, block_cache_bytes: int | None = None) -> None:
         self.directory = directory
         self.files = ReadFiles()
         self.catalog = Catalog.open_readonly(directory / catalogs.FILE_NAME)

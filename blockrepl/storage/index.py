@@ -215,6 +215,11 @@ class JournalIndex:
                 present.pop(number, None)
         return {number: self._directory / name for number, name in present.items()}
 
+    @property
+    def directory_bytes(self) -> int:
+        """What the directories of runs take that are kept."""
+        return self._directories.held
+
     def segments(self) -> list[SegmentReader]:
         """By number."""
         return [segment for _number, segment in sorted(self._segments.items())]
@@ -332,8 +337,8 @@ def _refuse(damage: tuple[Damage, ...], disk: bytes, at_ns: int) -> None:
 
 
 def _shown(parts: list[Run], first: int, last: int) -> tuple[Run, extents.Extents]:
-    run = concatenate(parts).oldest_first()
-    return run, extents.resolve(run.starts, run.ends, first, last)
+    run = concatenate(parts)
+    return run, extents.resolve(run.starts, run.ends, first, last, run.ages)
 
 
 def _flatten(run: Run, flat: extents.Extents) -> Shown:

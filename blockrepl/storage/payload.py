@@ -1,13 +1,13 @@
 """Payload: any bytes of a frame's payload, proven, without reading the rest of the frame.
 
 A frame's block table is read and proven once, its blocks (64 KiB of payload) one by one as they
-are needed.
+are needed; all that a read wants in one call of the compiled part (gather.h).
 
 =============  =====================================================================
 of a block     is kept
 =============  =====================================================================
 compressed     its payload, in a cache bounded in bytes
-raw            only that it is proven, and where it lies: the page cache has the rest
+raw            only that it is proven, in the frame's table: the page cache has the rest
 =============  =====================================================================
 
 A digest that does not match raises DamageError that names segment and offset, and is logged once
@@ -16,65 +16,38 @@ per frame. Nothing here ever stands in for bytes that could not be read.
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 from array import array
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
-from blockrepl.errors import DamageError
-from blockrepl.formats import frame as frames
-from blockrepl.formats.frame import Blocks
+from blockrepl.errors import DamageError, PeerError
+from blockrepl.formats.frame import parse_blocks
 from blockrepl.limits import BLOCK_BYTES, FRAME_PAYLOAD_BYTES_MAX, SEGMENT_FRAMES_MAX
 from blockrepl.storage import _gather
-from blockrepl.storage._gather import Gather, ProvenBlocks
-from blockrepl.storage.reading import Cache, OpenFile, ReadFiles, damaged
-from blockrepl.storage.segment_reader import TABLE_READ_BYTES, SegmentReader
+from blockrepl.storage._gather import IMAGE, Blocks, Gather
+from blockrepl.storage.read_memory import read_memory
+from blockrepl.storage.reading import OpenFile, ReadFiles, damaged
+from blockrepl.storage.segment_reader import SegmentReader
 
 log = logging.getLogger(__name__)
 
-BLOCK_CACHE_BYTES = 64 * 1024 * 1024  # decompressed blocks, per process that reads
-TABLE_CACHE_BYTES = 16 * 1024 * 1024  # block tables: of about 50 GiB of journal of full frames
 INLINE_BLOCKS = 4  # proven where they are asked for: about 100 us
-PROVEN_BITS = 18  # proven raw blocks remembered: of 16 GiB of journal, in 5 MB
 REPORTED_MAX = 10_000  # damaged frames that are told once each; later ones are told every time
 
 assert _gather.BLOCK_BYTES == BLOCK_BYTES
-# The keys of _gather.ProvenBlocks; a commit's batch may go beyond a segment's frames.
+# The keys of gather.c; a commit's batch may go beyond a segment's frames.
 assert FRAME_PAYLOAD_BYTES_MAX // BLOCK_BYTES <= 1 << 8
 assert SEGMENT_FRAMES_MAX <= 1 << 16
 
-_LEADS_OUT = "an index entry leads out of the frame's payload"
 _WRONG = {
     _gather.ENDS_TOO_SOON: "the file ends too soon",
     _gather.WRONG_DIGEST: "frame block does not match its digest",
     _gather.WRONG_SIZE: "frame block does not decompress to its size",
-    _gather.LEADS_OUT: _LEADS_OUT,
+    _gather.LEADS_OUT: "an index entry leads out of the frame's payload",
+    _gather.WRONG_TABLE: "frame block table cannot be used",
 }
-Place = tuple[int, int, int]  # segment, frame, block
-
-
-# As Gather.prove takes it: number, descriptor, offset, stored bytes, payload bytes, is raw, digest.
-Order = tuple[int, int, int, int, int, bool, int]
-
-
-class _Table:
-    """Blocks of a frame, and where each is stored in the file. Plain arrays: see content.Window."""
-
-    __slots__ = ("digests", "offsets", "payload_bytes", "raw")
-
-    def __init__(self, blocks: Blocks, body_offset: int) -> None:
-        offsets = blocks.offsets + np.uint64(body_offset)
-        self.offsets = array("Q", offsets.tobytes())
-        self.digests = array("Q", np.asarray(blocks.digests).tobytes())
-        self.raw = blocks.raw.tobytes()
-        self.payload_bytes = blocks.payload_bytes
-
-    def cost(self) -> int:
-        return 400 + 17 * len(self.digests)
+_NO_FRAMES = array("Q")
 
 
 class Segments(Protocol):
@@ -87,101 +60,55 @@ class PayloadReader:
     """Reads payload through the index's segments. May be used by several threads."""
 
     def __init__(
-        self, index: Segments, files: ReadFiles, block_cache_bytes: int = BLOCK_CACHE_BYTES
+        self, index: Segments, files: ReadFiles, block_cache_bytes: int | None = None
     ) -> None:
+        """``block_cache_bytes``: for decompressed blocks, else as storage/read_memory.py says."""
+        memory = read_memory()
         self._index = index
         self._files = files
-        self._tables: Cache[tuple[int, int], _Table] = Cache(TABLE_CACHE_BYTES, _Table.cost)
-        self._blocks: Cache[Place, bytes] = Cache(block_cache_bytes, len)
+        self.kept = Blocks(
+            memory.tables, memory.payloads if block_cache_bytes is None else block_cache_bytes
+        )
         self._reported: set[tuple[int, int]] = set()
-        self.proven = ProvenBlocks(PROVEN_BITS)
 
-    def path(self, segment: int) -> Path:
-        return self._index.segment(segment).path
-
-    def supply(self, gather: Gather, target: memoryview, *, wait: bool) -> None:
-        """Fill in what a gather lacks. DamageError, StorageError.
+    def fill(
+        self, gather: Gather, target: memoryview, image: Path | None = None, *, wait: bool = True
+    ) -> None:
+        """Do all that a gather wants of ``target``, all zeros before. DamageError, StorageError.
 
         Without ``wait``: BlockingIOError when it would take a device's time, or a lot of ours.
         """
-        if not wait and len(gather.missing) > INLINE_BLOCKS:
-            raise BlockingIOError(errno.EAGAIN, "many blocks to prove")
-        if wait:
-            self._fetch_tables(gather.missing)
-        orders: list[Order] = []
-        opened: dict[int, OpenFile] = {}  # held until their blocks are read
-        for number, place in enumerate(gather.missing):
-            block = self._blocks.get(place)
-            if block is None:
-                orders.append(self._order(number, place, opened, wait))
-            elif not gather.supply(number, block, target):
-                raise self._damage(place, self._frame_offset(place), _LEADS_OUT)
-        if orders:
-            self._prove(gather, orders, target, wait)
-
-    def _prove(self, gather: Gather, orders: list[Order], target: memoryview, wait: bool) -> None:
-        failed, reason, payloads = gather.prove(orders, target, 0 if wait else os.RWF_NOWAIT)
-        if failed >= 0:
-            number, _, offset, *_ = orders[failed]
-            place = gather.missing[number]
-            if reason in _WRONG:
-                raise self._damage(place, offset, _WRONG[reason])
-            raise self._files.failure(self.path(place[0]), offset, reason)
-        for (number, _, offset, _, payload_bytes, *_), payload in zip(
-            orders, payloads, strict=True
-        ):
-            place = gather.missing[number]
-            if payload is None:
-                self.proven.add(*place, offset, payload_bytes)
+        held: list[OpenFile] = []  # until they are read
+        opened = []
+        for place in gather.files:
+            if place == IMAGE:
+                assert image is not None
+                frames, end = _NO_FRAMES, 0
+                held.append(self._files.open(image))
             else:
-                self._blocks.put(place, payload)
+                segment = self._index.segment(place)
+                frames, end = segment.frame_table()
+                held.append(self._files.open(segment.path))
+            opened.append((held[-1].descriptor, frames, end))
+        failure = gather.read(self.kept, opened, target, wait, INLINE_BLOCKS)
+        if failure is not None:
+            reason, number, frame, _block, offset = failure
+            raise self._failure(gather.files[number], image, frame, offset, reason)
 
-    def _fetch_tables(self, places: list[Place]) -> None:
-        """Let the device fetch all tables at once: one after the other, each would be a wait."""
-        needed = {(segment, frame) for segment, frame, _ in places}
-        needed = {key for key in needed if self._tables.get(key) is None}
-        if len(needed) > 1:
-            for segment, frame in needed:
-                reader = self._index.segment(segment)
-                self._files.will_need(reader.path, TABLE_READ_BYTES, reader.frame_offset(frame))
-
-    def _order(self, number: int, place: Place, opened: dict[int, OpenFile], wait: bool) -> Order:
-        segment, frame, index = place
-        table = self._table(segment, frame, wait)
-        if index >= len(table.digests):
-            raise self._damage(place, self._frame_offset(place), _LEADS_OUT)
-        file = opened.get(segment)
-        if file is None:
-            file = opened[segment] = self._files.open(self.path(segment))
-        offset = table.offsets[index]
-        return (
-            number,
-            file.descriptor,
-            offset,
-            table.offsets[index + 1] - offset,
-            min(BLOCK_BYTES, table.payload_bytes - index * BLOCK_BYTES),
-            table.raw[index] != 0,
-            table.digests[index],
-        )
-
-    def _frame_offset(self, place: Place) -> int:
-        return self._index.segment(place[0]).frame_offset(place[1])
-
-    def _table(self, segment: int, frame: int, wait: bool) -> _Table:
-        table = self._tables.get((segment, frame))
-        if table is None:
-            try:
-                header, start, body = self._index.segment(segment).body_start(frame, wait=wait)
-            except DamageError as error:
-                self._report(segment, frame, error)
-                raise
-            table = _Table(frames.parse_blocks(header, body), start)
-            self._tables.put((segment, frame), table)
-        return table
-
-    def _damage(self, place: Place, offset: int, why: object) -> DamageError:
-        error = damaged(self.path(place[0]), offset, why)
-        self._report(place[0], place[1], error)
+    def _failure(
+        self, place: int, image: Path | None, frame: int, offset: int, reason: int
+    ) -> Exception:
+        if reason not in _WRONG:
+            if place != IMAGE or image is None:
+                image = self._index.segment(place).path
+            return self._files.failure(image, offset, reason)
+        segment = self._index.segment(place)
+        error = damaged(segment.path, offset, _WRONG[reason])
+        if reason == _gather.WRONG_TABLE:
+            error = _table_damage(segment, frame) or error
+        elif reason == _gather.LEADS_OUT:
+            error = damaged(segment.path, segment.frame_offset(frame), _WRONG[reason])
+        self._report(place, frame, error)
         return error
 
     def _report(self, segment: int, frame: int, error: DamageError) -> None:
@@ -189,3 +116,15 @@ class PayloadReader:
             if len(self._reported) < REPORTED_MAX:
                 self._reported.add((segment, frame))
             log.error("%s", error)
+
+
+def _table_damage(segment: SegmentReader, frame: int) -> DamageError | None:
+    """What is wrong with a frame's header, columns or block table."""
+    try:
+        header, _start, body = segment.body_start(frame)
+        parse_blocks(header, body)
+    except DamageError as error:
+        return error
+    except PeerError as error:
+        return damaged(segment.path, segment.frame_offset(frame), error)
+    return None

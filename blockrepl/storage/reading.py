@@ -2,9 +2,6 @@
 
 A journal has more segments than a process may have files open, and a memory map of a file that
 shrinks or fails kills its reader, so everything is read with pread.
-
-With ``wait=False`` a read never waits for a device: what is not in the page cache raises
-BlockingIOError, and the caller does it again from a thread that may wait.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from blockrepl.errors import DamageError, StorageError
-from blockrepl.storage._gather import Gather
 
 IMAGE_SUFFIX = ".img"  # of a base image: what lies together there is read together
 OPEN_FILES_MAX = 128  # descriptors; segments beyond are closed, least recently used first
@@ -59,6 +55,11 @@ class Cache(Generic[Key, Value]):
             self._held += self._size(value)
             while self._held > self._limit and len(self._values) > 1:
                 self._held -= self._size(self._values.popitem(last=False)[1])
+
+    @property
+    def held(self) -> int:
+        """What it holds now, in the caller's unit."""
+        return self._held
 
     def clear(self) -> None:
         with self._lock:
@@ -110,37 +111,10 @@ class ReadFiles:
         with _named(path, 0):
             return os.fstat(self.file(path).descriptor).st_blocks * 512
 
-    def read(self, path: Path, size: int, offset: int, *, wait: bool = True) -> bytes:
+    def read(self, path: Path, size: int, offset: int) -> bytes:
         """``size`` bytes, fewer only at the end of the file. StorageError."""
         with _named(path, offset):
-            descriptor = self.file(path).descriptor
-            if wait:
-                return _read_whole(descriptor, size, offset)
-            buffer = bytearray(size)
-            if os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT) < size:
-                # At the end of the file, or what comes next is not in the page cache.
-                raise BlockingIOError(errno.EAGAIN, "not in the page cache")
-            return bytes(buffer)
-
-    def will_need(self, path: Path, size: int, offset: int) -> None:
-        """Begin to fetch into the page cache; an error will show when it is read."""
-        with contextlib.suppress(OSError):
-            descriptor = self.file(path).descriptor
-            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
-
-    def gather(
-        self, gather: Gather, paths: dict[int, Path], target: memoryview, *, wait: bool = True
-    ) -> None:
-        """Do a gather's reads; beyond a base image's end ``target`` stays. StorageError."""
-        opened = {}
-        for number, path in paths.items():
-            opened[number] = self.open(path)
-        descriptors = {number: file.descriptor for number, file in opened.items()}
-        code, number, offset = gather.read(descriptors, target, 0 if wait else os.RWF_NOWAIT)
-        if code < 0:
-            raise damaged(paths[number], offset, "the file ends too soon")
-        if code:
-            raise self.failure(paths[number], offset, code)
+            return _read_whole(self.file(path).descriptor, size, offset)
 
     def data_ranges(self, path: Path, offset: int, end: int) -> list[tuple[int, int]]:
         """The parts of [offset, end) that are not holes."""
@@ -206,8 +180,6 @@ class _named:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
-            if error.errno == errno.EOPNOTSUPP:  # a file system without RWF_NOWAIT
-                raise BlockingIOError(errno.EAGAIN, "cannot tell") from error
             kind_of_error = GoneError if error.errno == errno.ENOENT else StorageError
             raise kind_of_error(
                 f"cannot read {self.path} at {self.offset}: {error.strerror}"

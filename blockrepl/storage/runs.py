@@ -25,10 +25,10 @@ from blockrepl.formats import run as run_format
 from blockrepl.formats.frame import U32, U64
 from blockrepl.formats.run import DIRECTORY, LONG_BYTES, Run
 from blockrepl.formats.segment import RunEntry
+from blockrepl.storage.read_memory import read_memory
 from blockrepl.storage.reading import Cache, ReadFiles, damaged
 from blockrepl.units import MIB
 
-DIRECTORY_CACHE_BYTES = 32 * MIB  # of about 600 million records
 READ_BYTES_MAX = 1 * MIB  # chunks that lie together are read at once
 STREAM_ENTRIES = 16 * 1024  # handed on at a time
 
@@ -104,7 +104,7 @@ DirectoryCache = Cache[tuple[Path, bytes], Directory]
 
 
 def directory_cache() -> DirectoryCache:
-    return Cache(DIRECTORY_CACHE_BYTES, Directory.cost)
+    return Cache(read_memory().directories, Directory.cost)
 
 
 class FileRun:

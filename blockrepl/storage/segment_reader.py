@@ -25,7 +25,7 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,7 +112,7 @@ class SegmentReader:
         self._directories = directories
         self._put_off: Known | None = None
         self._lock = threading.Lock()
-        self._offsets: Sequence[int] = array("Q")
+        self._offsets: array[int] = array("Q")
         self._end = segments.HEADER_BYTES
         self._frames_seen = 0
         self._runs: dict[bytes, tuple[RunSource, ...]] = {}
@@ -184,11 +184,16 @@ class SegmentReader:
         self._look()
         return self._table.frame_count if self._table is not None else len(self._offsets)
 
-    def frame_offset(self, ordinal: int) -> int:
-        """Where a frame begins in the file. DamageError."""
+    def frame_table(self) -> tuple[array[int], int]:
+        """Where each frame begins in the file, and where the last one ends. DamageError."""
         self._look()
         if self._table is not None and len(self._offsets) < self._table.frame_count:
-            self._offsets = self._frame_table(self._table)
+            self._offsets = self._read_frame_table(self._table)
+        return self._offsets, self._end
+
+    def frame_offset(self, ordinal: int) -> int:
+        """Where a frame begins in the file. DamageError."""
+        self.frame_table()
         if ordinal >= len(self._offsets):
             raise self._damaged(0, f"an index entry leads to frame {ordinal}, which it has not")
         return int(self._offsets[ordinal])
@@ -201,18 +206,18 @@ class SegmentReader:
         except PeerError as error:
             raise self._damaged(offset, error) from error
 
-    def body_start(self, ordinal: int, *, wait: bool = True) -> tuple[FrameHeader, int, bytes]:
+    def body_start(self, ordinal: int) -> tuple[FrameHeader, int, bytes]:
         """A frame's header, its body's file offset, and its proven columns and block table."""
         offset = self.frame_offset(ordinal)
         start = offset + HEADER_BYTES
         # One read for nearly all frames; the file goes on behind the last one with its index.
         wanted = min(TABLE_READ_BYTES, self._end - offset)
-        data = self._files.read(self.path, wanted, offset, wait=wait)
+        data = self._files.read(self.path, wanted, offset)
         try:
             header = frames.decode_header(data)
             body = data[HEADER_BYTES : HEADER_BYTES + header.blocks_offset]
             if len(body) < header.blocks_offset:
-                body = self._files.read(self.path, header.blocks_offset, start, wait=wait)
+                body = self._files.read(self.path, header.blocks_offset, start)
             frames.check_table(header, body)
         except PeerError as error:
             raise self._damaged(offset, error) from error
@@ -280,7 +285,7 @@ class SegmentReader:
         ordinals = [n for n in range(self.frame_count()) if self.header(n).disk == disk]
         return from_frames([self.columns(n) for n in ordinals], ordinals, self.place)
 
-    def _frame_table(self, contents: segments.Contents) -> Sequence[int]:
+    def _read_frame_table(self, contents: segments.Contents) -> array[int]:
         size = contents.frame_count * 8
         data = self._files.read(self.path, size, contents.frame_table_offset)
         if xxhash.xxh3_64_intdigest(data) == contents.frame_table_digest:

@@ -146,7 +146,7 @@ def thin(
     try:
         for disk, run in read.entries().items():
             left = _survivors(run, kept)
-            for frame in _frames(left, payload, read.files, group, disk):
+            for frame in _frames(left, payload, group, disk):
                 writer.append(frame)
         return writer.finish()
     finally:
@@ -198,7 +198,7 @@ def _joined(parts: list[_Survivors]) -> _Survivors:
 
 
 def _frames(
-    left: _Survivors, payload: PayloadReader, files: ReadFiles, group: bytes, disk: bytes
+    left: _Survivors, payload: PayloadReader, group: bytes, disk: bytes
 ) -> Iterator[tuple[frames.FrameHeader, Buffer]]:
     """The survivors as frames: of at most so many records and, but for one, so much payload."""
     is_write = left.kinds == RecordKind.WRITE
@@ -212,7 +212,7 @@ def _frames(
         )
         last = min(max(fitting, first + 1), first + limits.FRAME_RECORDS_MAX, len(left))
         data = bytearray(int(ends[last - 1]) - begin)
-        _fill(data, left, first + np.flatnonzero(is_write[first:last]), payload, files)
+        _fill(data, left, first + np.flatnonzero(is_write[first:last]), payload)
         columns = Columns(
             left.stamps[first:last],
             left.starts[first:last],
@@ -238,11 +238,9 @@ def _fill(
     left: _Survivors,
     which: npt.NDArray[np.intp],
     payload: PayloadReader,
-    files: ReadFiles,
 ) -> None:
     """Read the payload of some writes, one after the other. DamageError, StorageError."""
     gather = Gather(
-        payload.proven,
         np.append(np.zeros(1, np.uint64), np.cumsum(left.lengths[which], dtype=np.uint64)).data,
         np.full(len(which), SHOWS_DATA, np.uint8).data,
         left.places[which].data,
@@ -251,12 +249,7 @@ def _fill(
         0,
         len(data),
     )
-    target = memoryview(data)
-    if gather.missing:
-        payload.supply(gather, target, wait=True)
-    paths = {number: payload.path(number) for number in gather.files()}
-    if paths:
-        files.gather(gather, paths, target, wait=True)
+    payload.fill(gather, memoryview(data))
 
 
 class _Writer:

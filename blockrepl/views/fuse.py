@@ -20,8 +20,9 @@ Each instant in use is pinned (storage/pins.py) until the kernel has forgotten i
 A point that cannot be reached does not exist (ENOENT); the log says why. Damage is EIO, told in
 the log once, with segment and offset.
 
-Reads that the page cache can answer are answered at once; others in threads, so that one slow
-device holds up nobody.
+A read that the page cache can answer is answered at once, since a thread costs more than most reads
+do. Others go to threads, so that one slow device holds up nobody; but where no other request is
+there, one of up to SMALL_BYTES waits in place.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ log = logging.getLogger(__name__)
 FOREVER_SECONDS = 10 * 365 * 86400.0
 BLOCK_BYTES = 4 * KIB
 READERS = 8  # threads that wait for devices
+SMALL_BYTES = 128 * KIB
 IMAGE_SUFFIX = ".img"
 NAME_BYTES_MAX = 255
 
@@ -89,6 +91,8 @@ class ViewFileSystem(pyfuse3.Operations):
         self._open: dict[FileHandleT, tuple[AnyView, str]] = {}
         self._next_handle = 1
         self._readers = trio.CapacityLimiter(READERS)
+        self._in_threads = 0  # requests
+        self.has_more: Callable[[], bool] = lambda: True  # requests of the kernel, by now
         self._told: set[str] = set()
         self._started_ns = time.time_ns()
         self._root: Node = Folder() if at_ns is None else ViewFolder(at_ns)
@@ -318,14 +322,18 @@ class ViewFileSystem(pyfuse3.Operations):
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         view, disk = self._open[fh]
+        # The reply takes any buffer; a copy of a megabyte would cost a tenth of the throughput.
+        is_alone = size <= SMALL_BYTES and not self.has_threads() and not self.has_more()
         try:
-            data = view.read(disk, off, size, wait=False)
+            return cast(bytes, view.read(disk, off, size, wait=is_alone))
         except BlockingIOError:
-            data = await self._in_thread(partial(view.read, disk, off, size))
+            return cast(bytes, await self._in_thread(partial(view.read, disk, off, size)))
         except BlockreplError as error:
             raise self._failed(error) from error
-        # The reply takes any buffer; a copy of a megabyte would cost a tenth of the throughput.
-        return cast(bytes, data)
+
+    def has_threads(self) -> bool:
+        """Whether threads are at work on requests."""
+        return self._in_threads > 0
 
     async def release(self, fh: FileHandleT) -> None:
         del self._open[fh]
@@ -334,6 +342,7 @@ class ViewFileSystem(pyfuse3.Operations):
         pass
 
     async def _in_thread(self, function: Callable[[], Result]) -> Result:
+        self._in_threads += 1
         try:
             return await trio.to_thread.run_sync(function, limiter=self._readers)
         except PointError as error:
@@ -341,6 +350,8 @@ class ViewFileSystem(pyfuse3.Operations):
             raise FUSEError(errno.ENOENT) from error
         except BlockreplError as error:
             raise self._failed(error) from error
+        finally:
+            self._in_threads -= 1
 
     def _failed(self, error: BlockreplError) -> FUSEError:
         """EIO, told once. Where damage is found it is told already."""

@@ -11,6 +11,8 @@ Rules:
    by more than a millisecond.
 2. A request is only taken when poll says so at that moment: another task may have taken the one
    that woke this task, and a read of the descriptor blocks.
+3. While threads are at work there is no waiting here: their results come through the loop, and they
+   want the interpreter and the core.
 
 The function replaced is private to pyfuse3. Where a version has none of that name, nothing is
 replaced, and only speed is lost.
@@ -43,13 +45,21 @@ def fuse_descriptors() -> set[int]:
     return found
 
 
-def install(descriptor: int) -> None:
-    """Wait for requests on ``descriptor``, the one connection that pyfuse3 has."""
-    original: Callable[[], Awaitable[bool]] | None = getattr(pyfuse3, _FUNCTION, None)
-    if original is None:
-        return
+def install(descriptor: int, has_threads: Callable[[], bool]) -> Callable[[], bool]:
+    """Wait for requests on ``descriptor``, the one connection that pyfuse3 has.
+
+    ``has_threads``: whether threads are at work. Returned is what tells, at any time, whether there
+    are requests.
+    """
     ask = select.poll()
     ask.register(descriptor, select.POLLIN)
+
+    def has_more() -> bool:
+        return bool(ask.poll(0))
+
+    original: Callable[[], Awaitable[bool]] | None = getattr(pyfuse3, _FUNCTION, None)
+    if original is None:
+        return has_more
     requests = 0
 
     async def wait() -> bool:
@@ -58,7 +68,7 @@ def install(descriptor: int) -> None:
         if requests % TURN:
             give_up = time.perf_counter() + SPIN_SECONDS
             while not ask.poll(0):
-                if time.perf_counter() > give_up:
+                if has_threads() or time.perf_counter() > give_up:
                     break
             else:
                 return True
@@ -68,3 +78,4 @@ def install(descriptor: int) -> None:
         return False
 
     setattr(pyfuse3, _FUNCTION, wait)
+    return has_more

@@ -19,6 +19,7 @@ from blockrepl.model import points
 from blockrepl.model.points import Resolved
 from blockrepl.storage.forks import open_overlays
 from blockrepl.storage.history import ReplicaHistory
+from blockrepl.units import MIB
 from blockrepl.views.forking import Wanted, open_wanted
 from blockrepl.views.fuse import READERS, ViewFileSystem
 from blockrepl.views.fuse_fork import ForkFileSystem
@@ -26,7 +27,8 @@ from blockrepl.views.fuse_wait import fuse_descriptors, install
 from blockrepl.views.mounting import check_mount_point, mounts
 
 READ_AHEAD_KIB = 4096  # 128 KiB, the default, reads at 0.4x of this (measured)
-M_ARENA_MAX = -8  # malloc.h
+M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -3, -1  # malloc.h
+KEPT_BYTES = 32 * MIB  # of freed memory: replies of a megabyte each need not be mapped anew
 TASKS = 2 * READERS  # of pyfuse3; with a fixed number it starts and ends none per request
 
 
@@ -64,7 +66,7 @@ def mounted(files: ViewFileSystem, path: Path, group: str, *, is_writable: bool)
             hint="see: blockrepl doctor",
         ) from error
     for descriptor in fuse_descriptors() - before:
-        install(descriptor)
+        files.has_more = install(descriptor, files.has_threads)
     try:
         yield
     finally:
@@ -98,7 +100,10 @@ def _files(
 def _share_one_heap() -> None:
     """Each reader's thread would keep a heap of its own: 300 MB in place of 200 (measured)."""
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        library = ctypes.CDLL(None)
+        library.mallopt(M_ARENA_MAX, 1)
+        library.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 async def _serve(path: Path, ready: Callable[[], None]) -> None:

@@ -21,13 +21,13 @@ from pathlib import Path
 from blockrepl.errors import StateError, UsageError
 from blockrepl.storage.content import ContentReader, Extent, Window, add_extent
 from blockrepl.storage.history import ReplicaHistory, State
+from blockrepl.storage.read_memory import read_memory
 from blockrepl.storage.reading import Cache, GoneError
 from blockrepl.units import KIB, MIB
 
 WINDOW_BYTES_MAX = 64 * MIB
 WINDOW_BYTES_MIN = 256 * KIB
-WINDOW_ENTRIES_TARGET = 16 * 1024  # resolved in about 5 ms: what a random first touch waits for
-WINDOW_CACHE_BYTES = 64 * MIB  # resolved windows, per process
+WINDOW_ENTRIES_TARGET = 2 * 1024  # resolved in half a millisecond: a random first touch waits
 _WINDOW_SHRINK = 2
 
 
@@ -44,7 +44,7 @@ Windows = Cache[tuple[int, bytes, int, int], Window]
 
 def window_cache() -> Windows:
     """A cache that all views of one process share."""
-    return Cache(WINDOW_CACHE_BYTES, Window.cost)
+    return Cache(read_memory().windows, Window.cost)
 
 
 class View:
