@@ -188,7 +188,7 @@ class RingReader:
             return 0
         last = self._slots[(head - 1) % self.geometry.slot_count]
         start = self._slots[first % self.geometry.slot_count]
-        return int(last["position"]) + _payload_length(last) - int(start["position"])
+        return _end(last) - int(start["position"])
 
     def fill(self, head: int | None = None) -> float:
         """How full it is, up to ``head``, 0 to 1, by payload or by slots."""
@@ -285,14 +285,17 @@ class RingReader:
         at = first % count
         slots = self._slots[at : min(at + min(head - first, record_limit), count)]
         start = int(slots["position"][0])
-        is_write = (slots["kind"] & KIND_MASK) == RecordKind.WRITE
-        ends = slots["position"] - np.uint64(start) + np.where(is_write, slots["length"], 0)
-        fitting = max(1, int(np.searchsorted(ends, payload_limit, side="right")))
-        slots = slots[:fitting]
+        # A search, not a sum: a ring that is behind shows all its records here for every frame.
+        taken = int(np.searchsorted(slots["position"], np.uint64(start + payload_limit), "right"))
+        end = _end(slots[taken - 1])
+        if (
+            end - start > payload_limit and taken > 1
+        ):  # all before it end where it begins, or sooner
+            taken -= 1
+            end = _end(slots[taken - 1])
+        slots = slots[:taken]
         columns = Columns(slots["stamp"], slots["offset"], slots["length"], slots["kind"])
-        return Batch(
-            first, first + fitting, columns, self._payload_view(start, int(ends[fitting - 1]))
-        )
+        return Batch(first, first + taken, columns, self._payload_view(start, end - start))
 
     def _payload_view(self, position: int, size: int) -> Buffer:
         at = position % self.geometry.payload_bytes
@@ -385,5 +388,7 @@ class RingReader:
             words.store(at, words.load(at) + 1)
 
 
-def _payload_length(slot: np.void) -> int:
-    return int(slot["length"]) if int(slot["kind"]) & KIND_MASK == RecordKind.WRITE else 0
+def _end(slot: np.void) -> int:
+    """The position behind a record's payload."""
+    is_write = int(slot["kind"]) & KIND_MASK == RecordKind.WRITE
+    return int(slot["position"]) + (int(slot["length"]) if is_write else 0)
