@@ -17,8 +17,10 @@ from blockrepl import limits
 from blockrepl.errors import StorageError
 from blockrepl.formats.frame import FrameKind
 from blockrepl.formats.messages import Attached
+from blockrepl.services import group_replication
 from blockrepl.services.group_replication import GroupReplication, Link
 from blockrepl.services.outbox import LostError
+from blockrepl.storage.ring import RingReader, read_next_number, ring_path
 from blockrepl.storage.spool import SpoolLimits
 from blockrepl.units import MIB
 
@@ -136,6 +138,38 @@ async def test_base_content_that_an_older_copy_of_the_store_lacks_is_sent_again(
         await until(second.marks)
         nursery.cancel_scope.cancel()
     assert replay(second.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+
+
+async def test_an_agent_that_was_killed_knows_to_the_frame_what_the_receiver_had(
+    source: Source, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Guards the next number in the rings: an agent that was killed before its first note took an
+    # older copy of the receiver's store for all there had ever been, its content for sent.
+    monkeypatch.setattr(group_replication, "NOTE_SECONDS", 1e6)
+    entry = source.add("root", SIZE, hot=True, content=random_bytes(SIZE))
+    empty = attach(source, known(entry, "empty", ring_id=0))
+    first, second = Receiver(at_once=False), Receiver(at_once=False)
+    for receiver, restored in ((first, False), (second, True)):
+        async with replicating(source) as group, trio.open_nursery() as nursery:
+            nursery.start_soon(serve, group, receiver, empty)
+            await until(lambda: group.is_linked)
+            receiver.pump, receiver.at_once = group.pump, True
+            receiver.acknowledge()
+            await until(receiver.marks)
+            nursery.cancel_scope.cancel()
+        assert ("lost frames that were durable" in caplog.text) == restored
+    assert replay(second.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+
+
+async def test_a_disk_whose_ring_is_new_or_gone_says_nothing_of_the_receiver(
+    source: Source,
+) -> None:
+    entry = source.add("root", SIZE)
+    assert read_next_number(ring_path(entry.id.bytes)) == 0
+    RingReader(ring_path(entry.id.bytes), entry.id.bytes).set_next_number(7)
+    assert read_next_number(ring_path(entry.id.bytes)) == 7
+    ring_path(entry.id.bytes).unlink()
+    assert read_next_number(ring_path(entry.id.bytes)) == 0
 
 
 async def test_frames_that_were_never_sent_begin_the_group_anew(source: Source) -> None:

@@ -35,7 +35,7 @@ int main(void)
     HEADER(payload_bytes); HEADER(clock_offset); HEADER(head); HEADER(busy);
     HEADER(last_stamp); HEADER(gap_from); HEADER(dropped); HEADER(written_bytes);
     HEADER(hot_regions); HEADER(writer_pid); HEADER(flushed); HEADER(flush_failed);
-    HEADER(tail); HEADER(durable);
+    HEADER(tail); HEADER(durable); HEADER(next_number);
     INFLIGHT(start); INFLIGHT(end); INFLIGHT(generation); INFLIGHT(pad);
     SLOT(stamp); SLOT(offset); SLOT(position); SLOT(length); SLOT(kind);
     NUMBER(sizeof(struct ring_header)); NUMBER(sizeof(struct ring_inflight));
@@ -72,6 +72,7 @@ FIELDS = {
     "flush_failed": ("1 once the local disk has failed to flush", layout.FLUSH_FAILED_AT),
     "tail": ("tail", layout.TAIL_AT),
     "durable": ("durable", layout.DURABLE_AT),
+    "next_number": ("next number", layout.NEXT_NUMBER_AT),
 }
 
 

@@ -64,7 +64,9 @@ struct ring_header {
     uint64_t tail;            /* 256: records before this may be overwritten */
     uint64_t durable;         /* 264: records before this are durable at the receiver, or their
                                       regions are stale */
-    uint8_t pad2[RING_HEADER_BYTES - 272];
+    uint64_t next_number;     /* 272: the group's frames before this are durable at the receiver,
+                                      for an agent that was killed; 0: not known */
+    uint8_t pad2[RING_HEADER_BYTES - 280];
 };
 
 struct ring_inflight {

@@ -29,6 +29,7 @@ offset  size  header field
 200     8     1 once the local disk has failed to flush
 256     8     tail: records before this sequence may be overwritten
 264     8     durable: records before this sequence are durable at the receiver
+272     8     next number: the group's frames before it are durable at the receiver; 0: not known
 ======  ====  ===========================================================================
 """
 
@@ -61,6 +62,7 @@ FLUSHED_AT = 192
 FLUSH_FAILED_AT = 200
 TAIL_AT = 256
 DURABLE_AT = 264
+NEXT_NUMBER_AT = 272
 
 INFLIGHT = np.dtype([("start", "<u8"), ("end", "<u8"), ("generation", "<u8"), ("reserved", "<u8")])
 SLOT = np.dtype(

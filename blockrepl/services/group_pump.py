@@ -191,6 +191,8 @@ class GroupPump:
             disk.kept(release.ring_id, release.next_sequence)
 
     def durable(self, release: Release) -> None:
+        for one in self.disks:  # first: what is let go of is known by this number alone
+            one.remember(self.outbox.known.next_number)
         if release.checkpoint and (wanted := self._awaited.pop(release.checkpoint, None)):
             wanted.durable.set()
         disk = self._by_id.get(release.disk)

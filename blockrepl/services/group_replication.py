@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from dataclasses import dataclass, field
+from uuid import UUID
 
 import trio
 
@@ -36,6 +37,7 @@ from blockrepl.session.known import Known
 from blockrepl.storage.clock import SourceClock
 from blockrepl.storage.group_notes import GroupNote, forget_note, read_note, write_note
 from blockrepl.storage.growing import grow_disk
+from blockrepl.storage.ring import read_next_number, ring_path
 from blockrepl.storage.source import DiskEntry, SourceDisks
 from blockrepl.storage.spool import Spool, SpoolLimits
 
@@ -221,9 +223,8 @@ class GroupReplication:
 
     async def _start_from(self, attached: Attached) -> None:
         """Run, from what the receiver says; a spool from before a reboot comes first."""
-        note = await trio.to_thread.run_sync(read_note, self._source_disks.home, self.name)
-        lost = note is not None and note.replica == attached.group_id
-        lost = lost and note is not None and attached.next_number < note.next_number
+        remembered = await trio.to_thread.run_sync(self._remembered, attached.group_id)
+        lost = attached.next_number < remembered
         if lost:
             log.error("group %s: the receiver has lost frames that were durable there", self.name)
         self._has_lost = self._has_lost or lost
@@ -246,6 +247,13 @@ class GroupReplication:
             await trio.to_thread.run_sync(
                 write_note, self._source_disks.home, self.name, self._noted
             )
+
+    def _remembered(self, replica: UUID) -> int:
+        """Which frame was due at this replica, as far as anything here knows; 0: nothing does."""
+        note = read_note(self._source_disks.home, self.name)
+        found = [note.next_number] if note is not None and note.replica == replica else [0]
+        rings = [ring_path(entry.id.bytes) for entry in self.entries if entry.replica == replica]
+        return max(found + [read_next_number(path) for path in rings])
 
     def _start(
         self, known: Known, due: Known, entries: list[DiskEntry], attached: list[AttachDisk]
@@ -286,6 +294,7 @@ class GroupReplication:
                 error if isinstance(error, BlockreplError) else StateError(str(error))
             )
             return
+        disk.remember(known.next_number)  # doubts are in the ring now
         if entry.id.bytes in known.disks:
             there = known.disks[entry.id.bytes]
             disk.durable = (there.ring_id, there.next_sequence)

@@ -238,6 +238,11 @@ class SourceDisk:
         if self.ring is not None and sequence and self.ring.geometry.ring_id == ring_id:
             self.ring.release(sequence)
 
+    def remember(self, next_number: int) -> None:
+        """For an agent that is killed: the receiver has the group's frames before that one."""
+        if self.ring is not None:
+            self.ring.set_next_number(next_number)
+
     def note_durable(self, ring_id: int, sequence: int) -> None:
         """The source will remember that the receiver has these records: their regions may cool."""
         if self.ring is not None and self.ring.geometry.ring_id == ring_id:

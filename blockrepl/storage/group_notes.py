@@ -3,6 +3,12 @@
 ``<home>/source/groups/<group>.json``, written before regions may cool on the strength of it. A
 receiver whose next number is lower has lost durable frames: its store was restored from an older
 copy, perhaps.
+
+A note is seconds old, for it is synced. The rings (formats/ring.py, next number) know it to the
+frame, and outlive the agent. What neither knows, after the source has lost its power: a copy of the
+receiver's store that is made and restored within those seconds. Then hot regions are sent again all
+the same; what is missed is content of a region that was sent in that time and, long unwritten, has
+cooled in it.
 """
 
 from __future__ import annotations

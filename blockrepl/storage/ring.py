@@ -99,6 +99,18 @@ def read_geometry(path: Path) -> layout.RingGeometry | None:
         return None
 
 
+def read_next_number(path: Path) -> int:
+    """What an agent noted in the ring with `RingReader.set_next_number`; 0 without one."""
+    if read_geometry(path) is None:
+        return 0
+    try:
+        with path.open("rb") as file:
+            file.seek(layout.NEXT_NUMBER_AT)
+            return int.from_bytes(file.read(8), "little")
+    except FileNotFoundError:
+        return 0
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Records [first, after) of a ring. Columns and payload are views of the ring."""
@@ -317,6 +329,10 @@ class RingReader:
         sequence = min(sequence, self.head())
         if sequence > self.durable():
             self._words.store(layout.DURABLE_AT, sequence)
+
+    def set_next_number(self, number: int) -> None:
+        """The group's frames before it are durable at the receiver. Outlives the agent."""
+        self._words.store(layout.NEXT_NUMBER_AT, number)
 
     # --- regions to send again
 
