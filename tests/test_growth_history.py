@@ -152,6 +152,9 @@ def test_a_disk_may_grow_before_its_first_sync_is_done(tmp_path: Path) -> None:
     # Guards `image.grow` in Replica._write_base and Replica._grow: base frames would not fit.
     journal = Journal(tmp_path / "home", SIZES, sync=False)
     journal.first_sync("root")
+    start = Record(journal.stamp, "data", 0, 512, RecordKind.WRITE, b"s" * 512)
+    journal._frame(FrameKind.BASE, "data", [start], number=0)
+    journal.replica.commit()
     journal.grow("data", GROWN, commit=False)
     piece = Record(journal.stamp, "data", GROWN - 4096, 4096, RecordKind.WRITE, b"n" * 4096)
     journal._frame(FrameKind.BASE, "data", [piece], number=0)
@@ -164,6 +167,7 @@ def test_a_disk_may_grow_before_its_first_sync_is_done(tmp_path: Path) -> None:
     journal.first_sync("data")
     size = GROWN + MIB
     synced, content = journal.model.base["data"], bytearray(size)
+    content[:512] = b"s" * 512
     content[GROWN - 4096 : GROWN] = b"n" * 4096
     content[size // 4 : size // 4 + size // 3] = synced[size // 4 : size // 4 + size // 3]
     journal.model.base["data"] = bytes(content)
