@@ -1,4 +1,5 @@
-"""A phase of the store's work, in a process that kills itself: ``killed_steps.py PHASE HOME N``.
+"""A phase of the store's work, in a process that kills itself; `run` in a child of the test, and
+``killed_steps.py worker-PHASE HOME N`` in place of the retention worker.
 
 Every call that changes a file or the catalog is counted: those of `os`, and of catalog transactions
 the moment before their commit and the moment after. At the N-th the process sends itself SIGKILL;
@@ -174,19 +175,13 @@ def worker(operation: str, killer: Killer) -> int:
     return retention_worker.main()
 
 
-def main() -> int:
-    phase, home, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+def run(phase: str, home: Path, count: int) -> int:
+    """In a process of its own: what it patches stays so. Its exit status."""
     PATCH.setattr(limits, "SEGMENT_BYTES_TARGET", SEGMENT_BYTES)
     killer, status = Killer(count), 0
-    if phase.startswith("worker-"):
-        status = worker(phase.removeprefix("worker-"), killer)
-        told = home / f"{phase}.calls"  # of the longest of them
-        most = int(told.read_text()) if told.exists() else 0
-        told.write_text(str(max(most, killer.seen)))
-        return status
     if phase in ("fold", "thin"):
         run_pass_killing_workers(home, phase, count)
-        return status
+        return 0
     killer.arm()
     match phase:
         case "seal":
@@ -201,5 +196,14 @@ def main() -> int:
     return status
 
 
+def run_worker(phase: str, home: Path, count: int) -> int:
+    killer = Killer(count)
+    status = worker(phase.removeprefix("worker-"), killer)
+    told = home / f"{phase}.calls"  # of the longest of them
+    most = int(told.read_text()) if told.exists() else 0
+    told.write_text(str(max(most, killer.seen)))
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_worker(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])))

@@ -118,6 +118,7 @@ def test_what_is_promised_and_held_and_pinned_and_the_room_are_told(
         "promised_seconds": 86400.0,
         "held_seconds": 7200.0,
         "pins": [{"what": f"pin {n}", "first_ns": n, "last_ns": n} for n in range(5)],
+        "pin_count": 5,
         "free_bytes": 20 << 30,
         "bytes_per_day": 4 << 30,
         "days_left": 5.0,

@@ -208,10 +208,10 @@ def _outlook(outlook: dict[str, Any]) -> list[Any]:
     held = outlook["held_seconds"]
     promise = f"  promised {human_seconds(outlook['promised_seconds'])}"
     promise += f", held {human_seconds(held)}" if held is not None else ""
-    names = [pin["what"] for pin in outlook["pins"]]
+    names = [pin["what"] for pin in outlook["pins"][:PINS_SHOWN]]
     if names:
-        more = f" and {len(names) - PINS_SHOWN} more" if len(names) > PINS_SHOWN else ""
-        promise += f", pinned by {', '.join(names[:PINS_SHOWN])}{more}"
+        others = outlook["pin_count"] - len(names)
+        promise += f", pinned by {', '.join(names)}" + (f" and {others} more" if others else "")
     days = outlook["days_left"]
     lasts = "" if days is None else f": {days:.1f} days at today's rate"
     lines = [Text(promise), Text(f"  room {human_bytes(outlook['free_bytes'])} free{lasts}")]

@@ -20,6 +20,7 @@ from blockrepl.units import NANOSECONDS_PER_SECOND, format_bytes, format_instant
 
 HOUR_NS = 3600 * NANOSECONDS_PER_SECOND
 DAY_NS = 24 * HOUR_NS
+PINS_TOLD = 50  # in `status`, which is a message to the sources, too
 
 
 class StretchStatus(BaseModel):
@@ -74,13 +75,14 @@ class RetentionStatus(BaseModel):
 
 
 class HistoryOutlook(BaseModel):
-    """What `status` says of it."""
+    """What `status` says of it, with the PINS_TOLD oldest pins."""
 
     level: Level
     reason: str
     promised_seconds: float
     held_seconds: float | None
     pins: list[PinStatus]
+    pin_count: int
     free_bytes: int
     bytes_per_day: int
     days_left: float | None
@@ -88,7 +90,11 @@ class HistoryOutlook(BaseModel):
 
     @classmethod
     def of(cls, status: RetentionStatus) -> HistoryOutlook:
-        return cls(**{name: getattr(status, name) for name in cls.model_fields})
+        told = status.model_dump() | {
+            "pins": status.pins[:PINS_TOLD],
+            "pin_count": len(status.pins),
+        }
+        return cls.model_validate({name: told[name] for name in cls.model_fields})
 
 
 def describe_retention(
