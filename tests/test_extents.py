@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockrepl.model import extents
+from blockrepl.model._sweep import places
 
 SPAN = st.tuples(st.integers(0, 40), st.integers(0, 20)).map(lambda s: (s[0], s[0] + s[1]))
 
@@ -72,3 +73,42 @@ def test_the_order_in_which_entries_are_given_does_not_matter_with_their_ages(
     assert flat.ends.tolist() == in_order.ends.tolist()
     found = [extents.BASE if winner < 0 else order[winner] for winner in in_order.winners]
     assert flat.winners.tolist() == found
+
+
+@given(st.lists(st.tuples(SPAN, st.integers(0, 2), st.integers(0, 1), st.integers(0, 9))))
+def test_places_are_those_of_the_winners_byte_by_byte(
+    entries: list[tuple[tuple[int, int], int, int, int]],
+) -> None:
+    flat = resolve([span for span, *_ in entries], 5, 60)
+    starts, ends, kinds, segments, frames, positions = places(
+        flat.starts,
+        flat.ends,
+        flat.winners,
+        np.array([span[0] for span, *_ in entries], np.uint64),
+        np.array([kind for _, kind, _, _ in entries], np.uint8),
+        np.array([segment for _, _, segment, _ in entries], np.uint32),
+        np.array([segment + 7 for _, _, segment, _ in entries], np.uint32),
+        np.array([position for *_, position in entries], np.uint32),
+    )
+    wanted: list[tuple[int, ...]] = []
+    for start, end, winner in zip(flat.starts, flat.ends, flat.winners, strict=True):
+        for at in range(int(start), int(end)):
+            (begin, _), kind, segment, position = (
+                entries[winner] if winner >= 0 else ((0, 0), 9, 0, 0)
+            )
+            if winner < 0 or kind:
+                wanted.append((1 if winner >= 0 else 255, 0, 0, 0))
+            else:
+                wanted.append((0, segment, segment + 7, position + at - begin))
+    found: list[tuple[int, ...]] = []
+    columns = (starts, ends, kinds, segments, frames, positions)
+    for start, end, kind, segment, frame, position in zip(
+        *(column.tolist() for column in columns), strict=True
+    ):
+        assert start == 5 + len(found)
+        first = (kind, segment, frame, position)
+        after = (kind, *found[-1][1:3], found[-1][3] + (kind == 0)) if found else ()
+        assert not found or found[-1][0] != kind or first != after
+        for at in range(end - start):
+            found.append((kind, segment, frame, position + (at if kind == 0 else 0)))
+    assert found == wanted

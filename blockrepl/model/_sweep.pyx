@@ -14,7 +14,7 @@ hardly use it. O(n log n) at worst. Runs without the GIL.
 
 import numpy as np
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 
@@ -182,3 +182,72 @@ cdef inline Py_ssize_t _ascends(
     while at < count and keys[entries[at - 1]] <= keys[entries[at]]:
         at += 1
     return at
+
+
+def places(
+    const uint64_t[::1] starts, const uint64_t[::1] ends, const int64_t[::1] winners,
+    const uint64_t[::1] run_starts, const uint8_t[::1] run_kinds,
+    const uint32_t[::1] run_segments, const uint32_t[::1] run_frames,
+    const uint32_t[::1] run_positions,
+):
+    """What ``sweep`` found, with the places of the winners' data in place of their numbers.
+
+    Returns (starts, ends, kinds, segments, frames, positions). Kinds: 0 data, 1 zeros, 255 none of
+    the entries; only data has a place. Extents that merely go on where the one before them ends are
+    one with it.
+    """
+    cdef Py_ssize_t count = starts.shape[0], index, made = 0
+    cdef int64_t winner
+    cdef uint8_t kind
+    cdef uint32_t segment, frame, position, behind = 0
+    new_bounds = np.empty((2, count), np.uint64)
+    new_kinds = np.empty(count, np.uint8)
+    new_places = np.empty((3, count), np.uint32)
+    cdef uint64_t[:, ::1] bounds = new_bounds
+    cdef uint8_t[::1] kinds = new_kinds
+    cdef uint32_t[:, ::1] out = new_places
+    if ends.shape[0] != count or winners.shape[0] != count:
+        raise ValueError("the extents' columns differ in length")
+    if not (
+        run_starts.shape[0] == run_kinds.shape[0] == run_segments.shape[0]
+        == run_frames.shape[0] == run_positions.shape[0]
+    ):
+        raise ValueError("the entries' columns differ in length")
+    for index in range(count):
+        if winners[index] >= run_starts.shape[0]:
+            raise ValueError("a winner is none of the entries")
+    with nogil:
+        for index in range(count):
+            winner = winners[index]
+            segment = frame = position = 0
+            kind = 255
+            if winner >= 0:
+                kind = 1 if run_kinds[winner] else 0
+                if kind == 0:
+                    segment = run_segments[winner]
+                    frame = run_frames[winner]
+                    position = run_positions[winner] + <uint32_t>(
+                        starts[index] - run_starts[winner]
+                    )
+            if made and kinds[made - 1] == kind and (
+                kind != 0
+                or (
+                    out[0, made - 1] == segment
+                    and out[1, made - 1] == frame
+                    and behind == position
+                )
+            ):
+                bounds[1, made - 1] = ends[index]
+            else:
+                bounds[0, made] = starts[index]
+                bounds[1, made] = ends[index]
+                kinds[made] = kind
+                out[0, made] = segment
+                out[1, made] = frame
+                out[2, made] = position
+                made += 1
+            behind = position + <uint32_t>(ends[index] - starts[index])
+    return (
+        new_bounds[0, :made], new_bounds[1, :made], new_kinds[:made],
+        new_places[0, :made], new_places[1, :made], new_places[2, :made],
+    )

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from blockrepl.errors import DamageError
 from blockrepl.formats.frame import U8, U32, U64, RecordKind
@@ -35,6 +34,7 @@ from blockrepl.formats.merged_run import MergedName
 from blockrepl.formats.run import Run, concatenate
 from blockrepl.formats.segment import NUMBER_MASK, file_name, place
 from blockrepl.model import extents
+from blockrepl.model._sweep import places
 from blockrepl.storage import merged_runs
 from blockrepl.storage.journal import DIRECTORY_NAME as SEGMENTS_NAME
 from blockrepl.storage.merged_runs import MergedFile, MergedRunError
@@ -48,6 +48,7 @@ CHUNK_ENTRIES = 128 * 1024  # gathered before what no longer shows is dropped: a
 SHOWS_BASE = 255  # kind of an extent that no record covers
 SHOWS_ZERO = int(RecordKind.ZERO)
 SHOWS_DATA = int(RecordKind.WRITE)
+assert (SHOWS_DATA, SHOWS_ZERO, SHOWS_BASE) == (0, 1, 255)  # as _sweep.places says
 STAMP_MAX = (1 << 64) - 1
 Result = TypeVar("Result")
 _SEGMENT_NAME = re.compile(r"(\d{12})\.seg")
@@ -343,41 +344,5 @@ def _shown(parts: list[Run], first: int, last: int) -> tuple[Run, extents.Extent
 
 def _flatten(run: Run, flat: extents.Extents) -> Shown:
     """Entries' places instead of their numbers; neighbours that read as one become one."""
-    count = len(flat)
-    kinds = np.full(count, SHOWS_BASE, np.uint8)
-    segments, frames, positions = (np.zeros(count, np.uint32) for _ in range(3))
-    recorded = flat.winners != extents.BASE
-    winners = flat.winners[recorded]
-    kinds[recorded] = np.where(run.kinds[winners] == SHOWS_DATA, SHOWS_DATA, SHOWS_ZERO)
-    data = kinds == SHOWS_DATA
-    winners = flat.winners[data]
-    segments[data] = run.segments[winners]
-    frames[data] = run.frames[winners]
-    into = flat.starts[data] - run.starts[winners]
-    positions[data] = run.positions[winners] + into.astype(np.uint32)
-    heads = _heads(flat, kinds, segments, frames, positions)
-    tails = np.append(heads[1:], count) - 1
-    return Shown(
-        flat.starts[heads],
-        flat.ends[tails],
-        kinds[heads],
-        segments[heads],
-        frames[heads],
-        positions[heads],
-    )
-
-
-def _heads(
-    flat: extents.Extents, kinds: U8, segments: U32, frames: U32, positions: U32
-) -> npt.NDArray[np.intp]:
-    """The extents that do not merely go on where the one before them ends."""
-    sizes = (flat.ends - flat.starts).astype(np.uint32)
-    goes_on = kinds[1:] == kinds[:-1]
-    data = kinds[1:] == SHOWS_DATA
-    contiguous = (
-        (segments[1:] == segments[:-1])
-        & (frames[1:] == frames[:-1])
-        & (positions[1:] == positions[:-1] + sizes[:-1])
-    )
-    goes_on &= ~data | contiguous
-    return np.flatnonzero(np.concatenate(([True], ~goes_on)))
+    columns = (run.starts, run.kinds, run.segments, run.frames, run.positions)
+    return Shown(*places(flat.starts, flat.ends, flat.winners, *columns))
