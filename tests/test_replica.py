@@ -35,6 +35,8 @@ from blockrepl.errors import DamageError, PeerError, StateError, StorageError
 from blockrepl.formats import frame as frames
 from blockrepl.formats.frame import Buffer, FrameKind, RecordKind
 from blockrepl.formats.segment import file_name
+from blockrepl.model.retention import Kept
+from blockrepl.model.retention_plan import Decision
 from blockrepl.storage.catalog import Catalog, CheckpointRow, GapRow
 from blockrepl.storage.durable import read_durable
 from blockrepl.storage.files import Files
@@ -114,6 +116,24 @@ def test_a_source_that_comes_back_is_told_what_is_durable(opened: tuple[Replica,
     replica.attach(SOURCE, [])  # taken out, and brought back
     known = attach(replica).disks[0]
     assert (known.ring_id, known.next_sequence) == (RING, 5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda replica: replica.shorten(Decision(Kept(), 0)),
+        lambda replica: replica.replace_segments([], []),
+    ],
+)
+def test_retention_does_not_forget_how_far_a_ring_has_come(
+    opened: tuple[Replica, Agent], change: Callable[[Replica], object]
+) -> None:
+    # Guards Replica._with_newest_position: the source would take it for a loss, and make a gap.
+    replica, agent = opened
+    put(replica, agent.consistent(), agent.writes())
+    put(replica, agent.writes())  # the catalog hears of it with the next mark or segment
+    change(replica)
+    assert attach(replica).disks[0].next_sequence == agent.sequence
 
 
 @pytest.mark.parametrize("skew_ns", [-(10**12), 10**12])

@@ -110,6 +110,7 @@ class Replica:
         self._files = files
         self._clock = clock
         self._sources = {row.id: row for row in catalog.sources()}
+        self._disks: dict[bytes, DiskRow] = {}
         self._images: dict[bytes, BaseImage] = {}
         self._base_bytes: dict[bytes, int] = {}
         self._marks_due: list[Mark] = []  # of durable frames, not yet in the catalog
@@ -174,7 +175,7 @@ class Replica:
         Everything staged must have been committed. StateError, StorageError.
         """
         self._check_working()
-        self._write_catalog()  # or the reload below would forget how far the rings have come
+        self._write_catalog()  # which alone knows from here on how far a retired disk has come
         row = self._sources.setdefault(source, SourceRow(source, 0, 0))
         attach_disks(self.directory, self.catalog, source, disks, row.watermark + 1)
         self._reload()
@@ -345,10 +346,16 @@ class Replica:
 
     def _reload(self) -> None:
         rows = self.catalog.disks(removed=True)
-        self._disks = {row.id: row for row in rows if row.removed_ns is None}
+        live = [row for row in rows if row.removed_ns is None]
+        self._disks = {row.id: self._with_newest_position(row) for row in live}
         floors = (row.ready_ns for row in rows if row.ready_ns is not None)
         self._floor_ns = min(floors, default=None)
         self._gaps = self.catalog.gaps()
+
+    def _with_newest_position(self, row: DiskRow) -> DiskRow:
+        """The catalog hears how far a ring has come with the next mark or segment only."""
+        known = self._disks.get(row.id, row)
+        return replace(row, ring_id=known.ring_id, next_sequence=known.next_sequence)
 
     def _publish(self) -> None:
         live = {disk.source for disk in self._disks.values()}
