@@ -56,6 +56,36 @@ def test_every_limit_is_used(name: str) -> None:
 # --- at the receiver's door
 
 
+async def test_more_strangers_than_there_may_be_are_closed_at_once(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards HANDSHAKES_MAX in Receiver.serve.
+    monkeypatch.setattr(limits, "HANDSHAKE_SECONDS", 60.0)
+    await vault.join("web1")
+    monkeypatch.setattr(limits, "HANDSHAKES_MAX", 2)
+    strangers = [await enrolment.open_transport(vault.address) for _ in range(3)]
+    closed: list[trio.SocketStream] = []
+    async with trio.open_nursery() as nursery:
+
+        async def listen(stranger: trio.SocketStream) -> None:
+            assert await stranger.receive_some(1) == b""
+            closed.append(stranger)
+
+        for stranger in strangers:
+            nursery.start_soon(listen, stranger)
+        await until(lambda: closed)
+        nursery.cancel_scope.cancel()
+    assert len(closed) == 1
+    for stranger in strangers:
+        await stranger.aclose()
+    with trio.fail_after(20):
+        while True:
+            with suppress(PeerError):  # the strangers may not be gone yet
+                async with vault.peer("web1") as peer:
+                    await peer.attach()
+                    break
+
+
 async def test_more_sessions_than_there_may_be_are_refused_and_known_sources_come_back(
     vault: Vault, monkeypatch: pytest.MonkeyPatch
 ) -> None:

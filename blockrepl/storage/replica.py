@@ -112,10 +112,10 @@ class Replica:
         self._files = files
         self._clock = clock
         self._sources = {row.id: row for row in catalog.sources()}
+        self._disks: dict[bytes, DiskRow] = {}
         self._images: dict[bytes, BaseImage] = {}
         self._base_bytes: dict[bytes, int] = {}
         self._marks_due: list[Mark] = []  # of durable frames, not yet in the catalog
-        self._disks: dict[bytes, DiskRow] = {}
         self._reload()
         self._forget_staged()
         retained.remove_leftovers(catalog, directory / DIRECTORY_NAME)
@@ -177,7 +177,7 @@ class Replica:
         Everything staged must have been committed. StateError, StorageError.
         """
         self._check_working()
-        self._write_catalog()  # a disk that is retired leaves us with what the catalog says of it
+        self._write_catalog()  # which alone knows from here on how far a retired disk has come
         row = self._sources.setdefault(source, SourceRow(source, 0, 0))
         attach_disks(self.directory, self.catalog, source, disks, row.watermark + 1)
         self._reload()
@@ -396,19 +396,17 @@ class Replica:
 
     def _reload(self) -> None:
         rows = self.catalog.disks(removed=True)
-        known = self._disks
-        self._disks = {row.id: row for row in rows if row.removed_ns is None}
-        for disk in known.keys() & self._disks.keys():
-            # How far the rings have come is in the catalog later than here (`_write_catalog`).
-            self._disks[disk] = replace(
-                self._disks[disk],
-                ring_id=known[disk].ring_id,
-                next_sequence=known[disk].next_sequence,
-            )
+        live = [row for row in rows if row.removed_ns is None]
+        self._disks = {row.id: self._with_newest_position(row) for row in live}
         floors = (row.ready_ns for row in rows if row.ready_ns is not None)
         self._floor_ns = min(floors, default=None)
         self._gaps = self.catalog.gaps()
         self._growths = self.catalog.growths()
+
+    def _with_newest_position(self, row: DiskRow) -> DiskRow:
+        """The catalog hears how far a ring has come with the next mark or segment only."""
+        known = self._disks.get(row.id, row)
+        return replace(row, ring_id=known.ring_id, next_sequence=known.next_sequence)
 
     def _publish(self) -> None:
         live = {disk.source for disk in self._disks.values()}
