@@ -88,7 +88,7 @@ class Server:
         self._submitted = trio.Event()
         self._flushing = 0
         self._payload_head = 0
-        self._last_record = [self._head] * geometry.region_count
+        self._last_record = [self.head] * geometry.region_count
         self._last_seconds = [world.clock.now] * geometry.region_count
         self._recover_ring()
         self._hot = self._load_map()
@@ -124,7 +124,7 @@ class Server:
     # --- words of the ring
 
     @property
-    def _head(self) -> int:
+    def head(self) -> int:
         return self._words.load(layout.HEAD_AT)
 
     def _add(self, at: int, count: int) -> None:
@@ -178,7 +178,7 @@ class Server:
         return not fails
 
     async def flush(self) -> None:
-        before = self._head
+        before = self.head
         self._machine.sync(self._image)
         await self._step()
         await self._append(RecordKind.FLUSH, 0, b"", b"", None)
@@ -273,7 +273,7 @@ class Server:
         await self._step()
         for region in self._regions(start, end):
             self._words.store_byte(self.geometry.stale_at + region, 1)
-        self._touch(start, end, self._head + 1)
+        self._touch(start, end, self.head + 1)
         self._add(layout.DROPPED_AT, 1)
         if self._words.swap(layout.GAP_FROM_AT, 0, stamp):
             self._model.cause("dropped", stamp, stamp)
@@ -287,7 +287,7 @@ class Server:
     ) -> None:
         async with self._append_lock:
             self.process.check()
-            head, tail = self._head, self._words.load(layout.TAIL_AT)
+            head, tail = self.head, self._words.load(layout.TAIL_AT)
             count = self.geometry.slot_count
             used = 0
             if head != tail:
@@ -342,8 +342,8 @@ class Server:
             self._add(layout.DROPPED_AT, 1)
             words.swap(layout.GAP_FROM_AT, 0, stamp)
             self._add(at + 16, 1)
-        if self._head:
-            last = self._slots[(self._head - 1) % geometry.slot_count]
+        if self.head:
+            last = self._slots[(self.head - 1) % geometry.slot_count]
             is_write = int(last["kind"]) & KIND_MASK == RecordKind.WRITE
             self._payload_head = int(last["position"]) + (int(last["length"]) if is_write else 0)
 

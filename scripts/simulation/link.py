@@ -10,6 +10,7 @@ cut         one direction breaks after a number of bytes more, and with it the c
 silence     nothing arrives any more, in one direction or both; nobody is told
 half-open   the source sees the connection broken and begins a new one; to the receiver the old one
             stays, and delivers what was on its way after a while
+behind      the connection breaks right behind the next gap that the source tells of
 down        the connection is broken or silent, and new ones are refused until it is over
 slow        few bytes a second, until it is over
 ==========  =====================================================================================
@@ -21,7 +22,7 @@ without a goodbye is a broken connection.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 import trio
@@ -230,6 +231,7 @@ class Network:
         self.latency_seconds = 0.0005
         self.bytes_per_second = 1e8
         self.is_down = False
+        self.on_gap: Callable[[], None] | None = None  # called when the source has told of a gap
 
     def latency(self) -> float:
         return self.latency_seconds * self.world.chance.uniform(0.5, 2)
@@ -260,6 +262,13 @@ class Network:
         if (connection := self.newest) is not None:
             pipe = connection.to_receiver if to_receiver else connection.to_source
             pipe.cut_after = after_bytes
+
+    def cut_behind_gap(self, then: Callable[[], None]) -> None:
+        def cut() -> None:
+            self.cut(True, 0)
+            then()
+
+        self.on_gap = cut
 
     def silence(self, which: str) -> None:
         if (connection := self.newest) is not None:

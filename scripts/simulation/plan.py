@@ -16,6 +16,7 @@ FAULT_WEIGHTS = {
     "server stopped": 2,
     "source power": 2,
     "source full": 1,
+    "source power behind a gap": 2,
     "receiver killed": 3,
     "receiver power": 3,
     "receiver sync error": 1,

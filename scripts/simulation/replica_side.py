@@ -88,9 +88,20 @@ class ReceiverMachine:
         self._durable_before = b""
         self._is_losing_power = False
         self.down_until = 0.0
+        self._boots = 0
+        self._boot()
+
+    def _boot(self) -> None:
+        self._boots += 1
+        self._boot_id.write_text(f"boot {self._boots} of the receiver\n")
+
+    @property
+    def _boot_id(self) -> Path:
+        return self.world.directory / "receiver_boot_id"
 
     def replacements(self) -> Any:
-        """Where the product opens its store."""
+        """Where the product opens its store, and which boot of the machine it is there."""
+        yield durables, "_BOOT_ID", self._boot_id
         yield receiver_groups, "open_replica", self._open_replica
         yield receiver_groups, "create_replica", partial(create_replica, clock=self.world.now_ns)
 
@@ -168,6 +179,7 @@ class ReceiverMachine:
         self._is_losing_power = False
         self.machine.lose_power()
         self._lose_durable_record()
+        self._boot()
 
     def _died(self) -> None:
         self.process = self.groups = self.network.accepting = None

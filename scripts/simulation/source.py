@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from blockrepl.channel.framing import MessageStream
 from blockrepl.errors import StorageError
 from blockrepl.formats import frame as frames
 from blockrepl.formats import messages
+from blockrepl.formats.frame import Buffer
+from blockrepl.formats.marks import GapMark, decode_mark
 from blockrepl.formats.messages import AGENT_ACCEPTS, RECEIVER_ACCEPTS, MessageType
 from blockrepl.services import disk_sync, scrubber, source_disk
 from blockrepl.services.agent import Agent, AgentOptions
 from blockrepl.services.group_replication import GroupReplication
-from blockrepl.storage import clock, group_notes, source, spool
+from blockrepl.storage import clock, group_notes, ring, source, spool
 from blockrepl.storage.clock import open_clock
 from blockrepl.storage.home import Home, write_atomically
 from blockrepl.storage.ring import RingReader
@@ -40,10 +42,11 @@ GROUP = "group"
 class ObservedStream(MessageStream):
     """The agent's channel; what passes goes to the trace, what it is told to the model."""
 
-    def __init__(self, end: End, world: World, model: Model) -> None:
+    def __init__(self, end: End, world: World, network: Network, model: Model) -> None:
         accepted = {**AGENT_ACCEPTS, **RECEIVER_ACCEPTS}
         super().__init__(end, accepted)  # type: ignore[arg-type]
         self._world = world
+        self._network = network
         self._model = model
         self._generation = model.generation
 
@@ -58,6 +61,10 @@ class ObservedStream(MessageStream):
         elif message_type != MessageType.PING:
             self._world.trace("->", name)
         await super().send(message_type, *buffers)
+        call = self._network.on_gap
+        if call is not None and message_type == MessageType.DATA and _is_gap(buffers):
+            self._network.on_gap = None
+            call()
 
     async def receive(self) -> tuple[int, memoryview] | None:
         message = await super().receive()
@@ -75,6 +82,15 @@ class ObservedStream(MessageStream):
         elif kind != MessageType.PONG:
             self._world.trace("<-", MessageType(kind).name)
         return message
+
+
+def _is_gap(buffers: Sequence[Buffer]) -> bool:
+    data = b"".join(buffers)
+    header = frames.decode_header(memoryview(data)[: frames.HEADER_BYTES])
+    if header.kind != frames.FrameKind.MARK:
+        return False
+    body = memoryview(data)[frames.HEADER_BYTES :]
+    return isinstance(decode_mark(frames.decode_payload(header, body)), GapMark)
 
 
 class _DeadWords:
@@ -227,7 +243,7 @@ class SourceMachine:
     async def _connect(self) -> ObservedStream:
         end = await self.network.connect()
         self.world.trace("connected")
-        return ObservedStream(end, self.world, self.model)
+        return ObservedStream(end, self.world, self.network, self.model)
 
     def _agent_died(self) -> None:
         self.agent = self.agent_process = None
@@ -244,11 +260,15 @@ class SourceMachine:
 
     @property
     def noted_number(self) -> int:
-        """What the source remembers durably. A copy of the store that is not older than that, made
-        in the last moments before an agent was killed, is not noticed.
-        """
+        """Which frame is due, as the source's note says: a little old, and durable."""
         note = group_notes.read_note(self.home, GROUP)
         return note.next_number if note is not None else 0
+
+    @property
+    def remembered_number(self) -> int:
+        """The same with what the rings say: to the frame, until the machine loses its power."""
+        paths = (ring.ring_path(entry.id.bytes) for entry in self.entries)
+        return max([self.noted_number, *(ring.read_next_number(path) for path in paths)])
 
     # --- servers
 
