@@ -17,7 +17,7 @@ from blockrepl import limits
 from blockrepl.errors import StorageError
 from blockrepl.formats.messages import Attached
 from blockrepl.services.group_replication import GroupReplication, Link
-from blockrepl.services.outbox import LostError
+from blockrepl.services.outbox_ends import LostError
 from blockrepl.storage.spool import SpoolLimits
 from blockrepl.units import MIB
 

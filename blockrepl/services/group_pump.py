@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.004
 IDLE_POLL_SECONDS = 0.01
 SPOOL_POLL_SECONDS = 0.02  # fewer, larger frames while nobody waits for them
+SPOOL_FRAMES = 8  # appended at once: a visit of a thread costs as much as half a frame's bytes
 PRESSURE = 0.5  # of a ring, at which frames leave memory for the spool
 CROWD = 0.25  # of a ring: less than this in memory is not what fills it
 
@@ -282,6 +283,7 @@ class GroupPump:
         chunk = next(chunks, None)
         if chunk is None:
             return False
+        built: list[EncodedFrame] = []
         while chunk is not None:
             following = next(chunks, None)
             disk, batch = chunk.disk, chunk.batch
@@ -290,7 +292,7 @@ class GroupPump:
                 group=self.outbox.known.group_id.bytes,
                 source=self._source,
                 disk=disk.id,
-                number=self.outbox.due.next_number,
+                number=self.outbox.due.next_number + len(built),
                 epoch=disk.epoch,
                 watermark=self.outbox.due.watermark if following else watermark,
                 ring_id=disk.ring.geometry.ring_id if disk.ring else 0,
@@ -300,7 +302,10 @@ class GroupPump:
             )
             disk.cursor = batch.after
             disk.sent_stamp = max(disk.sent_stamp, int(batch.columns.stamps[-1]))
-            await self.outbox.put(frame)
+            built.append(frame)
+            if self.outbox.is_direct or not following or len(built) == SPOOL_FRAMES:
+                await self.outbox.put_records(built)
+                built = []
             chunk = following
         return True
 

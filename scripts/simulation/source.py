@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import trio
+from typing_extensions import Buffer
 
 from blockrepl.channel.enrolment import Identity
 from blockrepl.channel.framing import MessageStream
@@ -47,7 +48,15 @@ class ObservedStream(MessageStream):
         self._model = model
         self._generation = model.generation
 
-    async def send(self, message_type: int, *buffers: Any) -> None:
+    async def send_taken(
+        self, message_type: int, payload_bytes: int, take: Callable[[], Iterable[Buffer]]
+    ) -> None:
+        await super().send_taken(
+            message_type, payload_bytes, lambda: self._seen(message_type, take)
+        )
+
+    def _seen(self, message_type: int, take: Callable[[], Iterable[Buffer]]) -> Iterable[Buffer]:
+        buffers = tuple(take())
         name = MessageType(message_type).name
         if message_type == MessageType.DATA:
             header = frames.decode_header(memoryview(buffers[0])[: frames.HEADER_BYTES])
@@ -57,7 +66,7 @@ class ObservedStream(MessageStream):
             self._world.trace("->", kind, header.number, header.record_count, header.watermark)
         elif message_type != MessageType.PING:
             self._world.trace("->", name)
-        await super().send(message_type, *buffers)
+        return buffers
 
     async def receive(self) -> tuple[int, memoryview] | None:
         message = await super().receive()
