@@ -18,10 +18,11 @@ from blockrepl import limits
 from blockrepl.formats import frame as frames
 from blockrepl.formats import hot_map
 from blockrepl.formats.comparison import DIGEST_BYTES, Compare, Verdict, decode_compare
-from blockrepl.formats.frame import Buffer, FrameHeader, FrameKind, RecordKind
+from blockrepl.formats.frame import FrameHeader, FrameKind, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, Mark, decode_mark
 from blockrepl.formats.messages import AttachDisk, Attached, AttachedDisk, MessageType
 from blockrepl.services.group_pump import GroupPump
+from blockrepl.services.outbox_ends import Take
 from blockrepl.services.source_disk import SourceDisk
 from blockrepl.session.known import Known
 from blockrepl.storage.clock import open_clock
@@ -58,8 +59,8 @@ class Receiver:
     answer: Callable[[Compare], None] | None = None  # takes comparisons instead
     before: dict[bytes, bytes] = field(default_factory=dict)  # what it held before the first frame
 
-    async def send(self, message: MessageType, buffers: tuple[Buffer, ...]) -> None:
-        data = b"".join(bytes(buffer) for buffer in buffers)
+    async def send(self, message: MessageType, size_bytes: int, take: Take) -> None:
+        data = b"".join(bytes(buffer) for buffer in take())
         if message is MessageType.COMPARE:
             self.compare(decode_compare(data))
             return

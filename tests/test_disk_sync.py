@@ -10,10 +10,11 @@ import pytest
 import trio
 from pumping import Receiver, Source, a_round, known, pumping, random_bytes, replay, until
 
-from blockrepl.formats.frame import Buffer, EncodedFrame, FrameKind
+from blockrepl.formats.frame import EncodedFrame, FrameKind
 from blockrepl.formats.messages import MessageType
 from blockrepl.services import disk_sync
 from blockrepl.services.disk_sync import AHEAD_BYTES
+from blockrepl.services.outbox_ends import Take
 from blockrepl.storage.pieces import DATA_BYTES_MAX, choose_regions
 from blockrepl.units import MIB
 
@@ -36,9 +37,9 @@ async def test_content_never_holds_up_records_for_long(source: Source) -> None:
     gate = trio.Event()
 
     class Slow(Receiver):
-        async def send(self, message: MessageType, buffers: tuple[Buffer, ...]) -> None:
+        async def send(self, message: MessageType, size_bytes: int, take: Take) -> None:
             await gate.wait()
-            await super().send(message, buffers)
+            await super().send(message, size_bytes, take)
 
     receiver = Slow()
     async with pumping(source, receiver, known(entry, "empty", ring_id=0)) as pump:

@@ -13,7 +13,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from secure_pair import Receiver, receiver, secure_pair, shake_hands
-from trio.testing import MockClock, lockstep_stream_pair
+from trio.testing import MockClock, lockstep_stream_pair, wait_all_tasks_blocked
 
 from blockrepl import limits
 from blockrepl.channel import framing
@@ -310,3 +310,20 @@ class _FuzzingClient:
 
 
 FUZZING_CLIENT = _FuzzingClient()
+
+
+async def test_a_message_is_taken_when_it_is_its_turn_and_encrypted_at_once(
+    server: Receiver, client: ssl.SSLContext
+) -> None:
+    # What an agent sends is in the ring's memory, which may be the guest's again soon after.
+    ours, theirs = await shake_hands(*lockstep_stream_pair(), server, client)
+    writer, reader = MessageStream(ours, BOUNDS), MessageStream(theirs, BOUNDS)
+    first, second = bytearray(b"a" * 3 * MIB), bytearray(b"a" * 100)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(writer.send_taken, DATA, len(first), lambda: [first])
+        await wait_all_tasks_blocked()
+        nursery.start_soon(writer.send_taken, DATA, len(second), lambda: [second])
+        await wait_all_tasks_blocked()
+        first[:], second[:] = b"b" * len(first), b"b" * len(second)
+        assert await receive(reader) == (DATA, b"a" * len(first))
+        assert await receive(reader) == (DATA, b"b" * len(second))

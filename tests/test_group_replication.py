@@ -19,7 +19,7 @@ from blockrepl.formats.frame import FrameKind
 from blockrepl.formats.messages import Attached
 from blockrepl.services import group_replication
 from blockrepl.services.group_replication import GroupReplication, Link
-from blockrepl.services.outbox import LostError
+from blockrepl.services.outbox_ends import LostError
 from blockrepl.storage.ring import RingReader, read_next_number, ring_path
 from blockrepl.storage.spool import SpoolLimits
 from blockrepl.units import MIB

@@ -427,6 +427,25 @@ async def test_the_rate_is_shared_by_the_disks_with_a_pass_under_way() -> None:
     assert pool.share(plans[0]) == 6e6
 
 
+async def test_a_scrub_gives_way_while_records_wait(source: Source) -> None:
+    content = random_bytes(SIZE)
+    entry = source.add("root", SIZE, content=content)
+    receiver = Receiver(before={entry.id.bytes: content}, at_once=False)
+    guest = source.guest(entry)
+    async with scrubbing(source, receiver, entry, rate=1e6) as (pump, scrub):
+        plan = scrub.disks[entry.id.bytes].plan
+        for at in range(0, SIZE, MIB):
+            guest.write(at, random_bytes(MIB, at))
+        await until(lambda: pump.outbox.waiting_bytes >= 5 * MIB)
+        scrub.begin_now()
+        await until(lambda: plan.rate == 1e6 / 4)
+        receiver.at_once = True
+        receiver.acknowledge()
+        await until(lambda: pump.outbox.waiting_bytes < MIB)
+        scrub.begin_now()
+        await until(lambda: plan.rate == 1e6)
+
+
 def a_disk(source: Source, entry: DiskEntry, ring_id: int | None = None) -> SourceDisk:
     return make_pump(source, attach(source, known(entry, ring_id=ring_id))).disks[0]
 

@@ -19,9 +19,10 @@ from pumping import (
 )
 
 from blockrepl import limits
-from blockrepl.formats.frame import Buffer, FrameKind
+from blockrepl.formats.frame import FrameKind
 from blockrepl.formats.messages import MessageType
 from blockrepl.services import outbox
+from blockrepl.services.outbox_ends import Take
 from blockrepl.units import MIB
 
 
@@ -35,17 +36,17 @@ def source(tmp_path: Path) -> Iterator[Source]:
 async def test_a_frame_that_is_being_sent_keeps_its_bytes_when_the_ring_is_written_over(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Guards _own in Outbox.serve: the frame holds views of the ring, and while its sending is held
-    # up it is moved to the spool, which lets the ring go on. Its digests would not match any more.
+    # Guards own() in Outbox._is_kept: the frame holds views of the ring, and while its sending is
+    # held up it is moved to the spool, which lets the ring go on: its digests would not match.
     monkeypatch.setattr(outbox, "MEMORY_BYTES", 4 * MIB)
     entry = source.add("root", 64 * MIB)
     guest = source.guest(entry)
     receiver, blocked, goes_on = Receiver(), trio.Event(), trio.Event()
 
-    async def send(message: MessageType, buffers: tuple[Buffer, ...]) -> None:
+    async def send(message: MessageType, size_bytes: int, take: Take) -> None:
         blocked.set()
         await goes_on.wait()
-        await receiver.send(message, buffers)
+        await receiver.send(message, size_bytes, take)
 
     answer = attach(source, known(entry))
     pump = make_pump(source, answer)

@@ -22,7 +22,7 @@ a peer that announces much and sends little costs little.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Self
 
 import numpy
@@ -59,19 +59,28 @@ class MessageStream:
         self._inside_message = False
 
     async def send(self, message_type: int, *buffers: Buffer) -> None:
-        """Send one message whose payload is the buffers one after the other.
+        """Send one message whose payload is the buffers one after the other. As `send_taken`."""
+        payload_bytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+        await self.send_taken(message_type, payload_bytes, lambda: buffers)
+
+    async def send_taken(
+        self, message_type: int, payload_bytes: int, take: Callable[[], Iterable[Buffer]]
+    ) -> None:
+        """Send one message whose payload is the buffers that ``take`` gives, so many bytes in all.
+
+        It is called once, when the channel is free; what it gives is encrypted before anything else
+        runs, and need hold no longer.
 
         Raises PeerError when the peer is gone (code "disconnected") or does not take it in time
         (code "silent"). If cancelled part-way, the channel can send no more.
         """
-        payload_bytes = sum(memoryview(buffer).nbytes for buffer in buffers)
         if payload_bytes > limits.MESSAGE_BYTES_MAX:
             raise ValueError(f"{payload_bytes} bytes are too many for one message")
         header = HEADER.pack(TYPE_BYTES + payload_bytes, message_type)
         async with self._send_lock:
             with trio.move_on_after(self._message_seconds) as scope:
                 try:
-                    await self.stream.send_many((header, *buffers))
+                    await self.stream.send_many(_lazily(header, take))
                 except trio.BrokenResourceError as error:
                     raise _disconnected() from error
         if scope.cancelled_caught:
@@ -139,6 +148,11 @@ class MessageStream:
     async def aclose(self) -> None:
         """Close the channel underneath; see `SecureStream.aclose`."""
         await self.stream.aclose()
+
+
+def _lazily(header: bytes, take: Callable[[], Iterable[Buffer]]) -> Iterator[Buffer]:
+    yield header
+    yield from take()
 
 
 def _disconnected() -> PeerError:

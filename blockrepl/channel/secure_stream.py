@@ -33,7 +33,7 @@ from blockrepl import limits
 from blockrepl.errors import PeerError, TrustError
 from blockrepl.units import KIB, MIB
 
-TRANSPORT_BYTES = 1 * MIB  # one read or write of the transport
+TRANSPORT_BYTES = 1 * MIB  # one read of the transport
 JOINED_BYTES_MAX = 16 * KIB  # small buffers share one TLS record, which holds this much
 UNSENT_BYTES_MAX = 64 * KIB  # answers to key updates; a flood of them is an attack
 RECEIVE_BYTES_DEFAULT = 16 * KIB  # one TLS record
@@ -103,7 +103,11 @@ class SecureStream(trio.abc.Stream):
         await self.send_many((data,))
 
     async def send_many(self, buffers: Iterable[Buffer]) -> None:
-        """Encrypt several buffers and send them as one write. Cancellation as in `send_all`."""
+        """Encrypt several buffers and send them as one write. Cancellation as in `send_all`.
+
+        They are taken from the iterable, and encrypted to the last byte, at once when it is this
+        call's turn: what they are views of may change as soon as something is awaited.
+        """
         with self._sending:
             self._check_sending()
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -112,12 +116,8 @@ class SecureStream(trio.abc.Stream):
                 await trio.lowlevel.checkpoint()
                 return
             for view in views:
-                for start in range(0, len(view), TRANSPORT_BYTES):
-                    self._encrypt(view[start : start + TRANSPORT_BYTES])
-                    if self._outgoing.pending >= TRANSPORT_BYTES:
-                        await self._flush()
-            if self._outgoing.pending:
-                await self._flush()
+                self._encrypt(view)
+            await self._flush()
 
     async def wait_send_all_might_not_block(self) -> None:
         with self._sending:

@@ -20,11 +20,10 @@ from blockrepl.channel.framing import MessageStream
 from blockrepl.errors import BlockreplError, DamageError, PeerError, StateError
 from blockrepl.formats import messages
 from blockrepl.formats.comparison import decode_verdict
-from blockrepl.formats.frame import Buffer
 from blockrepl.formats.messages import MessageType
 from blockrepl.services.error_groups import ours_of
 from blockrepl.services.group_replication import RETRY_SECONDS, GroupReplication, Link
-from blockrepl.services.outbox import LostError, Shape
+from blockrepl.services.outbox_ends import LostError, Shape, Take
 
 log = logging.getLogger(__name__)
 
@@ -227,8 +226,8 @@ class AgentSession:
             raise answer
         return answer
 
-    async def _send(self, kind: MessageType, buffers: tuple[Buffer, ...]) -> None:
-        await self._stream.send(kind, *buffers)
+    async def _send(self, kind: MessageType, size_bytes: int, take: Take) -> None:
+        await self._stream.send_taken(kind, size_bytes, take)
 
 
 def refused(refusal: messages.Refusal) -> StateError:

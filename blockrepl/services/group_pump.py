@@ -61,7 +61,9 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.004
 IDLE_POLL_SECONDS = 0.01
 SPOOL_POLL_SECONDS = 0.02  # fewer, larger frames while nobody waits for them
+SPOOL_FRAMES = 8  # appended at once: a visit of a thread costs as much as half a frame's bytes
 PRESSURE = 0.5  # of a ring, at which frames leave memory for the spool
+BEHIND_BYTES = 4 * limits.FRAME_PAYLOAD_BYTES_TARGET  # under way: a commit's worth, or two
 CROWD = 0.25  # of a ring: less than this in memory is not what fills it
 
 
@@ -136,8 +138,7 @@ class GroupPump:
         started = trio.current_time()
         async with self.between_rounds:
             worked = await self._round()
-        is_behind = self._backlog_bytes() >= limits.FRAME_PAYLOAD_BYTES_TARGET or self._wants_sync()
-        if not (worked and is_behind):
+        if not (worked and (self._has_backlog() or self._wants_sync())):
             pause = POLL_SECONDS if worked else IDLE_POLL_SECONDS
             pause = pause if self.outbox.is_direct else SPOOL_POLL_SECONDS
             await trio.sleep_until(started + pause)
@@ -219,12 +220,17 @@ class GroupPump:
             if comparer.verdict(verdict):
                 return
 
-    def _backlog_bytes(self) -> int:
-        return sum(
+    def is_behind(self) -> bool:
+        """Whether records wait for more than it takes to send some."""
+        return self._has_backlog() or self.outbox.waiting_bytes >= BEHIND_BYTES
+
+    def _has_backlog(self) -> bool:
+        backlog_bytes = sum(
             disk.ring.payload_bytes(disk.cursor, disk.ring.head())
             for disk in self.disks
             if disk.ring is not None
         )
+        return backlog_bytes >= limits.FRAME_PAYLOAD_BYTES_TARGET
 
     def _wants_sync(self) -> bool:
         return (
@@ -310,6 +316,7 @@ class GroupPump:
         chunk = next(chunks, None)
         if chunk is None:
             return False
+        built: list[EncodedFrame] = []
         while chunk is not None:
             following = next(chunks, None)
             disk, batch = chunk.disk, chunk.batch
@@ -318,7 +325,7 @@ class GroupPump:
                 group=self.outbox.known.group_id.bytes,
                 source=self._source,
                 disk=disk.id,
-                number=self.outbox.due.next_number,
+                number=self.outbox.due.next_number + len(built),
                 epoch=disk.epoch,
                 watermark=self.outbox.due.watermark if following else watermark,
                 ring_id=disk.ring.geometry.ring_id if disk.ring else 0,
@@ -328,7 +335,10 @@ class GroupPump:
             )
             disk.cursor = batch.after
             disk.sent_stamp = max(disk.sent_stamp, int(batch.columns.stamps[-1]))
-            await self.outbox.put(frame)
+            built.append(frame)
+            if self.outbox.is_direct or not following or len(built) == SPOOL_FRAMES:
+                await self.outbox.put_records(built)
+                built = []
             chunk = following
         return True
 

@@ -30,7 +30,7 @@ from blockrepl.formats.comparison import Verdict
 from blockrepl.formats.messages import AttachDisk, Attached
 from blockrepl.services.error_groups import ours_of
 from blockrepl.services.group_pump import GroupPump
-from blockrepl.services.outbox import LostError, Send, Shape
+from blockrepl.services.outbox_ends import LostError, Send, Shape
 from blockrepl.services.scrubber import GroupScrub, ScrubPool
 from blockrepl.services.source_disk import SourceDisk
 from blockrepl.session.known import Known

@@ -28,28 +28,24 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Sequence
+from functools import partial
 
 import trio
 
 from blockrepl import limits
-from blockrepl.errors import StateError, StorageError
-from blockrepl.formats.frame import (
-    Buffer,
-    Columns,
-    EncodedFrame,
-    FrameHeader,
-    FrameKind,
-    parse_columns,
-)
+from blockrepl.errors import StorageError
+from blockrepl.formats.frame import Buffer, Columns, EncodedFrame
 from blockrepl.formats.marks import Mark
 from blockrepl.formats.messages import AttachDisk, Attached, MessageType
+from blockrepl.services.outbox_ends import LostError, Owner, Send, Shape
+from blockrepl.services.outbox_item import Item, frame_item, own, spooled_item, total_bytes
+from blockrepl.services.outbox_memory import OutboxMemory
 from blockrepl.session.known import Known
-from blockrepl.session.release import HeldReleases, Release, release_of
+from blockrepl.session.release import HeldReleases, Release
 from blockrepl.session.sender import SendWindow
 from blockrepl.storage.spool import Spool, SpooledFrame
+from blockrepl.units import MIB
 
 log = logging.getLogger(__name__)
 
@@ -57,60 +53,8 @@ MEMORY_BYTES = limits.WINDOW_BYTES
 MEMORY_FRAMES = limits.WINDOW_FRAMES
 PRESSURE_SECONDS = 0.01  # how often a full memory looks whether a ring fills up
 FULL_SECONDS = 0.25  # how often a full spool is tried again
+READ_BYTES = 4 * MIB  # of the spool in one visit of a thread, which costs as much as 0.5 MiB
 SYNC_SECONDS = 1.0  # of history that a power cut may take from the spool
-
-Send = Callable[[MessageType, tuple[Buffer, ...]], Awaitable[None]]
-Shape = Callable[[int], Awaitable[None]]
-
-
-class Owner(Protocol):
-    """What an outbox tells, and asks, the one whose frames it holds."""
-
-    def is_pressed(self) -> bool:
-        """Whether a ring is so full that frames must leave a memory that is full."""
-        ...
-
-    def is_crowded(self) -> bool:
-        """Whether a ring is so full of what is in memory that frames must leave it in any case."""
-        ...
-
-    def kept(self, release: Release) -> None:
-        """The frame is in the spool: the ring may let go of its records."""
-        ...
-
-    def durable(self, release: Release) -> None:
-        """The frame is durable at the receiver."""
-        ...
-
-    def interrupted(self) -> None:
-        """Content and comparisons under way are lost."""
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class Item:
-    message: MessageType
-    buffers: tuple[Buffer, ...]
-    size_bytes: int
-    release: Release = field(default_factory=Release)
-    header: FrameHeader | None = None
-    mark: Mark | None = None
-    is_spooled: bool = False
-
-    @property
-    def number(self) -> int:
-        return self.header.number if self.header else 0
-
-    @property
-    def is_data(self) -> bool:
-        """Whether it waits for a bandwidth limit; marks and mere watermarks do not."""
-        return self.header is None or self.header.record_count > 0
-
-
-class LostError(StateError):
-    """The receiver's answer and ours do not fit: one of the two has lost something."""
-
-    code = "receiver-lost"
 
 
 class Outbox:
@@ -128,10 +72,9 @@ class Outbox:
         self.needs_number = False
         self._held = HeldReleases()
         self._owner = owner
-        self._memory: deque[Item] = deque()  # sent and not acknowledged, then not yet sent
-        self._memory_bytes = 0
-        self._sent_count = 0  # of those in memory
-        self._read: Item | None = None  # read from the spool, not yet sent
+        self._memory = OutboxMemory()
+        self._read: deque[Item] = deque()  # read from the spool, not yet sent
+        self._sending: Item | None = None  # its buffers may be taken any time
         self._spool_lock = trio.StrictFIFOLock()
         self._moving = False
         self._crowded_after = 0.0  # a full spool was tried just now
@@ -156,7 +99,7 @@ class Outbox:
     @property
     def waiting_bytes(self) -> int:
         """Of frames that are not acknowledged, without those in the spool."""
-        return self._memory_bytes
+        return self._memory.size_bytes
 
     def _notify(self) -> None:
         self._changed.set()
@@ -182,16 +125,21 @@ class Outbox:
         mark: Mark | None = None,
     ) -> None:
         """Take the next frame in; wait for room. ``columns`` and ``sync_epoch``: of content."""
-        header, buffers = frame.header, tuple(frame.buffers)
-        release = replace(release_of(header, columns, mark), sync_epoch=sync_epoch)
-        if header.number:
-            self.due.apply(header, mark)
-        self.needs_number = not header.number
-        await self._put(Item(MessageType.DATA, buffers, header.frame_bytes, release, header, mark))
+        if frame.header.number:
+            self.due.apply(frame.header, mark)
+        self.needs_number = not frame.header.number
+        await self._put([frame_item(frame, columns, sync_epoch, mark)])
+
+    async def put_records(self, frames: Sequence[EncodedFrame]) -> None:
+        """Take in the next frames, of records; the spool takes them in one visit of a thread."""
+        for frame in frames:
+            self.due.apply(frame.header, None)
+        self.needs_number = False
+        await self._put([frame_item(frame, None, 0, None) for frame in frames])
 
     async def put_comparison(self, payload: bytes) -> None:
         """Take in a COMPARE; it stands in the stream behind the frames before it."""
-        await self._put(Item(MessageType.COMPARE, (payload,), len(payload)))
+        await self._put([Item(MessageType.COMPARE, (payload,), len(payload))])
 
     def offer_comparison(self, payload: bytes) -> bool:
         """Take in a COMPARE without waiting, from any task; False without a direct link.
@@ -203,33 +151,35 @@ class Outbox:
         self._hold(Item(MessageType.COMPARE, (payload,), len(payload)))
         return True
 
-    async def _put(self, item: Item) -> None:
-        while not await self._place(item):
-            pass
+    async def _put(self, items: list[Item]) -> None:
+        while items:
+            items = items[await self._place(items) :]
 
-    async def _place(self, item: Item) -> bool:
+    async def _place(self, items: list[Item]) -> int:
+        """Find room for the first of them; for how many it did. Several are all numbered."""
         if self._must_spool():
             async with self._spool_lock:
                 if not self._must_spool():
-                    return False
-                placed = await self._spool_item(item)
+                    return 0
+                placed = await self._spool_items(items)
             if not placed:
                 await self._wait(FULL_SECONDS)
             return placed
+        item = items[0]
         has_memory = self._has_memory(item.size_bytes)
         if has_memory and not self._is_crowded():
             self._hold(item)
-            return True
+            return 1
         if not has_memory and not self._owner.is_pressed():
             await self._wait(PRESSURE_SECONDS)
-            return False
+            return 0
         async with self._spool_lock:
             moved = await self._move_to_spool()
         if not moved:
             self._crowded_after = trio.current_time() + FULL_SECONDS
             if not has_memory:
                 await self._wait(FULL_SECONDS)
-        return False
+        return 0
 
     def _is_crowded(self) -> bool:
         """Whether what is in memory must leave it."""
@@ -238,8 +188,7 @@ class Outbox:
         return self._owner.is_crowded() and trio.current_time() >= self._crowded_after
 
     def _hold(self, item: Item) -> None:
-        self._memory.append(item)
-        self._memory_bytes += item.size_bytes
+        self._memory.add(item)
         self._notify()
 
     def _must_spool(self) -> bool:
@@ -247,41 +196,50 @@ class Outbox:
 
     def _has_memory(self, size_bytes: int) -> bool:
         return not self._memory or (
-            len(self._memory) < MEMORY_FRAMES and self._memory_bytes + size_bytes <= MEMORY_BYTES
+            len(self._memory) < MEMORY_FRAMES
+            and self._memory.size_bytes + size_bytes <= MEMORY_BYTES
         )
 
-    async def _spool_item(self, item: Item) -> bool:
-        if not item.number:
+    async def _spool_items(self, items: list[Item]) -> int:
+        if not items[0].number:
             self._owner.interrupted()
-            return True
+            return 1
         if (self._memory or not self.spool.is_active) and not await self._move_to_spool():
-            return False
-        if not self.spool.has_room(item.size_bytes):
-            return False
+            return 0
+        if not self.spool.has_room(total_bytes(items)):
+            items = items[:1]
+            if not self.spool.has_room(total_bytes(items)):
+                return 0
         try:
-            await trio.to_thread.run_sync(self.spool.append, item.buffers)
+            await trio.to_thread.run_sync(self._append, [item.buffers for item in items])
         except StorageError as error:
             log.warning("%s", error)
-            return False
-        self._is_kept(item)
+            items = [item for item in items if item.number < self.spool.next_number]
+        for item in items:
+            self._is_kept(item)
         self._notify()
-        return True
+        return len(items)
+
+    def _append(self, frames: list[tuple[Buffer, ...]]) -> None:
+        for buffers in frames:
+            self.spool.append(buffers)
 
     def _is_kept(self, item: Item) -> None:
-        """It is in the spool."""
-        item.is_spooled, item.buffers = True, ()
+        """It is in the spool, and the ring's memory is the guest's again."""
+        item.is_spooled = True
+        item.buffers = own(item.buffers) if item is self._sending else ()
         self._owner.kept(item.release)
         if item.release.regions:  # a frame does not say in which stretch its content was read
             self._sync_epochs[item.number] = item.release.sync_epoch
 
     async def _move_to_spool(self) -> bool:
         """All that is in memory, and with it the mode. The caller holds the lock."""
-        if any(not item.number for item in self._memory):
+        if any(not item.number for item in self._memory.items()):
             self._owner.interrupted()
-            self._forget_unnumbered()
-        moved = [item for item in self._memory if item.number]
-        unsent = list(self._memory)[self._sent_count :]
-        if not self.spool.has_room(sum(item.size_bytes for item in moved)):
+            # Of those that were sent, the window still knows: their acknowledgements come.
+            self._memory.keep(lambda item: item.number > 0)
+        moved, unsent = self._memory.items(), self._memory.unsent.copy()
+        if not self.spool.has_room(total_bytes(moved)):
             return False
         is_new = not self.spool.is_active
         self._moving = True
@@ -291,15 +249,14 @@ class Outbox:
             )
         except StorageError as error:
             log.warning("%s", error)
-            moved = [item for item in moved if item.number < self.spool.next_number]
             return False
         finally:
             self._moving = False
-            if (
-                is_new and self.spool.is_active
-            ):  # else all of it was sent, and what comes behind is to be sent next
+            if is_new and self.spool.is_active:
+                # Else all of it was sent, and what comes behind is to be sent next.
                 self.spool.rewind(unsent[0].number if unsent else self.spool.next_number)
-            self._moved(moved if self.spool.is_active else [])
+            # Not all, when it failed; none, when it was cancelled before it began.
+            self._moved([item for item in moved if item.number < self.spool.next_number])
         return True
 
     def _moved(self, moved: list[Item]) -> None:
@@ -310,25 +267,14 @@ class Outbox:
         for item in moved:
             self._is_kept(item)
         gone = set(moved)
-        self._sent_count -= sum(item in gone for item in list(self._memory)[: self._sent_count])
-        self._memory = deque(item for item in self._memory if item not in gone)
-        self._memory_bytes = sum(item.size_bytes for item in self._memory)
+        self._memory.keep(lambda item: item not in gone)
         self._notify()
 
     def _write_moved(self, known: Attached, buffers: list[tuple[Buffer, ...]]) -> None:
         if not self.spool.is_active:
             self.spool.begin(known, self.disks, buffers)
-            return
-        for one in buffers:
-            self.spool.append(one)
-
-    def _forget_unnumbered(self) -> None:
-        """Base frames that were sent stay in the window: their acknowledgements still come."""
-        sent = [item for item in list(self._memory)[: self._sent_count] if item.number]
-        unsent = [item for item in list(self._memory)[self._sent_count :] if item.number]
-        self._memory = deque([*sent, *unsent])
-        self._memory_bytes = sum(item.size_bytes for item in self._memory)
-        self._sent_count = len(sent)
+        else:
+            self._append(buffers)
 
     # --- the link
 
@@ -352,22 +298,20 @@ class Outbox:
         while self.known.next_number < attached.next_number:
             if self.spool.has_unread():
                 found = await trio.to_thread.run_sync(self.spool.read)
-                self._acknowledge(_spooled(found))
+                self._acknowledge(spooled_item(found))
             elif self._memory:
-                self._acknowledge(self._memory[0])
+                self._acknowledge(self._memory.items()[0])
             else:
                 break  # it has frames that were never sent; `differs` says so
 
     def disconnect(self) -> None:
         """The link is gone; what it had under way is kept."""
-        self.window = None
-        self._read = None
+        self.window = self._sending = None
+        self._read.clear()
         self._sync_epochs.clear()
         self._held.clear()
         self.needs_number = False
-        self._sent_count = 0
-        self._memory = deque(item for item in self._memory if item.number)
-        self._memory_bytes = sum(item.size_bytes for item in self._memory)
+        self._memory.restart()
         self._owner.interrupted()
         self._notify()
 
@@ -375,44 +319,41 @@ class Outbox:
         """Send what is here and what comes, until cancelled. DamageError, PeerError."""
         assert self.window is not None
         while True:
-            item = await self._next(self.window)
-            buffers = item.buffers if item.is_spooled else _own(item.buffers)
+            item = self._sending = await self._next(self.window)
             if item.is_data:
                 await shape(item.size_bytes)
-            if item.message is MessageType.DATA:
-                self.window.sent(item)  # first: its acknowledgement may come while it is sent
-                self.sent_bytes += item.size_bytes
-            await send(item.message, buffers)
+            await send(item.message, item.size_bytes, partial(self._take, item, self.window))
+            self._sending = None
             if item.is_spooled:
                 item.buffers = ()
+
+    def _take(self, item: Item, window: SendWindow[Item]) -> tuple[Buffer, ...]:
+        if item.message is MessageType.DATA:
+            window.sent(item)  # now: its acknowledgement may come while it is sent, and not before
+            self.sent_bytes += item.size_bytes
+        return item.buffers
 
     async def _next(self, window: SendWindow[Item]) -> Item:
         while True:
             if self._moving:
                 await self._wait()
             elif self.spool.is_active:
-                item = self._read or await self._read_spool(window)
-                if item is not None and window.has_room(item.size_bytes):
-                    self._read = None
-                    return item
-                self._read = item
-                if item is not None or self.spool.is_active:
+                if not self._read:
+                    await self._read_spool(window)
+                if self._read and window.has_room(self._read[0].size_bytes):
+                    return self._read.popleft()
+                if self._read or self.spool.is_active:
                     await self._wait()
-            elif self._sent_count == len(self._memory):
-                await self._wait()
+            elif self._memory.unsent and self._may_send(self._memory.unsent[0], window):
+                return self._memory.send_next()
             else:
-                item = self._memory[self._sent_count]
-                if item.message is not MessageType.DATA:
-                    del self._memory[self._sent_count]
-                    self._memory_bytes -= item.size_bytes
-                    return item
-                if window.has_room(item.size_bytes):
-                    self._sent_count += 1
-                    return item
                 await self._wait()
 
-    async def _read_spool(self, window: SendWindow[Item]) -> Item | None:
-        """The spool's next frame; gives back what is durable, in the end the whole spool."""
+    def _may_send(self, item: Item, window: SendWindow[Item]) -> bool:
+        return item.message is not MessageType.DATA or window.has_room(item.size_bytes)
+
+    async def _read_spool(self, window: SendWindow[Item]) -> None:
+        """The spool's next frames; gives back what is durable, in the end the whole spool."""
         async with self._spool_lock:
             if (base := self._to_give_back) is not None:
                 self._to_give_back = None
@@ -421,17 +362,24 @@ class Outbox:
                 except StorageError as error:
                     log.warning("%s", error)
             if self.spool.has_unread():
-                found = await trio.to_thread.run_sync(self.spool.read)
-                return _spooled(found, self._sync_epochs.get(found.header.number, 0))
-            if not any(item.is_spooled for item in window.items):
+                for found in await trio.to_thread.run_sync(self._read_ahead):
+                    epoch = self._sync_epochs.get(found.header.number, 0)
+                    self._read.append(spooled_item(found, epoch))
+            elif not any(item.is_spooled for item in window.items):
                 try:
                     await trio.to_thread.run_sync(self.spool.clear)
                 except StorageError as error:
                     log.warning("%s", error)
-                    return None
+                    return
                 self._sync_epochs.clear()
                 self._notify()
-        return None
+
+    def _read_ahead(self) -> list[SpooledFrame]:
+        """One frame, and more as long as that is cheap."""
+        found = [self.spool.read()]
+        while self.spool.has_unread() and sum(len(one.frame) for one in found) < READ_BYTES:
+            found.append(self.spool.read())
+        return found
 
     def acknowledged(self, messages: int, number: int) -> None:
         """Take an acknowledgement of this session. PeerError when it cannot be."""
@@ -455,10 +403,7 @@ class Outbox:
             releases = [*self._held.take(self.known.next_number), item.release]
             if self.spool.begins_file(self.known.next_number):
                 self._to_give_back = self.known.attached()
-        if not item.is_spooled and self._memory and self._memory[0] is item:
-            self._memory.popleft()
-            self._memory_bytes -= item.size_bytes
-            self._sent_count = max(0, self._sent_count - 1)
+        self._memory.acknowledged(item)
         if self._moving:  # its buffers are being written
             self._freed_while_moving += releases
             return
@@ -475,20 +420,3 @@ class Outbox:
                         await trio.to_thread.run_sync(self.spool.sync)
                     except StorageError as error:
                         log.warning("%s", error)
-
-
-def _own(buffers: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
-    """Copies of what may be the ring's memory.
-
-    Sending may take long, and meanwhile the frame may be moved to the spool and its records be
-    overwritten in the ring.
-    """
-    return tuple(bytes(one) if isinstance(one, memoryview) else one for one in buffers)
-
-
-def _spooled(found: SpooledFrame, sync_epoch: int = 0) -> Item:
-    header, mark = found.header, found.mark()
-    columns = parse_columns(header, found.body) if header.kind == FrameKind.SYNC else None
-    release = replace(release_of(header, columns, mark), sync_epoch=sync_epoch)
-    buffers = (found.frame,)
-    return Item(MessageType.DATA, buffers, header.frame_bytes, release, header, mark, True)

@@ -27,8 +27,10 @@ proof to the heal is what the mismatch in the receiver's catalog says (storage/p
 that come together are healed together, in one gap.
 
 Nothing here holds up replication. The pump waits only while an instant is taken; of the receiver's
-places for comparisons (limits.COMPARISONS_MAX) an agent's scrubs together take UNDER_WAY_MAX; and
-the rate is shared by all disks with a pass under way.
+places for comparisons (limits.COMPARISONS_MAX) an agent's scrubs together take UNDER_WAY_MAX; the
+rate is shared by all disks with a pass under way, and while records wait, a scrub keeps to a part
+of it: what was written at random is read back in many pieces, which costs the receiver more than
+storing as many bytes.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ log = logging.getLogger(__name__)
 
 UNDER_WAY_MAX = 2  # comparisons of all of an agent's scrubs: hides the round trip
 LOOK_SECONDS = 0.1  # how often a disk that cannot be scrubbed now is looked at
+BEHIND_SHARE = 0.25  # of the rate, while records wait
 HEAL_SECONDS = 0.4  # finds within it are healed in one gap
 UNREADABLE_SECONDS = 5.0  # until a disk whose image gave an error is read again
 
@@ -316,7 +319,8 @@ class GroupScrub:
                 return later
             if instant is None:
                 return later
-            scrub.plan.rate = self._pool.share(scrub.plan)
+            share = BEHIND_SHARE if pump.is_behind() else 1.0
+            scrub.plan.rate = share * self._pool.share(scrub.plan)
             read = scrub.plan.next(trio.current_time())
             if isinstance(read, Wait):
                 os.close(instant.image)

@@ -186,7 +186,7 @@ def check_limits(group: GroupReplication | None, spool_bytes: int) -> None:
     if len(outbox._memory) > outboxes.MEMORY_FRAMES + scrubber.UNDER_WAY_MAX:
         raise Violation(f"the outbox holds {len(outbox._memory)} frames in memory")
     # Comparisons are small, and few: the number above bounds them.
-    frames = [item.size_bytes for item in outbox._memory if item.header is not None]
+    frames = [item.size_bytes for item in outbox._memory.items() if item.header is not None]
     if len(frames) > 1 and sum(frames) > outboxes.MEMORY_BYTES:
         raise Violation(f"the outbox holds {sum(frames)} bytes of frames in memory")
     if outbox.window is not None and len(outbox.window.items) > limits.WINDOW_FRAMES:

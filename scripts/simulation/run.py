@@ -228,7 +228,7 @@ class Run:
         """
         told = trio.Event()
         self.network.cut_behind_gap(told.set)
-        with trio.move_on_after(ACTIVE_SECONDS - self.world.clock.now):
+        with trio.move_on_after(self.plan.active_seconds - self.world.clock.now):
             await self._kill_busy_server(self.plan.disks[fault.disk].name)
             await told.wait()
             await trio.sleep(self._chance.choice((0.0, 0.005, 0.03)))

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import trio
+from typing_extensions import Buffer
 
 from blockrepl.channel.enrolment import Identity
 from blockrepl.channel.framing import MessageStream
 from blockrepl.errors import StorageError
 from blockrepl.formats import frame as frames
 from blockrepl.formats import messages
-from blockrepl.formats.frame import Buffer
 from blockrepl.formats.marks import GapMark, decode_mark
 from blockrepl.formats.messages import AGENT_ACCEPTS, RECEIVER_ACCEPTS, MessageType
 from blockrepl.services import disk_sync, scrubber, source_disk
@@ -50,7 +50,23 @@ class ObservedStream(MessageStream):
         self._model = model
         self._generation = model.generation
 
-    async def send(self, message_type: int, *buffers: Any) -> None:
+    async def send_taken(
+        self, message_type: int, payload_bytes: int, take: Callable[[], Iterable[Buffer]]
+    ) -> None:
+        taken: list[Buffer] = []
+
+        def seen() -> Iterable[Buffer]:
+            taken.extend(take())
+            self._see(message_type, taken)
+            return taken
+
+        await super().send_taken(message_type, payload_bytes, seen)
+        call = self._network.on_gap
+        if call is not None and message_type == MessageType.DATA and _is_gap(taken):
+            self._network.on_gap = None
+            call()
+
+    def _see(self, message_type: int, buffers: Sequence[Buffer]) -> None:
         name = MessageType(message_type).name
         if message_type == MessageType.DATA:
             header = frames.decode_header(memoryview(buffers[0])[: frames.HEADER_BYTES])
@@ -60,11 +76,6 @@ class ObservedStream(MessageStream):
             self._world.trace("->", kind, header.number, header.record_count, header.watermark)
         elif message_type != MessageType.PING:
             self._world.trace("->", name)
-        await super().send(message_type, *buffers)
-        call = self._network.on_gap
-        if call is not None and message_type == MessageType.DATA and _is_gap(buffers):
-            self._network.on_gap = None
-            call()
 
     async def receive(self) -> tuple[int, memoryview] | None:
         message = await super().receive()
