@@ -125,7 +125,7 @@ def _durable_record_ahead() -> Replacement:
 
 
 def _lost_frames_not_noticed() -> Replacement:
-    return group_replication, "read_note", lambda *_arguments: None
+    return group_replication.GroupReplication, "_remembered", lambda *_arguments: 0
 
 
 PLANTS: dict[str, Callable[[], Replacement]] = {
