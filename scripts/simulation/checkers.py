@@ -79,14 +79,21 @@ def check_store(
 def _check_gaps(disk: DiskModel, gaps: list[GapRow]) -> None:
     """Each has a cause of its own, that may begin a gap there.
 
-    A drop that the agent sees half way, as it takes the ring up, begins one at the watermark.
+    A drop that the agent sees half way, as it takes the ring up, begins one at the watermark. So
+    does the death of a server before any record of its ring is known, where the first sync was done
+    without it: there may have been another ring between the two.
     """
     causes = list(disk.causes)
+    first = min((change.stamp for change in disk.changes if change.kind == "record"), default=0)
     for gap in gaps:
         fitting = [
             cause
             for cause in causes
-            if (cause.kind == "dropped" or cause.earliest <= gap.from_ns)
+            if (
+                cause.kind == "dropped"
+                or cause.earliest <= gap.from_ns
+                or (cause.kind == "killed" and gap.from_ns < first)
+            )
             and (gap.to_ns is None or cause.stamp <= gap.to_ns)
         ]
         if not fitting:

@@ -148,6 +148,8 @@ class Run:
         checkers.check_store(directory, self.model, self._chance)
 
     def _why_not_converged(self) -> str:
+        if len(self.source.servers) < len(self.plan.disks):  # only it knows what it had in flight
+            return "a disk's server is not back"
         if self.receiver.has_failed:
             self.receiver.kill(0)
         committer = self.receiver.committer
