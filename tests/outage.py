@@ -38,6 +38,7 @@ class Stage:
     place: Pair
     size_bytes: int = 8 * MIB
     spool_size: str = "1G"
+    spool_reserve: str = "0"
     seed: int = 1
     samples: list[Sample] = field(default_factory=list)
 
@@ -59,8 +60,9 @@ class Stage:
     def close(self) -> None:
         self.client.close()
 
-    def start_agent(self) -> None:
-        self.place.start_agent("--spool-size", self.spool_size, "--spool-reserve", "0")
+    def start_agent(self, *options: str) -> None:
+        spool = ("--spool-size", self.spool_size, "--spool-reserve", self.spool_reserve)
+        self.place.start_agent(*spool, *options)
 
     def start(self, service: str) -> None:
         if service == "agent":

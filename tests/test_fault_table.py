@@ -1,6 +1,6 @@
 """The design's fault table, a test per row, with the real services: what dies, what is left behind,
 what happens on restart. After each, the replica is the source's disk, and what was promised of its
-history is there.
+history is there. Each test is red without the line that it names.
 
 =================================  =================================================
 row                                test
@@ -11,8 +11,8 @@ the NBD server, ring intact        test_a_server_that_is_killed
 the source host (power)            test_a_source_that_loses_its_power
 the agent                          test_an_agent_that_is_killed
 the network, beyond the spool      test_outage.py
-the receiver, before fdatasync     test_frames_that_were_never_durable
-the receiver, torn tail            the same, with half a frame
+the receiver, before fdatasync     test_frames_that_were_never_acknowledged
+the receiver, torn tail            test_half_a_frame_at_the_end_of_the_journal
 fold, half way                     test_thinning.py: a fold that broke off half way
 disk full at the receiver          test_a_full_disk_at_the_receiver
 disk full at the source's spool    test_a_full_disk_at_the_spool
@@ -26,14 +26,18 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lossy.disk import LossyDisk, When, lossy_disk
+from lossy.nodes import Loss
 from outage import BLOCK, GROUP, Stage
 from ring_writer import RingWriter
 from serving import as_root, place, stale_regions, wait_for
 
-from blockrepl.storage.durable import FILE_NAME, read_durable
+from blockrepl.formats import frame as frames
+from blockrepl.formats import segment as segments
 from blockrepl.units import MIB
 from scripts.guest.pair import Pair
 
@@ -75,13 +79,19 @@ def settled(it: Stage) -> Stage:
 
 
 def test_a_write_that_never_reached_the_disk(stage: MakeStage) -> None:
-    # Guards the ``stale`` mark in RingReader.recover_in_flight: nobody would look at the region.
+    # Guards ``stale[...] = 1`` in RingReader.recover_in_flight (storage/ring.py): nobody would look
+    # at the region.
     it = settled(stage())
+    sent_before = it.source_group()["sent_bytes"]
+    it.place.kill("receiver")  # else the comparison may be over before it is seen
     it.disk.kill()
-    RingWriter(it.disk.ring).take_range(0, 0, BLOCK)  # its slot is taken, its region hot
-    wait_for(lambda: bool(it.gaps()), "what was in flight is compared")
+    RingWriter(it.disk.ring).take_range(0, MIB, MIB + BLOCK)  # its slot is taken, its region hot
+    wait_for(lambda: stale_regions(it.reader) == [1], "what was in flight is to be compared")
+    it.place.start_receiver()
     it.wait_synced()
+    assert len(it.gaps()) == 1
     assert it.source_group()["disks"][0]["to_sync_bytes"] == 0
+    assert it.source_group()["sent_bytes"] - sent_before < BLOCK  # nothing differs
     it.check()
 
 
@@ -101,7 +111,8 @@ def test_a_write_that_reached_the_disk_and_not_the_ring(stage: MakeStage) -> Non
 
 
 def test_a_server_that_is_killed(stage: MakeStage) -> None:
-    # Guards ``has_ring`` in SourceDisks.ensure_ring: a new ring would hold none of the records.
+    # Guards ``has_ring`` in SourceDisks.ensure_ring (storage/source.py): a new ring would hold
+    # none of the records.
     it = settled(stage())
     it.place.kill("agent")
     for _ in range(4):
@@ -119,8 +130,9 @@ def test_a_server_that_is_killed(stage: MakeStage) -> None:
 
 
 def test_a_source_that_loses_its_power(stage: MakeStage) -> None:
-    # Guards ``stale=self.hot_regions(entry)`` in SourceDisks.ensure_ring: the replica would stay
-    # ahead of the disk. And the gap of "another ring" in sender.resume.
+    # Guards ``stale=self.hot_regions(entry)`` in SourceDisks.ensure_ring (storage/source.py): the
+    # replica would stay ahead of the disk. And ``_gap_before_ring = watermark + 1`` in
+    # SourceDisk._resume (services/source_disk.py).
     it = settled(stage())
     it.client.flush()
     on_disk = it.disk.content()
@@ -147,7 +159,8 @@ def test_a_source_that_loses_its_power(stage: MakeStage) -> None:
 
 
 def test_an_agent_that_is_killed(stage: MakeStage) -> None:
-    # Guards the cursor in SourceDisk._resume: records would be missing, or come twice.
+    # Guards ``self.cursor = cursor`` in SourceDisk._resume (services/source_disk.py): records would
+    # be missing, or come twice.
     it = settled(stage())
     for _ in range(3):
         it.write_some(5)
@@ -162,46 +175,82 @@ def test_an_agent_that_is_killed(stage: MakeStage) -> None:
     it.check()
 
 
-@pytest.mark.parametrize("left_bytes", [0, 5000])
-def test_frames_that_were_never_durable(stage: MakeStage, left_bytes: int) -> None:
-    # Guards the numbers: ``next_number`` in Replica.attach and Outbox._catch_up. With bytes left,
-    # the cut in segment recovery: half a frame would be taken for one.
-    it = settled(stage())
-    replica = it.place.receiver_home / "replicas" / GROUP
-    for _ in range(2):
-        it.write_some(30)
-        it.sample()
-        durable = read_durable(replica / FILE_NAME)
-        assert durable is not None
-        it.place.kill("receiver")
-        [segment] = [
-            path
-            for path in (replica / "segments").glob("*.seg")
-            if int(path.stem) == durable.segment_number
-        ]
-        with segment.open("r+b") as file:  # what came after the last fdatasync is gone
-            size = file.seek(0, os.SEEK_END)
-            assert size >= durable.segment_bytes
-            file.truncate(durable.segment_bytes)
-            file.seek(durable.segment_bytes)
-            file.write(os.urandom(left_bytes))
+@as_root
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_frames_that_were_never_acknowledged(place: Pair, stage: MakeStage, when: When) -> None:
+    # Before the fdatasync, guards ``_sent_count = 0`` in Outbox.disconnect and ``rewind`` in
+    # Outbox._catch_up (services/outbox.py), red without both: what was sent once would not be sent
+    # again. After it, the loop of _catch_up: nothing would know that the receiver has the frames.
+    with lossy_disk(place.receiver_home) as lossy:
+        it = settled(stage())
+        lose_receiver(it, lossy, when)
         it.write_some(5)
-        it.place.start_receiver()
+        place.start_receiver()
+        it.wait_synced()
+        assert it.gaps() == []
+        it.check()
+        place.stop("receiver")
+
+
+@as_root
+def test_half_a_frame_at_the_end_of_the_journal(place: Pair, stage: MakeStage) -> None:
+    # Guards ``check_body`` in _scan (storage/segment_recovery.py): half a frame would be taken for
+    # one.
+    with lossy_disk(place.receiver_home) as lossy:
+        it = settled(stage())
+        lose_receiver(it, lossy, "before")
+        with newest_segment(it).open("r+b") as file:
+            file.seek(0, os.SEEK_END)
+            file.write(half_of_the_next_frame(newest_segment(it).read_bytes()))
+        place.start_receiver()
+        it.wait_synced()
+        assert it.gaps() == []
+        it.check()
+        place.stop("receiver")
+
+
+def lose_receiver(it: Stage, lossy: LossyDisk, when: When) -> None:
+    """Its machine goes down while it makes frames durable, of which it acknowledges none."""
+    it.write_some(30)
+    it.sample()
     it.wait_synced()
-    assert it.gaps() == []
-    it.check()
+    lossy.lose_power_at(1, when, of=".seg")
+    it.write_some(5)
+    it.sample()
+    log = it.place.directory / "receiver.log"
+    wait_for(lambda: "nothing was acknowledged: cannot write" in log.read_text(), "the power loss")
+    it.place.kill("receiver")
+    lossy.restore(Loss.DROP)
+
+
+def newest_segment(it: Stage) -> Path:
+    return max((it.place.receiver_home / "replicas" / GROUP / "segments").glob("*.seg"))
+
+
+def half_of_the_next_frame(segment: bytes) -> bytes:
+    """A frame that is due behind a segment's last, but for the end of its body."""
+    at, model, header = segments.HEADER_BYTES, b"", None
+    while at < len(segment):
+        header = frames.decode_header(segment[at : at + frames.HEADER_BYTES])
+        if header.record_count:
+            model = segment[at : at + header.frame_bytes]
+        at += header.frame_bytes
+    assert header is not None
+    due = replace(frames.decode_header(model[: frames.HEADER_BYTES]), number=header.number + 1)
+    return frames.encode_header(due) + model[frames.HEADER_BYTES : len(model) // 2]
 
 
 @as_root
 def test_a_full_disk_at_the_receiver(place: Pair, stage: MakeStage) -> None:
-    # Guards ``raise`` in Replica.commit: what was not written would be acknowledged.
+    # Guards ``raise`` in Replica.commit (storage/replica.py): what was not written would be
+    # acknowledged.
     with small_file_system(place.receiver_home, 30 * MIB):
         it = settled(stage())
-        while it.source_group()["problem"] is None:
+        while (problem := it.source_group()["problem"]) is None:
             it.wait_ring()
             it.write_some(20)
             it.sample()
-        assert "room" in it.source_group()["problem"]
+        assert "room" in problem
         for _ in range(4):
             it.wait_ring()
             it.write_some(40)
@@ -218,10 +267,11 @@ def test_a_full_disk_at_the_receiver(place: Pair, stage: MakeStage) -> None:
 
 @as_root
 def test_a_full_disk_at_the_spool(place: Pair, stage: MakeStage) -> None:
-    # Guards ``has_room`` in Outbox._spool_item: what finds no room must wait in the ring, and there
-    # the gap is seen.
+    # Guards ``has_room`` in Outbox._spool_item (services/outbox.py): the spool would take the room
+    # that is left to others. And ``return False`` there: what finds no room must wait in the ring,
+    # where the gap is seen.
     spool = place.source_home / "source" / "spool"
-    it = settled(stage())
+    it = settled(stage(spool_reserve="1M"))
     with small_file_system(spool, 6 * MIB):
         place.kill("receiver")
         before = len(it.samples)
@@ -230,6 +280,8 @@ def test_a_full_disk_at_the_spool(place: Pair, stage: MakeStage) -> None:
                 it.sample()
             it.write_some(10)  # each is acknowledged: the guest does not notice
         it.write_some(100)
+        left = os.statvfs(spool)
+        assert left.f_bavail * left.f_frsize >= MIB
         place.start_receiver()
         it.wait_synced()
         [(from_ns, _)] = it.gaps()

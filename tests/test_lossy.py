@@ -157,9 +157,10 @@ def test_a_torn_rename_has_happened_or_not(disk: LossyDisk) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_power_is_lost_at_the_sync_that_was_named(disk: LossyDisk, when: str) -> None:
     path = durable_file(disk, b"0")
-    disk.lose_power_at(3, "before" if when == "before" else "after")
+    disk.lose_power_at(3, "before" if when == "before" else "after", of="file")
     for number in (1, 2):
         write(path, b"%d" % number, synced=True)
+        write(disk.path / "other", b"", synced=True)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         write(path, b"3", synced=True)
     assert not disk.state()["on"]

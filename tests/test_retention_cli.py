@@ -24,6 +24,8 @@ def refusal(home: Path, point: str) -> dict[str, object]:
 
 
 def test_history_is_shortened_as_it_was_set_and_what_is_gone_is_refused(place: Pair) -> None:
+    # Guards write_policy in Receiver.set_retention, the kept checkpoints in retention._decide,
+    # raise_floor and thin_to in Replica.shorten, and the ages of rungs in parse_ladder.
     disk = Disk(place, size_bytes=8 * MIB)
     place.receiver("receiver", "init", quiet=True)
     place.start_receiver()

@@ -33,8 +33,8 @@ class LossyDisk:
     def lose_power(self) -> None:
         self._command(cut=0)
 
-    def lose_power_at(self, sync: int, when: When) -> None:
-        self._command(cut=sync, when=when)
+    def lose_power_at(self, sync: int, when: When, *, of: str = "") -> None:
+        self._command(cut=sync, when=when, of=of)
 
     def restore(self, loss: Loss, seed: int = 0) -> None:
         self._command(restore=loss.value, seed=seed)

@@ -7,6 +7,7 @@ command                                does
 =====================================  ===========================================================
 {"cut": N, "when": "before"|"after"}   loses power at the N-th fsync from now, before or after it
                                        has taken effect: from then on every call fails with EIO
+{..., "of": SUFFIX}                    counts fsyncs of files alone whose name ends like this
 {"cut": 0}                             loses power now
 {"restore": LOSS, "seed": S}           power comes back; LOSS says what is left (nodes.py). Files
                                        that were open stay dead: EIO
@@ -82,7 +83,7 @@ class LossyFileSystem(pyfuse3.Operations):
         self._is_full = False
         self._free_bytes = FREE_BYTES
         self._syncs = self._calls = 0
-        self._cut_at, self._cut_after = -1, False
+        self._cut_at, self._cut_after, self._cut_of = -1, False, ""
         self._fail_at, self._error = -1, 0
         self._failed, self._only = "", ""
 
@@ -117,6 +118,7 @@ class LossyFileSystem(pyfuse3.Operations):
         self._free_bytes = command.get("free_bytes", self._free_bytes)
         self._syncs = self._calls = 0
         self._cut_at, self._cut_after = command.get("cut", -1), command.get("when") == "after"
+        self._cut_of = command.get("of", "")
         self._fail_at = command.get("fail", -1)
         self._error = 0 if command.get("error") == "short" else command.get("error", errno.EIO)
         self._failed, self._only = "", command.get("only", "")
@@ -168,8 +170,9 @@ class LossyFileSystem(pyfuse3.Operations):
             if self._is_on and isinstance(node, File):
                 node.lose_writeback()
             raise
-        self._syncs += 1
-        is_cut = self._syncs == self._cut_at
+        is_counted = node.name.endswith(self._cut_of)
+        self._syncs += is_counted
+        is_cut = is_counted and self._syncs == self._cut_at
         if not is_cut or self._cut_after:
             node.sync()
         if is_cut:
