@@ -600,7 +600,10 @@ async def test_what_is_synced_is_not_sent_again_when_its_ring_is_lost(
     assert not again.marks()
 
 
-async def test_after_a_lost_ring_no_later_session_writes_the_base(source: Source) -> None:
+async def test_after_a_lost_ring_no_later_session_writes_the_base(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blockrepl.limits.WATERMARK_SECONDS", 60)  # no frame by chance of time
     entry = source.add("root", SIZE, hot=True, content=random_bytes(SIZE))
     first, second, third = Receiver(), Receiver(at_once=False), Receiver()
     guest = source.guest(entry)
