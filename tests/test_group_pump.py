@@ -36,7 +36,7 @@ from blockrepl.formats.frame import FrameKind, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
 from blockrepl.formats.messages import Attached
 from blockrepl.services import disk_sync
-from blockrepl.services.group_pump import WantedCheckpoint
+from blockrepl.services.group_pump import GROW_SECONDS, WantedCheckpoint
 from blockrepl.services.group_replication import GroupReplication
 from blockrepl.services.source_disk import SourceDisk
 from blockrepl.storage.clock import open_clock
@@ -1194,3 +1194,35 @@ def _sample_stream() -> list[Received]:
         )
         found.append(Received(frame.header, [(100 * i + 100, 0, 0, 3)], b"", None))
     return found
+
+
+async def test_while_a_frame_is_under_way_the_next_one_grows(source: Source) -> None:
+    # Guards ``is_awaiting`` in GroupPump._may_grow; then there is a frame every POLL_SECONDS.
+    entry = source.add("root", MIB)
+    guest = source.guest(entry)
+    receiver = Receiver(at_once=False)
+    async with pumping(source, receiver, known(entry)):
+        began = trio.current_time()
+        for _ in range(50):
+            guest.write(0, b"x" * 512)
+            await trio.sleep(GROW_SECONDS / 8)
+        await until(lambda: len(receiver.records(entry.id.bytes)) == 50)
+        seconds = trio.current_time() - began
+        numbered = [frame for frame in receiver.frames if frame.header.record_count]
+        assert len(numbered) <= 2 + seconds / GROW_SECONDS
+
+
+async def test_no_frame_waits_when_nothing_is_under_way_or_much_is_there(source: Source) -> None:
+    entry = source.add("root", 4 * MIB)
+    guest = source.guest(entry)
+    receiver = Receiver(at_once=False)
+    async with pumping(source, receiver, known(entry)) as pump:
+        guest.write(0, b"x" * 512)
+        await until(lambda: len(receiver.frames) == 1)
+        assert pump._may_grow()
+        for at in range(0, 2 * MIB, MIB // 2):
+            guest.write(at, random_bytes(MIB // 2, at))
+        assert not pump._may_grow()
+        await until(lambda: len(receiver.records(entry.id.bytes)) == 5)
+        receiver.acknowledge()
+        assert not pump._may_grow()

@@ -14,10 +14,12 @@ import trio
 from pumping import SOURCE, Receiver, Source, attach, known, random_bytes, replay, shape, until
 
 from blockrepl import limits
-from blockrepl.errors import StorageError
+from blockrepl.errors import DamageError, StorageError
 from blockrepl.formats.frame import FrameKind
+from blockrepl.formats.marks import GapMark
 from blockrepl.formats.messages import Attached
 from blockrepl.services import group_replication
+from blockrepl.services.group_pump import WantedCheckpoint
 from blockrepl.services.group_replication import GroupReplication, Link
 from blockrepl.services.outbox_ends import LostError
 from blockrepl.storage.ring import RingReader, read_next_number, ring_path
@@ -75,6 +77,44 @@ async def test_a_full_disk_at_the_source_ends_a_round_and_the_group_begins_anew(
             nursery.start_soon(serve, group, receiver, attach(source, known(entry)))
             await until(lambda: receiver.records(entry.id.bytes))
             nursery.cancel_scope.cancel()
+
+
+async def test_a_spool_that_cannot_be_begun_with_is_given_up(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards _start_from in the ``try`` of GroupReplication.serve: every attach would fail alike.
+    monkeypatch.setattr(limits, "SPOOL_FILE_BYTES", 1)
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    answer = attach(source, known(entry))
+    async with replicating(source) as group:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, group, Receiver(at_once=False), answer)
+            await until(lambda: group.is_linked)
+            nursery.cancel_scope.cancel()
+        assert group.pump is not None
+        group.pump.want_checkpoint(WantedCheckpoint("before-the-fault", kept=False))
+        await until(lambda: any(b"before-the-fault" in data for data in spooled(group)))
+        count = len(spooled(group))
+        guest.write(0, b"x" * 512)
+        await until(lambda: len(spooled(group)) > count)  # the mark is not in the last file
+    for path in group.spool.directory.glob("*.frames"):
+        path.write_bytes(path.read_bytes().replace(b"before-the-fault", b"after-the-fault!"))
+    receiver = Receiver()
+    async with replicating(source) as group:
+        with pytest.raises(DamageError):
+            await serve(group, receiver, answer)
+        assert not group.spool.is_active
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, group, receiver, answer)
+            await until(lambda: group.pump is not None)
+            receiver.pump = group.pump
+            await until(lambda: any(isinstance(mark, GapMark) for mark in receiver.marks()))
+            nursery.cancel_scope.cancel()
+
+
+def spooled(group: GroupReplication) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(group.spool.directory.glob("*.frames"))]
 
 
 async def test_another_replica_is_begun_with_and_not_mistaken_for_the_one_before(

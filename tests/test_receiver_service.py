@@ -74,7 +74,7 @@ class Peer:
 
     async def greet(self, instance: int = 0) -> int:
         """Say hello as an agent process of this number, 0: a new one; its number."""
-        hello = Hello(version=1, instance=instance)
+        hello = Hello(version=messages.PROTOCOL_VERSION, instance=instance)
         await self.stream.send(MessageType.HELLO, messages.encode(hello))
         return messages.decode(Welcome, await self.expect(MessageType.WELCOME)).instance
 
@@ -431,7 +431,8 @@ async def test_of_two_agents_with_one_identity_the_older_is_refused_for_good(
             for turn in range(3):
                 async with vault.peer(greet=False) as again:
                     await again.stream.send(
-                        MessageType.HELLO, messages.encode(Hello(version=1, instance=old))
+                        MessageType.HELLO,
+                        messages.encode(Hello(version=messages.PROTOCOL_VERSION, instance=old)),
                     )
                     assert (await again.refusal()).code == "fenced"
                 await second.send(agent.writes())
@@ -451,7 +452,7 @@ async def test_a_restarted_agent_always_comes_in_also_after_the_receiver_was_res
     async with running(tmp_path) as vault:
         vault._identities = identities
         async with vault.peer(greet=False) as peer:
-            hello = Hello(version=1, instance=old)
+            hello = Hello(version=messages.PROTOCOL_VERSION, instance=old)
             await peer.stream.send(MessageType.HELLO, messages.encode(hello))
             assert (await peer.refusal()).code == "fenced"
         async with vault.peer(greet=False) as peer:
@@ -796,7 +797,7 @@ def lone_session(channel: _Slow, attached: Attached) -> SourceSession:
         budget=MemoryBudget(1),
         admit=cast(Admit, None),
     )
-    hello = messages.encode(Hello(version=1))
+    hello = messages.encode(Hello(version=messages.PROTOCOL_VERSION))
     session._machine.received(MessageType.HELLO, memoryview(hello))
     return session
 

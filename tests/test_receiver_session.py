@@ -11,6 +11,7 @@ from blockrepl import limits
 from blockrepl.errors import PeerError
 from blockrepl.formats import messages
 from blockrepl.formats.messages import (
+    PROTOCOL_VERSION,
     Attach,
     AttachDisk,
     Attached,
@@ -50,7 +51,7 @@ def send(session: ReceiverSession, frame: Frame) -> Effect | None:
 
 def greeted(**window: int) -> ReceiverSession:
     session = ReceiverSession("vault", **window)
-    effect = say(session, MessageType.HELLO, Hello(version=1, software="test"))
+    effect = say(session, MessageType.HELLO, Hello(version=PROTOCOL_VERSION, software="test"))
     assert effect == Greet(instance=0)
     answer = session.welcomed(7)
     welcome = messages.decode(messages.Welcome, answer.payload)
@@ -159,7 +160,7 @@ def test_only_the_listed_transitions_exist() -> None:
 def test_nothing_but_one_hello_opens_a_session(kind: int) -> None:
     if kind == MessageType.HELLO:
         with pytest.raises(PeerError):
-            say(greeted(), MessageType.HELLO, Hello(version=1))
+            say(greeted(), MessageType.HELLO, Hello(version=PROTOCOL_VERSION))
     else:
         with pytest.raises(PeerError):
             ReceiverSession("vault").received(kind, memoryview(b""))
@@ -180,7 +181,7 @@ def test_other_illegal_messages_are_refused() -> None:
     with pytest.raises(PeerError):
         say(session, MessageType.ATTACH, Attach(group="web", disks=[DISK, DISK]))
     with pytest.raises(PeerError) as error:
-        say(ReceiverSession("vault"), MessageType.HELLO, Hello(version=2))
+        say(ReceiverSession("vault"), MessageType.HELLO, Hello(version=PROTOCOL_VERSION + 1))
     assert error.value.code == "version"
     say(session, MessageType.ATTACH, Attach(group="db", disks=[]))
     with pytest.raises(PeerError):

@@ -43,7 +43,8 @@ from blockrepl.formats.messages import AttachedDisk
 from blockrepl.model.scrub import ScrubPlan
 from blockrepl.services import scrubber
 from blockrepl.services.group_pump import GroupPump
-from blockrepl.services.scrubber import GroupScrub, Instant, ScrubPool
+from blockrepl.services.scrub_pace import METER_SECONDS, UNDER_WAY_MAX, Meter, ScrubPool
+from blockrepl.services.scrubber import GroupScrub, Instant
 from blockrepl.services.source_disk import SourceDisk
 from blockrepl.storage.pieces import digest_range
 from blockrepl.storage.ring import ring_path
@@ -368,7 +369,7 @@ async def test_a_lost_link_loses_no_region_and_no_place(source: Source) -> None:
             disk.close()
         pump.outbox.spool.close()
     assert {one.offset for one in scrubs(receiver)} == set(range(0, SIZE, MIB))
-    assert pool.places.value == scrubber.UNDER_WAY_MAX
+    assert pool.places.value == UNDER_WAY_MAX
 
 
 async def test_no_disk_is_scrubbed_before_its_first_sync_is_done(source: Source) -> None:
@@ -419,12 +420,34 @@ async def test_the_rate_is_shared_by_the_disks_with_a_pass_under_way() -> None:
     plans = [ScrubPlan(SIZE, 0.0) for _ in range(3)]
     for plan in plans:
         pool.add(plan)
-    assert pool.share(plans[0]) == 12e6
+    assert pool.share(plans[0], 0.0) == 12e6
     plans[1].begin_now(0.0)
     plans[2].begin_now(0.0)
-    assert pool.share(plans[0]) == 4e6
+    assert pool.share(plans[0], 0.0) == 4e6
     pool.remove(plans[2])
-    assert pool.share(plans[0]) == 6e6
+    assert pool.share(plans[0], 0.0) == 6e6
+
+
+async def test_a_scrub_takes_what_replication_leaves_of_its_rate() -> None:
+    pool = ScrubPool(12e6)
+    plan = ScrubPlan(SIZE, 0.0)
+    pool.add(plan)
+    assert pool.share(plan, 6e6) == 6e6
+    assert pool.share(plan, 11e6) == pool.share(plan, math.inf) == 3e6
+    assert ScrubPool(math.inf).share(plan, 1e12) == math.inf
+    assert ScrubPool(0.0).share(plan, 1e6) == 0.0  # only when asked for
+
+
+async def test_the_speed_of_replication_is_measured(autojump_clock: object) -> None:
+    meter = Meter(100)
+    await trio.sleep(METER_SECONDS / 2)
+    assert meter.read(10_000) == 0.0
+    await trio.sleep(METER_SECONDS * 1.5)
+    assert meter.read(2100) == 2000 / (METER_SECONDS * 2)
+    await trio.sleep(METER_SECONDS / 2)
+    assert meter.read(1 << 40) == 2000 / (METER_SECONDS * 2)
+    await trio.sleep(METER_SECONDS)
+    assert meter.read(2100) == 0.0
 
 
 async def test_a_scrub_gives_way_while_records_wait(source: Source) -> None:
@@ -442,8 +465,12 @@ async def test_a_scrub_gives_way_while_records_wait(source: Source) -> None:
         receiver.at_once = True
         receiver.acknowledge()
         await until(lambda: pump.outbox.waiting_bytes < MIB)
-        scrub.begin_now()
-        await until(lambda: plan.rate == 1e6)
+
+        def has_full_rate() -> bool:
+            scrub.begin_now()  # else it need not look again for a minute
+            return plan.rate == 1e6
+
+        await until(has_full_rate)
 
 
 def a_disk(source: Source, entry: DiskEntry, ring_id: int | None = None) -> SourceDisk:

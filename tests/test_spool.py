@@ -332,20 +332,73 @@ def test_a_spool_that_cannot_begin_has_not(tmp_path: Path, frames: int) -> None:
 # --- what a power cut may take
 
 
+def sync(spool: Spool) -> None:
+    what = spool.unsynced()
+    spool.sync(what)
+    spool.synced(what)
+
+
 def test_all_that_is_synced_is_there_after_a_power_cut(tmp_path: Path) -> None:
     # Guards _sync_path in Spool.sync, and the one in _write_state: files are removed behind it.
+    # Also that `unsynced` names more than the newest file: one may be filled between two syncs.
     files = FaultyFiles()
     spool = begun(tmp_path, 1, 30, files)
-    spool.sync()
-    last = sorted(spool.directory.glob("*.frames"))[-1]
-    assert files.synced == [last.name, STATE]
-    spool.sync()
-    assert files.synced[2:] == [last.name]
+    sync(spool)
+    names = [path.name for path in sorted(spool.directory.glob("*.frames"))]
+    assert len(names) > 2
+    assert files.synced == [*names, STATE]
+    sync(spool)
+    assert len(files.synced) == len(names) + 1  # nothing is new
+    spool.append(frame(31))
+    files.synced.clear()
+    sync(spool)
+    (newest,) = files.synced
+    assert newest >= names[-1]
     rest(spool)
     files.synced.clear()
-    spool.give_back(attached(int(last.stem)))
+    spool.give_back(attached(int(names[-1].partition(".")[0])))
     assert files.synced == [f".{STATE}.new"]
     spool.close()
+
+
+def test_what_comes_or_goes_during_a_sync_does_not_count_as_synced(tmp_path: Path) -> None:
+    files = FaultyFiles()
+    spool = begun(tmp_path, 1, 30, files)
+    what = spool.unsynced()
+    rest(spool)
+    spool.append(frame(31))
+    spool.clear()
+    spool.begin(attached(31), DISKS, [frame(31)])
+    spool.sync(what)  # of files that are gone
+    spool.synced(what)
+    files.synced.clear()
+    sync(spool)
+    assert files.synced == [f"{31:020d}.frames", STATE]
+    spool.append(frame(32))
+    what = spool.unsynced()
+    spool.append(frame(33))
+    spool.sync(what)
+    spool.synced(what)
+    assert spool.unsynced().sizes
+    spool.close()
+
+
+def test_of_what_a_power_cut_took_nothing_is_delivered(tmp_path: Path) -> None:
+    # Guards ``whole`` in Spool._recover: only the last file's bodies would be read.
+    spool = begun(tmp_path, 1, 30)
+    second = sorted(spool.directory.glob("*.frames"))[1]
+    path = spool.directory / STATE
+    assert spool.state is not None
+    path.write_text(spool.state.model_copy(update={"boot_id": "before"}).model_dump_json())
+    with second.open("r+b") as file:  # its size was synced, its last block was not
+        file.seek(-100, os.SEEK_END)
+        file.write(bytes(100))
+    again = reopened(spool)
+    assert not again.is_certain
+    found = rest(again)
+    assert int(second.stem) <= again.next_number < 30
+    assert found == list(range(1, again.next_number))
+    again.close()
 
 
 def test_a_spool_of_another_boot_is_not_certain(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ offset   size   field of COMPARE
 41       8      stamp: the instant whose content is compared
 49       8      offset of the range in the disk, a multiple of 64 KiB
 57       8      length of the range: n blocks, the last of which may be short
-65       16 n   BLAKE2b-128 of each block
+65       16 n   the first half of the SHA-256 of each block
 =======  =====  ==========================================================================
 
 =======  =====  ==========================================================================

@@ -44,7 +44,7 @@ from blockrepl.errors import PeerError
 from blockrepl.formats.comparison import COMPARE_MESSAGE_BYTES_MAX, VERDICT_MESSAGE_BYTES_MAX
 from blockrepl.formats.marks import NameField, StampField
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2  # 1 compared by BLAKE2b
 ACK = struct.Struct("<16sQQ")
 
 

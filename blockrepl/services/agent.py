@@ -27,7 +27,7 @@ from blockrepl.model.bandwidth import BandwidthLimit
 from blockrepl.model.scrub import RATE_DEFAULT
 from blockrepl.services.agent_session import AgentSession
 from blockrepl.services.group_replication import GroupReplication
-from blockrepl.services.scrubber import ScrubPool
+from blockrepl.services.scrub_pace import ScrubPool
 from blockrepl.services.shaping import Shaper
 from blockrepl.storage.clock import SourceClock, open_clock
 from blockrepl.storage.growing import grow_disk

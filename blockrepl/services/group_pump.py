@@ -21,7 +21,8 @@ A pump is held while a disk of its group cannot be opened: what that disk's ring
 any watermark of now. It puts the others' records, under the watermark of before, and nothing else.
 
 Rounds follow each other at once while there is a backlog or something to sync and they get on with
-it, else every few milliseconds, so that a frame is worth its header.
+it, else every few milliseconds, so that a frame is worth its header; and while one is under way,
+the next one grows. So the busier the receiver, the larger its frames, and the fewer.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.004
 IDLE_POLL_SECONDS = 0.01
+GROW_SECONDS = 0.02  # at most, for the sake of a frame that is yet to be acknowledged
 SPOOL_POLL_SECONDS = 0.02  # fewer, larger frames while nobody waits for them
 SPOOL_FRAMES = 8  # appended at once: a visit of a thread costs as much as half a frame's bytes
 PRESSURE = 0.5  # of a ring, at which frames leave memory for the spool
@@ -142,8 +144,16 @@ class GroupPump:
             pause = POLL_SECONDS if worked else IDLE_POLL_SECONDS
             pause = pause if self.outbox.is_direct else SPOOL_POLL_SECONDS
             await trio.sleep_until(started + pause)
+            while worked and self._may_grow() and trio.current_time() < started + GROW_SECONDS:
+                await trio.sleep(POLL_SECONDS)
         else:
             await trio.lowlevel.checkpoint()
+
+    def _may_grow(self) -> bool:
+        """Whether the next frame would wait at the receiver for the one before, and is the better
+        the larger: a frame costs the two of them as much as a hundred records.
+        """
+        return self.outbox.is_direct and self.outbox.is_awaiting and not self._has_backlog()
 
     async def stop(self) -> None:
         """End after the round under way."""

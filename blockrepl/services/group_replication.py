@@ -31,7 +31,8 @@ from blockrepl.formats.messages import AttachDisk, Attached
 from blockrepl.services.error_groups import ours_of
 from blockrepl.services.group_pump import GroupPump
 from blockrepl.services.outbox_ends import LostError, Send, Shape
-from blockrepl.services.scrubber import GroupScrub, ScrubPool
+from blockrepl.services.scrub_pace import ScrubPool
+from blockrepl.services.scrubber import GroupScrub
 from blockrepl.services.source_disk import SourceDisk
 from blockrepl.session.known import Known
 from blockrepl.storage.clock import SourceClock
@@ -351,13 +352,14 @@ class GroupReplication:
             self.finished = True  # the receiver has been told
             return
         self._refusal = _Refusal()
-        if self.pump is None:
-            await self._start_from(attached)
-        pump = self.pump
-        assert pump is not None
-        self.error = None
+        pump: GroupPump | None = None
         is_outdated = False
         try:
+            if self.pump is None:
+                await self._start_from(attached)
+            pump = self.pump
+            assert pump is not None
+            self.error = None
             await pump.outbox.connect(attached, link.window_messages, link.window_bytes)
             self.is_linked = True
             await self._replicate(pump, link)
@@ -367,13 +369,14 @@ class GroupReplication:
             raise
         finally:
             self.is_linked = False
-            pump.outbox.disconnect()
+            if pump is not None:
+                pump.outbox.disconnect()
             if is_outdated or self._failed:
                 with trio.CancelScope(shield=True):
                     await self._stop_running()
                     if self._has_lost:
                         await trio.to_thread.run_sync(self.spool.clear)
-            elif pump.is_stopped:
+            elif pump is not None and pump.is_stopped:
                 pump.resume()
                 self._notify()
 

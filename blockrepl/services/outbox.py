@@ -97,6 +97,11 @@ class Outbox:
         return self.known.next_number == self.due.next_number and not self.spool.is_active
 
     @property
+    def is_awaiting(self) -> bool:
+        """Whether a numbered frame is not acknowledged."""
+        return self.known.next_number < self.due.next_number
+
+    @property
     def waiting_bytes(self) -> int:
         """Of frames that are not acknowledged, without those in the spool."""
         return self._memory.size_bytes
@@ -411,12 +416,14 @@ class Outbox:
             self._owner.durable(release)
 
     async def sync_spool(self) -> None:
-        """Sync the spool now and then, until cancelled."""
+        """Sync the spool now and then, until cancelled. A disk that stalls holds up nothing."""
         while True:
             await trio.sleep(SYNC_SECONDS)
             if self.spool.is_active:
-                async with self._spool_lock:
-                    try:
-                        await trio.to_thread.run_sync(self.spool.sync)
-                    except StorageError as error:
-                        log.warning("%s", error)
+                unsynced = self.spool.unsynced()
+                try:
+                    await trio.to_thread.run_sync(self.spool.sync, unsynced)
+                except StorageError as error:
+                    log.warning("%s", error)
+                else:
+                    self.spool.synced(unsynced)

@@ -27,10 +27,8 @@ proof to the heal is what the mismatch in the receiver's catalog says (storage/p
 that come together are healed together, in one gap.
 
 Nothing here holds up replication. The pump waits only while an instant is taken; of the receiver's
-places for comparisons (limits.COMPARISONS_MAX) an agent's scrubs together take UNDER_WAY_MAX; the
-rate is shared by all disks with a pass under way, and while records wait, a scrub keeps to a part
-of it: what was written at random is read back in many pieces, which costs the receiver more than
-storing as many bytes.
+places for comparisons (limits.COMPARISONS_MAX) an agent's scrubs together take UNDER_WAY_MAX, and
+how fast they read is said in scrub_pace.py.
 """
 
 from __future__ import annotations
@@ -49,9 +47,10 @@ from blockrepl import limits
 from blockrepl.errors import BlockreplError, PeerError
 from blockrepl.formats.comparison import Compare, Purpose, Verdict, block_count, encode_compare
 from blockrepl.formats.messages import ScrubPass
-from blockrepl.model.scrub import RATE_DEFAULT, RETRY_SECONDS, Pass, Read, ScrubPlan, Wait
+from blockrepl.model.scrub import RETRY_SECONDS, Pass, Read, ScrubPlan, Wait
 from blockrepl.services.disk_sync import tokens
 from blockrepl.services.group_pump import GroupPump
+from blockrepl.services.scrub_pace import UNDER_WAY_MAX, Meter, ScrubPool
 from blockrepl.services.source_disk import SourceDisk
 from blockrepl.storage.clock import SourceClock
 from blockrepl.storage.pieces import count_data, digest_range
@@ -60,34 +59,12 @@ from blockrepl.units import NANOSECONDS_PER_SECOND, format_instant
 
 log = logging.getLogger(__name__)
 
-UNDER_WAY_MAX = 2  # comparisons of all of an agent's scrubs: hides the round trip
 LOOK_SECONDS = 0.1  # how often a disk that cannot be scrubbed now is looked at
-BEHIND_SHARE = 0.25  # of the rate, while records wait
 HEAL_SECONDS = 0.4  # finds within it are healed in one gap
 UNREADABLE_SECONDS = 5.0  # until a disk whose image gave an error is read again
 
 assert UNDER_WAY_MAX < limits.COMPARISONS_MAX  # a resync has places left
 assert RETRY_SECONDS[0] > HEAL_SECONDS  # what differs is read again when it is healed
-
-
-class ScrubPool:
-    """What all scrubs of an agent share. ``rate`` in bytes per second; 0: only when asked for."""
-
-    def __init__(self, rate: float = RATE_DEFAULT) -> None:
-        self.rate = rate
-        self.places = trio.Semaphore(UNDER_WAY_MAX)
-        self._plans: set[ScrubPlan] = set()
-
-    def add(self, plan: ScrubPlan) -> None:
-        self._plans.add(plan)
-
-    def remove(self, plan: ScrubPlan) -> None:
-        self._plans.discard(plan)
-
-    def share(self, plan: ScrubPlan) -> float:
-        """The rate of one of the disks that have a pass under way, itself counted in."""
-        others = sum(other is not plan and other.is_under_way for other in self._plans)
-        return self.rate / (1 + others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +124,7 @@ class GroupScrub:
         self._clock = clock
         self._pump: GroupPump | None = None
         self._first_watermark = 0
+        self._meter: Meter
         self._changed = trio.Event()
 
     async def run(self) -> None:
@@ -162,6 +140,7 @@ class GroupScrub:
         if pump is None:
             return
         self._first_watermark = pump.outbox.due.watermark
+        self._meter = Meter(pump.outbox.sent_bytes)
         ids = {disk.id for disk in pump.disks}
         for gone in self.disks.keys() - ids:
             self._pool.remove(self.disks.pop(gone).plan)
@@ -319,8 +298,8 @@ class GroupScrub:
                 return later
             if instant is None:
                 return later
-            share = BEHIND_SHARE if pump.is_behind() else 1.0
-            scrub.plan.rate = share * self._pool.share(scrub.plan)
+            replicated = math.inf if pump.is_behind() else self._meter.read(pump.outbox.sent_bytes)
+            scrub.plan.rate = self._pool.share(scrub.plan, replicated)
             read = scrub.plan.next(trio.current_time())
             if isinstance(read, Wait):
                 os.close(instant.image)

@@ -13,14 +13,17 @@ Rules:
    on, durably, to the file behind it.
 4. No frame is synced before it counts: the ring, which the spool relieves, is memory itself, so a
    power cut may take either. Rule 2 holds within one boot only.
-5. Recovery reads all headers, cuts at the first frame that is not whole and true, and forgets what
-   lies behind: what was in it is missing from the ring's sequence, so it is found to be a gap. A
-   killed agent leaves half a frame at the very end, which was never sent. Anything else is damage.
+5. Recovery reads all headers, and after a reboot all bodies as well (a power cut may leave a file
+   its size and not its content). It cuts at the first frame that is not whole and true, and forgets
+   what lies behind: what was in it is missing from the ring's sequence, so it is found to be a gap.
+   A killed agent leaves half a frame at the very end, which was never sent. Anything else is
+   damage.
 6. After damage, or a reboot, frames may have been sent that are not here any more, and their
    numbers must not be used again: ``is_certain`` is False. What is here is delivered, but nothing
    is numbered before the receiver has said how far it is.
 
-One task uses a spool at a time. Methods block on the disk.
+One task uses a spool at a time, and one syncs it beside that. Methods block on the disk, but for
+`unsynced` and `synced`.
 """
 
 from __future__ import annotations
@@ -89,6 +92,15 @@ class _File:
     path: Path
     first_number: int
     size_bytes: int = 0
+    synced_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Unsynced:
+    """What a power cut would take from a spool as it was. Syncing it needs no hold on the spool."""
+
+    state: SpoolState | None  # None: it is synced
+    sizes: list[tuple[_File, int]]
 
 
 class Spool:
@@ -142,6 +154,7 @@ class Spool:
 
     def _recover(self, state: SpoolState) -> None:
         first = state.attached.next_number
+        is_of_this_boot = state.boot_id == self._boot_id
         found = (path.stem for path in self.directory.glob(f"*{_SUFFIX}"))
         numbers = sorted(int(stem) for stem in found if re.fullmatch("[0-9]{20}", stem))
         self.next_number = first
@@ -151,16 +164,17 @@ class Spool:
                 self._is_damaged |= number > first  # else delivered before a crash (rule 3)
                 path.unlink()
                 continue
-            self._recover_file(path, is_last=number == numbers[-1])
+            is_last = number == numbers[-1]
+            self._recover_file(path, is_last=is_last, whole=is_last or not is_of_this_boot)
         self._is_damaged |= not self._files
         self.rewind(first)
 
-    def _recover_file(self, path: Path, *, is_last: bool) -> None:
+    def _recover_file(self, path: Path, *, is_last: bool, whole: bool) -> None:
         file = _File(path, self.next_number)
         with path.open("r+b") as opened:
             end = os.fstat(opened.fileno()).st_size
             while file.size_bytes < end:
-                header = self._true_header(opened.fileno(), file.size_bytes, end, is_last)
+                header = self._true_header(opened.fileno(), file.size_bytes, end, whole)
                 if header is None:
                     log.warning("%s: cut at %d of %d bytes", path, file.size_bytes, end)
                     is_torn = is_last and self._is_torn(opened.fileno(), file.size_bytes, end)
@@ -299,18 +313,29 @@ class Spool:
         self.size_bytes += size_bytes
         self.next_number += 1
 
-    def sync(self) -> None:
-        """Make what was added so far survive a power cut. StorageError."""
-        if self._writing is None:
-            return
+    def unsynced(self) -> Unsynced:
+        sizes = [(one, one.size_bytes) for one in self._files if one.synced_bytes < one.size_bytes]
+        return Unsynced(None if self._state_synced else self.state, sizes)
+
+    def sync(self, what: Unsynced) -> None:
+        """Make it survive a power cut; the spool may be in use meanwhile. StorageError."""
+        paths = [file.path for file, _ in what.sizes]
+        if what.state is not None:
+            paths.append(self.directory / STATE)
         try:
-            self._system.sync(self._writing)
-            if not self._state_synced:
-                self._sync_path(self.directory / STATE)
-                self._state_synced = True
-            sync_directory(self.directory)
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError):  # given back meanwhile
+                    self._sync_path(path)
+            if paths:
+                sync_directory(self.directory)
         except OSError as error:
             raise failure(error, f"cannot sync the spool in {self.directory}") from error
+
+    def synced(self, what: Unsynced) -> None:
+        """`sync` has succeeded."""
+        for file, size_bytes in what.sizes:
+            file.synced_bytes = size_bytes
+        self._state_synced |= what.state is self.state
 
     # --- reading
 

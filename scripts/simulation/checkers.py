@@ -23,7 +23,7 @@ from blockrepl.errors import PointError
 from blockrepl.model import points
 from blockrepl.model.points import History
 from blockrepl.services import outbox as outboxes
-from blockrepl.services import scrubber
+from blockrepl.services import scrub_pace
 from blockrepl.services.group_replication import GroupReplication
 from blockrepl.storage.catalog import GapRow
 from blockrepl.storage.history import ReplicaHistory, State
@@ -190,7 +190,7 @@ def check_limits(group: GroupReplication | None, spool_bytes: int) -> None:
     if group.pump is None:
         return
     outbox = group.pump.outbox
-    if len(outbox._memory) > outboxes.MEMORY_FRAMES + scrubber.UNDER_WAY_MAX:
+    if len(outbox._memory) > outboxes.MEMORY_FRAMES + scrub_pace.UNDER_WAY_MAX:
         raise Violation(f"the outbox holds {len(outbox._memory)} frames in memory")
     # Comparisons are small, and few: the number above bounds them.
     frames = [item.size_bytes for item in outbox._memory.items() if item.header is not None]
