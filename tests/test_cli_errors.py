@@ -17,6 +17,7 @@ import pytest
 from blockrepl.cli import failure, output
 from blockrepl.cli.main import COMMANDS, cli, run
 from blockrepl.errors import PeerError, PointError, StateError, StorageError, UsageError
+from blockrepl.units import format_bytes
 
 BLOCKREPL = Path(sys.executable).with_name("blockrepl")
 
@@ -287,7 +288,7 @@ def test_the_home_is_the_option_then_the_environment_then_the_default(
     [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (1 << 20, "1 MiB"), (3 << 40, "3 TiB")],
 )
 def test_bytes_are_told_in_binary_units(size_bytes: int, text: str) -> None:
-    assert output.human_bytes(size_bytes) == text
+    assert format_bytes(size_bytes) == text
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ CRASH = settings(
 @CRASH
 @given(cut=st.integers(1, 4000))
 def test_a_torn_end_costs_the_frames_in_it_alone(tmp_path: Path, cut: int) -> None:
-    # Guards the cut in Spool._recover_file.
+    # Guards the cut in FileRecovery.cut.
     shutil.rmtree(tmp_path / "spool", ignore_errors=True)
     spool = begun(tmp_path, 1, 12)
     last = sorted(spool.directory.glob("*.frames"))[-1]
@@ -240,7 +240,7 @@ def test_a_torn_end_costs_the_frames_in_it_alone(tmp_path: Path, cut: int) -> No
 def test_damage_anywhere_is_never_delivered_and_no_number_behind_it_is_free(
     tmp_path: Path, data: st.DataObject
 ) -> None:
-    # Guards ``_is_damaged`` in Spool._recover_file: frames behind the damage may have been sent.
+    # Guards ``is_damaged`` in FileRecovery.cut: frames behind the damage may have been sent.
     shutil.rmtree(tmp_path / "spool", ignore_errors=True)
     spool = begun(tmp_path, 1, 20)
     spool.close()
@@ -384,7 +384,7 @@ def test_what_comes_or_goes_during_a_sync_does_not_count_as_synced(tmp_path: Pat
 
 
 def test_of_what_a_power_cut_took_nothing_is_delivered(tmp_path: Path) -> None:
-    # Guards ``whole`` in Spool._recover: only the last file's bodies would be read.
+    # Guards ``bodies`` in Spool._recover: only the last file's bodies would be read.
     spool = begun(tmp_path, 1, 30)
     second = sorted(spool.directory.glob("*.frames"))[1]
     path = spool.directory / STATE

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from blockrepl.cli.output import emit, human_bytes, json_option, pass_home, progress, table
+from blockrepl.cli.output import emit, json_option, pass_home, progress, table
 from blockrepl.cli.point import complete_group
-from blockrepl.units import format_instant
+from blockrepl.units import format_bytes, format_instant
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -85,7 +85,7 @@ def _line(one: Finding) -> str:
         more = len(one.ranges) - RANGES_SHOWN
         more_text = f" and {more} more" if more > 0 else ""
         parts.append(
-            f"disk {one.disk}, from {since} until {until}: {human_bytes(size_bytes)} "
+            f"disk {one.disk}, from {since} until {until}: {format_bytes(size_bytes)} "
             f"(bytes {shown}{more_text})"
         )
     elif one.severity == "lost":

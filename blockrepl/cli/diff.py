@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blockrepl.cli.output import emit, human_bytes, json_option, pass_home, progress
+from blockrepl.cli.output import emit, json_option, pass_home, progress
 from blockrepl.cli.point import complete_group, complete_point, explain
 from blockrepl.errors import StateError, UsageError
 from blockrepl.model import points
-from blockrepl.units import format_instant
+from blockrepl.units import format_bytes, format_instant
 
 if TYPE_CHECKING:
     from blockrepl.model.points import Resolved
@@ -155,7 +155,7 @@ def _text(group: str, first: Resolved, second: Resolved, found: list[DiskDiff]) 
                 f"{each.name}: its size goes from {each.before_bytes} to {each.size_bytes} bytes"
             )
         lines.append(
-            f"{each.name}: {human_bytes(each.changed_bytes)} in {len(each.starts)} ranges, "
+            f"{each.name}: {format_bytes(each.changed_bytes)} in {len(each.starts)} ranges, "
             f"{each.records} records"
         )
         shown = zip(

@@ -10,11 +10,11 @@ import click
 from click.shell_completion import CompletionItem
 
 from blockrepl import limits
-from blockrepl.cli.output import emit, human_bytes, json_option, pass_home, progress, table
+from blockrepl.cli.output import emit, json_option, pass_home, progress, table
 from blockrepl.cli.point import completion_home
 from blockrepl.cli.sizes import SizeType
 from blockrepl.errors import StateError
-from blockrepl.units import format_instant
+from blockrepl.units import format_bytes, format_instant
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,8 +76,8 @@ def add(
 
     if not limits.RING_BYTES_MIN <= ring <= limits.RING_BYTES_MAX:
         raise UsageError(
-            f"a ring of {human_bytes(ring)} is outside "
-            f"{human_bytes(limits.RING_BYTES_MIN)} to {human_bytes(limits.RING_BYTES_MAX)}",
+            f"a ring of {format_bytes(ring)} is outside "
+            f"{format_bytes(limits.RING_BYTES_MIN)} to {format_bytes(limits.RING_BYTES_MAX)}",
             hint="leave --ring out for the default",
         )
     opened = Home.create(home)
@@ -95,7 +95,7 @@ def add(
         emit(data, True, lambda _: "")
     else:
         click.echo(
-            f"disk {entry.name} ({human_bytes(entry.size_bytes)}) is in group {entry.group}; "
+            f"disk {entry.name} ({format_bytes(entry.size_bytes)}) is in group {entry.group}; "
             f"serve it with: blockrepl disk serve {entry.name}"
         )
 
@@ -130,7 +130,7 @@ def _table(data: list[dict[str, Any]]) -> Table:
         (
             row["name"],
             row["group"],
-            human_bytes(row["size_bytes"]),
+            format_bytes(row["size_bytes"]),
             "yes" if row["serving"] else "no",
             row["image"],
         )
@@ -202,11 +202,12 @@ def resize(home: Path, name: str, size: int | None, json_mode: bool) -> None:
 
 
 def _resized(data: dict[str, Any]) -> str:
-    name, size = data["name"], human_bytes(data["size_bytes"])
+    name, size = data["name"], format_bytes(data["size_bytes"])
     if data["at"] is None:
         return f"disk {name} has {size} already"
     return (
-        f"disk {name} has {size} from {data['at']} on, {human_bytes(data['before_bytes'])} before; "
+        f"disk {name} has {size} from {data['at']} on, "
+        f"{format_bytes(data['before_bytes'])} before; "
         f"serve it again: blockrepl disk serve {name}\n"
         f"then tell a QEMU that runs (a reboot of its guest does not): block_resize in its monitor "
         f"(-blockdev: node blockrepl-{name}), or virsh blockresize, with {data['size_bytes']} bytes"
@@ -241,7 +242,7 @@ def resync(home: Path, name: str, full: bool, wait: bool, json_mode: bool) -> No
     if not json_mode:
         what = "all of it is sent" if full else "all of it is compared, what differs is sent"
         later = "" if begun["linked"] else ", once the receiver is back"
-        click.echo(f"resync of disk {name} ({human_bytes(begun['to_sync_bytes'])}): {what}{later}")
+        click.echo(f"resync of disk {name} ({format_bytes(begun['to_sync_bytes'])}): {what}{later}")
     if wait:
         _wait_synced(client, begun)
     if json_mode:
@@ -337,8 +338,8 @@ def show(home: Path, name: str, qemu: bool, libvirt: bool, uri: bool, json_mode:
 def _facts(data: dict[str, Any]) -> Table:
     told = {
         **data,
-        "size_bytes": human_bytes(data["size_bytes"]),
-        "ring_bytes": human_bytes(data["ring_bytes"]),
+        "size_bytes": format_bytes(data["size_bytes"]),
+        "ring_bytes": format_bytes(data["ring_bytes"]),
         "serving": "yes" if data["serving"] else "no",
     }
     rows = [(key.removesuffix("_bytes"), str(value)) for key, value in told.items()]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from blockrepl.cli.output import emit, human_bytes, json_option, pass_home, progress
+from blockrepl.cli.output import emit, json_option, pass_home, progress
 from blockrepl.cli.point import complete_group, complete_point, explain
 from blockrepl.model import points
-from blockrepl.units import format_instant
+from blockrepl.units import format_bytes, format_instant
 
 
 @click.command(
@@ -70,5 +70,5 @@ def export(
         "at_ns": resolved.at_ns,
         "distance_seconds": resolved.distance_seconds,
     }
-    text = f"{out}: {disk} of {group} ({human_bytes(size_bytes)}) as of {explain(resolved)}"
+    text = f"{out}: {disk} of {group} ({format_bytes(size_bytes)}) as of {explain(resolved)}"
     emit(data, json_mode, lambda _: text)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from blockrepl.cli.output import emit, human_bytes, human_seconds, json_option, pass_home, table
+from blockrepl.cli.output import emit, human_seconds, json_option, pass_home, table
 from blockrepl.cli.point import complete_group, complete_point, completion_home, explain
 from blockrepl.cli.sizes import Duration, SizeType
-from blockrepl.units import format_instant
+from blockrepl.units import format_bytes, format_instant
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -183,8 +183,8 @@ def _table(rows: list[Row]) -> Table:
             [
                 row["name"] or "(thrown away at its end)",
                 row["at"],
-                human_bytes(row["used_bytes"]),
-                "" if row["size_limit_bytes"] is None else human_bytes(row["size_limit_bytes"]),
+                format_bytes(row["used_bytes"]),
+                "" if row["size_limit_bytes"] is None else format_bytes(row["size_limit_bytes"]),
                 _expiry(row["expires_ns"]),
                 "" if row["process"] is None else f"process {row['process']}",
             ]

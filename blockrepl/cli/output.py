@@ -121,7 +121,6 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: str =
     return result
 
 
-human_bytes = format_bytes
 LEVEL_COLOURS = {"ok": "", "warning": "yellow", "error": "bold red"}
 
 
@@ -182,12 +181,12 @@ def _line_progress(label: str, total_bytes: int | None) -> Callable[[int], None]
             tenth = done_bytes * PROGRESS_LINES_MAX // total_bytes
             if tenth > shown_tenth:
                 shown_tenth = tenth
-                done, total = human_bytes(done_bytes), human_bytes(total_bytes)
+                done, total = format_bytes(done_bytes), format_bytes(total_bytes)
                 share = done_bytes * 100 // total_bytes
                 print(f"{label}: {share}% ({done} of {total})", file=sys.stderr)
         elif time.monotonic() - shown_at >= PROGRESS_UNKNOWN_SECONDS:
             shown_at = time.monotonic()
-            print(f"{label}: {human_bytes(done_bytes)}", file=sys.stderr)
+            print(f"{label}: {format_bytes(done_bytes)}", file=sys.stderr)
 
     return update
 

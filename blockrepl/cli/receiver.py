@@ -12,13 +12,13 @@ import click
 from blockrepl.cli.check import check
 from blockrepl.cli.output import (
     emit,
-    human_bytes,
     json_option,
     pass_home,
     progress,
     table,
 )
 from blockrepl.cli.sizes import Duration
+from blockrepl.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -157,7 +157,7 @@ def seed(home: Path, group: str, disk: str, image: Path, move: bool) -> None:
     with progress(f"seeding {disk}", check_seed(image)) as tell:
         size_bytes = seed_disk(Home.open(home), group, disk, image, move=move, progress=tell)
     click.echo(
-        f"disk {disk} of group {group} begins with {image} ({human_bytes(size_bytes)}); at the "
+        f"disk {disk} of group {group} begins with {image} ({format_bytes(size_bytes)}); at the "
         f"source: blockrepl disk add {disk} IMAGE --group {group}"
     )
 

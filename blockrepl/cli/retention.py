@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from blockrepl.cli.checkpoint import receiver_client
-from blockrepl.cli.output import LEVEL_COLOURS, emit, human_bytes, json_option, pass_home, table
+from blockrepl.cli.output import LEVEL_COLOURS, emit, json_option, pass_home, table
 from blockrepl.cli.point import complete_group
 from blockrepl.cli.sizes import SizeType
-from blockrepl.units import format_instant
+from blockrepl.units import format_bytes, format_instant
 
 
 @click.group()
@@ -109,7 +109,7 @@ def _shown(document: dict[str, Any]) -> Any:
             f"  {format_instant(one['from_ns'])}",
             format_instant(one["to_ns"]),
             _step(one["step_seconds"]),
-            human_bytes(one["journal_bytes"]),
+            format_bytes(one["journal_bytes"]),
         ]
         for one in document["stretches"]
     ]
@@ -143,7 +143,7 @@ def _planned(document: dict[str, Any]) -> Any:
 
 
 def _room(document: dict[str, Any]) -> str:
-    used, free = human_bytes(document["journal_bytes"]), human_bytes(document["free_bytes"])
+    used, free = format_bytes(document["journal_bytes"]), format_bytes(document["free_bytes"])
     days = document["days_left"]
     lasts = "nothing was written today" if days is None else f"{days:.1f} days at today's rate"
     return f"journal {used}, free {free}: {lasts}"

@@ -12,12 +12,11 @@ from blockrepl.cli.output import (
     LEVEL_COLOURS,
     console,
     emit,
-    human_bytes,
     human_seconds,
     json_option,
     pass_home,
 )
-from blockrepl.units import format_instant
+from blockrepl.units import format_bytes, format_instant
 
 WATCH_SECONDS = 1.0
 PINS_SHOWN = 3
@@ -170,7 +169,7 @@ def _headline(document: dict[str, Any]) -> Any:
 
 
 def _limit(limit: dict[str, Any]) -> str:
-    text = f"limited to {human_bytes(limit['bytes_per_second'])}/s"
+    text = f"limited to {format_bytes(limit['bytes_per_second'])}/s"
     if limit["until"] is not None:
         text += f" until {limit['until']}"
     return text + (", data is waiting for it" if limit["is_holding"] else "")
@@ -185,13 +184,13 @@ def _group(group: dict[str, Any], role: Role) -> list[Any]:
     lag = group["lag_seconds"]
     head.append(f"  lag {human_seconds(lag) if lag is not None else 'unknown'}")
     if (rate := group.get("received_bytes_per_second")) is not None:
-        head.append(f"  {human_bytes(int(rate))}/s")
+        head.append(f"  {format_bytes(int(rate))}/s")
     lines = [head]
     if group.get("problem"):
         lines.append(Text(f"  {group['problem']}", "red"))
     lines.append(Text(f"  history {_history(group)}"))
     if group["journal_bytes"] is not None:
-        lines.append(Text(f"  journal {human_bytes(group['journal_bytes'])}"))
+        lines.append(Text(f"  journal {format_bytes(group['journal_bytes'])}"))
     if outlook := group.get("retention"):
         lines += _outlook(outlook)
     if (spool := group.get("spool")) and spool["waiting_bytes"]:
@@ -214,7 +213,7 @@ def _outlook(outlook: dict[str, Any]) -> list[Any]:
         promise += f", pinned by {', '.join(names)}" + (f" and {others} more" if others else "")
     days = outlook["days_left"]
     lasts = "" if days is None else f": {days:.1f} days at today's rate"
-    lines = [Text(promise), Text(f"  room {human_bytes(outlook['free_bytes'])} free{lasts}")]
+    lines = [Text(promise), Text(f"  room {format_bytes(outlook['free_bytes'])} free{lasts}")]
     if outlook["level"] != "ok":
         told = f"  {outlook['level'].upper()}: {outlook['reason']}"
         lines.append(Text(told, LEVEL_COLOURS[outlook["level"]]))
@@ -222,9 +221,9 @@ def _outlook(outlook: dict[str, Any]) -> list[Any]:
 
 
 def _spool(spool: dict[str, Any]) -> str:
-    told = human_bytes(spool["waiting_bytes"])
+    told = format_bytes(spool["waiting_bytes"])
     if spool["limit_bytes"] is not None:
-        told += f" of {human_bytes(spool['limit_bytes'])}"
+        told += f" of {format_bytes(spool['limit_bytes'])}"
     if spool["drain_seconds"] is None:
         return f"{told}, not getting less"
     return f"{told}, drained in about {human_seconds(spool['drain_seconds'])}"
@@ -256,18 +255,18 @@ def _disks(disks: list[dict[str, Any]], role: Role) -> Any:
     for disk in disks:
         done = ""
         if disk["state"] == "initial-sync" and disk.get("synced_bytes"):
-            done = f"{human_bytes(disk['synced_bytes'])} received"
+            done = f"{format_bytes(disk['synced_bytes'])} received"
         elif disk.get("to_sync_bytes"):
-            done = f"{human_bytes(disk['to_sync_bytes'])} to go"
+            done = f"{format_bytes(disk['to_sync_bytes'])} to go"
             if disk.get("differing_bytes"):
-                done += f", {human_bytes(disk['differing_bytes'])} differed"
+                done += f", {format_bytes(disk['differing_bytes'])} differed"
         hot = disk.get("hot_bytes")
         rows.append(
             [
                 f"  {disk['name']}",
-                human_bytes(disk["size_bytes"]),
+                format_bytes(disk["size_bytes"]),
                 disk["state"],
-                human_bytes(hot) if hot is not None else "-",
+                format_bytes(hot) if hot is not None else "-",
                 done,
                 _verified(disk),
                 *(["yes" if disk["serving"] else "no"] if role == "source" else []),

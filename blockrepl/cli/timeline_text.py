@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from blockrepl.cli.output import human_bytes, human_seconds
+from blockrepl.cli.output import human_seconds
 from blockrepl.model.time_axis import marks
-from blockrepl.units import format_instant
+from blockrepl.units import format_bytes, format_instant
 from blockrepl.views.timeline import Rates, Timeline
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def _rows(timeline: Timeline) -> Text:
     flushes = timeline.per_second("flushes")
     about = "" if bool(timeline.bins.changed_is_exact().all()) else "~"
     for label, values, top, scale, style in (
-        ("write rate", written, None, f"{human_bytes(round(_top(written)))}/s", "cyan"),
-        ("changed", changed, None, about + human_bytes(int(_top(changed))), "green"),
+        ("write rate", written, None, f"{format_bytes(round(_top(written)))}/s", "cyan"),
+        ("changed", changed, None, about + format_bytes(int(_top(changed))), "green"),
         ("stored", timeline.stored_share(), 1.0, "100 % of written", "magenta"),
         ("flushes", flushes, None, f"{_top(flushes):.3g}/s", "yellow"),
     ):
@@ -143,7 +143,7 @@ def _lists(timeline: Timeline) -> str:
     written, stored = int(sums["written_bytes"].sum()), int(sums["stored_bytes"].sum())
     share = f", stored as {stored * 100 / written:.0f} %" if written else ""
     lines = [
-        f"{human_bytes(written)} in {sums['writes'].sum()} writes{share}; "
+        f"{format_bytes(written)} in {sums['writes'].sum()} writes{share}; "
         f"{sums['flushes'].sum()} flushes"
     ]
     lines += _some([f"▲ {_instant(row.at_ns)} {row.name}" for row in timeline.checkpoints])

@@ -23,7 +23,6 @@ import click
 from blockrepl.cli.checkpoint import agent_client, is_replica, receiver_client
 from blockrepl.cli.output import (
     emit,
-    human_bytes,
     human_seconds,
     json_option,
     pass_home,
@@ -33,7 +32,7 @@ from blockrepl.cli.output import (
 from blockrepl.cli.point import complete_group
 from blockrepl.errors import StateError
 from blockrepl.services.control_client import ControlClient
-from blockrepl.units import format_instant
+from blockrepl.units import format_bytes, format_instant
 
 Proofs = list[dict[str, Any]]
 LOOK_SECONDS = 0.5
@@ -117,7 +116,7 @@ def _render(proofs: Proofs) -> Any:
     rows = [
         [
             disk["disk"],
-            human_bytes(disk["size_bytes"]),
+            format_bytes(disk["size_bytes"]),
             f"{disk['covered_bytes'] * 100 // disk['size_bytes']}%",
             "never" if disk["age_seconds"] is None else f"{human_seconds(disk['age_seconds'])} ago",
             str(disk["mismatches"]),
@@ -151,5 +150,5 @@ def pass_text(told: dict[str, Any] | None) -> str:
     skipped = f", {told['skipped_regions']} MiB busy" if told["skipped_regions"] else ""
     if told["ended_ns"] is not None:
         return f"done{skipped}"
-    rate = human_bytes(int(told["bytes_per_second"]))
+    rate = format_bytes(int(told["bytes_per_second"]))
     return f"{int(told['progress'] * 100)}% at up to {rate}/s{skipped}"

@@ -47,6 +47,7 @@ from blockrepl.formats.marks import Mark, decode_mark
 from blockrepl.formats.messages import AttachDisk, Attached
 from blockrepl.storage.files import Files, failure, write_all
 from blockrepl.storage.home import make_directory, sync_directory
+from blockrepl.storage.spool_recovery import FileRecovery
 
 log = logging.getLogger(__name__)
 
@@ -155,8 +156,8 @@ class Spool:
     def _recover(self, state: SpoolState) -> None:
         first = state.attached.next_number
         is_of_this_boot = state.boot_id == self._boot_id
-        found = (path.stem for path in self.directory.glob(f"*{_SUFFIX}"))
-        numbers = sorted(int(stem) for stem in found if re.fullmatch("[0-9]{20}", stem))
+        stems = (path.stem for path in self.directory.glob(f"*{_SUFFIX}"))
+        numbers = sorted(int(stem) for stem in stems if re.fullmatch("[0-9]{20}", stem))
         self.next_number = first
         for number in numbers:
             path = self._path(number)
@@ -165,52 +166,14 @@ class Spool:
                 path.unlink()
                 continue
             is_last = number == numbers[-1]
-            self._recover_file(path, is_last=is_last, whole=is_last or not is_of_this_boot)
+            bodies = is_last or not is_of_this_boot
+            found = FileRecovery(state.attached.group_id.bytes, bodies, is_last).cut(path, number)
+            self._files.append(_File(path, number, found.size_bytes))
+            self._is_damaged |= found.is_damaged
+            self.size_bytes += found.size_bytes
+            self.next_number += found.frames
         self._is_damaged |= not self._files
         self.rewind(first)
-
-    def _recover_file(self, path: Path, *, is_last: bool, whole: bool) -> None:
-        file = _File(path, self.next_number)
-        with path.open("r+b") as opened:
-            end = os.fstat(opened.fileno()).st_size
-            while file.size_bytes < end:
-                header = self._true_header(opened.fileno(), file.size_bytes, end, whole)
-                if header is None:
-                    log.warning("%s: cut at %d of %d bytes", path, file.size_bytes, end)
-                    is_torn = is_last and self._is_torn(opened.fileno(), file.size_bytes, end)
-                    self._is_damaged |= not is_torn
-                    os.ftruncate(opened.fileno(), file.size_bytes)
-                    break
-                file.size_bytes += header.frame_bytes
-                self.next_number += 1
-        self._files.append(file)
-        self.size_bytes += file.size_bytes
-
-    def _true_header(self, fd: int, at: int, end: int, whole: bool) -> FrameHeader | None:
-        assert self.state is not None
-        try:
-            header = frames.decode_header(os.pread(fd, frames.HEADER_BYTES, at))
-            if (header.number, header.group) != (
-                self.next_number,
-                self.state.attached.group_id.bytes,
-            ) or at + header.frame_bytes > end:
-                return None
-            if whole:
-                body = os.pread(fd, header.body_bytes, at + frames.HEADER_BYTES)
-                frames.check_body(header, body)
-        except PeerError:
-            return None
-        return header
-
-    def _is_torn(self, fd: int, at: int, end: int) -> bool:
-        """Whether [at, end) is the beginning of the frame that was due there."""
-        if end - at < frames.HEADER_BYTES:
-            return True
-        try:
-            header = frames.decode_header(os.pread(fd, frames.HEADER_BYTES, at))
-        except PeerError:
-            return False
-        return header.number == self.next_number and at + header.frame_bytes > end
 
     # --- writing
 
