@@ -19,8 +19,9 @@ setup: ## install what is missing: Debian packages (as root) and .venv
 demo: setup ## a guest loses its data and gets it back from an instant of its history (< 5 minutes)
 	@$(PYTHON) scripts/demo.py
 
-test: setup ## the whole test suite
-	@$(PYTHON) -m pytest
+test: setup ## the whole test suite, on up to four cores; what failed leaves its files
+	@base=$$(mktemp -d /tmp/blockrepl-XXXXXX) && $(PYTHON) -m pytest \
+	  --numprocesses auto --maxprocesses 4 --dist loadfile --basetemp "$$base" && rm -rf "$$base"
 
 check: setup ## formatting, lint, types (mypy strict) and import contracts
 	@$(PYTHON) -m ruff format --check .

@@ -12,6 +12,8 @@ loop devices       backed by a file below it
 /dev/shm files     named blockrepl-*: as root, the run has a /dev/shm of its own
 =================  ============================================================================
 
+Each worker of pytest-xdist is a run of its own in this sense.
+
 What a fixture of a wider scope set up before the test is not the test's leak.
 
 As root the whole run lives in a mount namespace of its own (to look into one: nsenter -m -t PID),
@@ -40,6 +42,8 @@ SHARED_MEMORY = Path("/dev/shm")
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ[RUN_VARIABLE] = uuid4().hex
+    # A worker of pytest-xdist ignores it, and so would the commands that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.geteuid() == 0:
         _enter_own_namespace()
 

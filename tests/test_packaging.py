@@ -24,6 +24,7 @@ CORES = (
     "blockrepl/storage/_gather",
     "blockrepl/storage/_ring",
 )
+pytestmark = pytest.mark.timeout(400)  # all cores are compiled, beside other tests
 PLUGINS = sorted(path.name for path in (CHECKOUT / "plugins").glob("*.py"))
 
 

@@ -11,6 +11,7 @@ from scripts.simulation.run import simulate
 SEEDS = 150
 
 
+@pytest.mark.timeout(400)
 def test_seeds_show_nothing_wrong() -> None:
     outcomes = [simulate_safely(seed) for seed in range(SEEDS)]
     assert [outcome for outcome in outcomes if outcome.violation] == []
