@@ -1,9 +1,9 @@
 """How fast an agent's scrubs may read; what its disks have in common.
 
-The rate is shared by all disks with a pass under way, and gives way to the guests: of it the scrubs
-take what replication leaves, but never less than LEAST_SHARE, so that a pass ends however busy the
-guests are. What was written at random is read back in many pieces, which costs the receiver more
-than storing as many bytes.
+The rate is shared by all disks with a pass under way, and gives way to the guests: a disk's scrub
+takes of it what the replication of its group leaves, but never less than LEAST_SHARE, so that a
+pass ends however busy the guest is. What was written at random is read back in many pieces, which
+costs the receiver more than storing as many bytes.
 """
 
 from __future__ import annotations
