@@ -264,6 +264,31 @@ def test_the_one_corrupting_write_is_found_with_its_record(journal: Journal) -> 
 
 
 @with_fuse
+def test_a_search_across_a_growth_shows_each_probe_the_size_of_its_instant(
+    journal: Journal, tmp_path: Path
+) -> None:
+    """The damage is in what is new of the disk, and is not there at all before."""
+    first = history(journal, 100)
+    grown_bytes = SIZES["data"] + 64 * KIB
+    grown_ns = journal.grow("data", grown_bytes)
+    history(journal, 30, seed=2)
+    bad = Record(journal.tick(), "data", grown_bytes - 512, 9, RecordKind.WRITE, b"corrupted")
+    journal.put([bad], model=False)
+    history(journal, 30, seed=3)
+    log = tmp_path / "log"
+    script = f'echo $BLOCKREPL_AT_NS $(stat -c %s "$BLOCKREPL_IMAGE_DATA") >> {log}; {CHECK}'
+    done = bisect(journal, script, f"--good={format_instant(first[0].stamp)}", "--bad=latest")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["exact"], answer["first_bad_ns"]) == (True, bad.stamp)
+    probed = [tuple(map(int, line.split())) for line in log.read_text().splitlines()]
+    for at_ns, size_bytes in probed:
+        assert size_bytes == (grown_bytes if at_ns >= grown_ns else SIZES["data"])
+    assert min(probed)[0] < grown_ns < max(probed)[0]
+    assert nothing_left(journal)
+
+
+@with_fuse
 def test_skips_one_disk_and_a_resumed_search(journal: Journal, tmp_path: Path) -> None:
     """Guards the state that is written after each probe: what was probed is not probed again."""
     first = history(journal, 150)
