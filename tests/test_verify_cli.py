@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 from oracle.nbd_client import Client
 from oracle.writers import Pace, load, run_while
 from serving import Disk, blockrepl, place, wait_for
 
 from blockrepl import limits
+from blockrepl.cli import verify as cli_verify
+from blockrepl.cli.checkpoint import receiver_client
+from blockrepl.errors import StateError
 from blockrepl.storage.home import Home
 from blockrepl.units import MIB
 from scripts.guest.pair import Pair
@@ -103,6 +108,21 @@ def test_what_was_changed_behind_our_back_is_found_exactly_and_healed(place: Pai
     assert latest(place) == disk.content()
     told = place.receiver("verify", "g", quiet=True)
     assert f"disk d1: bytes {wanted[0]} to {wanted[0] + BLOCK - 1} differed at " in told
+
+
+def test_a_pass_of_a_source_that_does_not_answer_is_not_waited_for(
+    place: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards PATIENCE_SECONDS in _pass_now: it would wait for as long as the source is away.
+    started(place, os.urandom(MIB))
+    monkeypatch.setattr(cli_verify, "PATIENCE_SECONDS", 1.0)
+    agent = place.services["agent"].process
+    agent.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(StateError, match="has not got on for 1 s"):
+            cli_verify._pass_now(receiver_client(place.receiver_home), "/verify/g", "g")
+    finally:
+        agent.send_signal(signal.SIGCONT)
 
 
 def test_a_resync_sends_what_differs_and_survives_a_killed_agent_and_a_full_one_sends_all(

@@ -36,6 +36,7 @@ from blockrepl.units import format_bytes, format_instant
 
 Proofs = list[dict[str, Any]]
 LOOK_SECONDS = 0.5
+PATIENCE_SECONDS = 60.0  # with a pass that does not get on; a region is read again within 16
 
 
 @click.command(
@@ -53,7 +54,8 @@ def verify(home: Path, group: str, now: bool, json_mode: bool) -> int:
     content at that very instant. What differs is sent again at once; the history before stays, and
     the table says from when to when which bytes of it are not to be trusted.
 
-    With --now, Ctrl-C leaves the pass running. Exit status 1: something differs and is not healed.
+    With --now, Ctrl-C leaves the pass running. Exit status 1: something differs and is not healed,
+    or the pass has not got on for a minute.
     """
     is_here = is_replica(home, group)
     client = receiver_client(home) if is_here else agent_client(home)
@@ -78,17 +80,31 @@ def _pass_now(client: ControlClient, path: str, group: str) -> Proofs:
     before = {disk["disk"]: _began(disk) for disk in client.post(path)}
     proofs: Proofs = client.get(path)
     total = sum(disk["size_bytes"] for disk in proofs)
+    seen, since = proofs, time.monotonic()
     try:
         with progress(f"verifying {group}", total) as tell:
             while not all(_is_over(disk, before.get(disk["disk"])) for disk in proofs):
                 tell(sum(_done_bytes(disk, before.get(disk["disk"])) for disk in proofs))
                 time.sleep(LOOK_SECONDS)
                 proofs = client.get(path)
+                if _passes(proofs) != _passes(seen):
+                    seen, since = proofs, time.monotonic()
+                elif time.monotonic() > since + PATIENCE_SECONDS:
+                    raise StateError(
+                        f"the pass of group {group} has not got on for {PATIENCE_SECONDS:g} s",
+                        hint="is its source connected? See `blockrepl status`; a pass that has "
+                        "begun goes on when it is",
+                        code="stalled",
+                    )
             tell(total)
     except KeyboardInterrupt:
         print(f"the pass goes on; see: blockrepl verify {group}", file=sys.stderr)
         raise
     return proofs
+
+
+def _passes(proofs: Proofs) -> list[Any]:
+    return [disk["scrub"] for disk in proofs]
 
 
 def _began(disk: dict[str, Any]) -> int | None:
