@@ -67,6 +67,7 @@ class Server:
         with disks.lock(entry):
             self._image = lock_image(entry.image)
             path = disks.ensure_ring(entry, self._clock)
+        model.server_starts.append(world.glance_ns())
         disks.socket_path(entry).touch()
         self._map = os.open(disks.hot_map_path(entry), os.O_RDWR)
         geometry = read_geometry(path)

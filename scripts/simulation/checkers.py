@@ -148,8 +148,10 @@ def _check_point(
     for name in view.disks:
         disk = model.disks[name]
         shown = bytes(view.read(name, 0, len(disk.initial)))
+        ends = [(gap.from_ns, gap.to_ns) for gap in gaps[name]]
+        # A first sync notices it as the gap would, at the next start of the disk's server.
         begun = ready[name] or 0
-        ends = [(begun, begun)] + [(gap.from_ns, gap.to_ns) for gap in gaps[name]]
+        ends += [(start, begun) for start in disk.server_starts if start <= begun]
 
         def settled(instant: int, ends: list[tuple[int, int | None]] = ends) -> bool:
             return any(

@@ -7,7 +7,8 @@ change       stamp
 ===========  ====================================================================================
 record       that of its record; one that found no room in the ring has a stamp too
 uncertain    the instant its server was killed half way: it may count then, or when the product
-             has noticed (its gap has ended), and until then in any part
+             has noticed (its gap has ended, or the first sync with a server that was started
+             since), and until then in any part
 reset        the instant of a power loss: the disk's content is what the power loss left
 ===========  ====================================================================================
 
@@ -45,6 +46,7 @@ class DiskModel:
     changes: list[Change] = field(default_factory=list)
     flushes: list[int] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
+    server_starts: list[int] = field(default_factory=list)
 
     @property
     def last_stamp(self) -> int:
