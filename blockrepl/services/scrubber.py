@@ -352,7 +352,8 @@ class GroupScrub:
                 scrub = self.disks.get(disk.id)
                 if pump is not None and scrub is not None:
                     await self._heal(pump, disk, scrub)
-            with trio.move_on_after(LOOK_SECONDS):
+            has_doubts = any(scrub.doubted for scrub in self.disks.values())
+            with trio.move_on_after(LOOK_SECONDS if has_doubts else math.inf):
                 await changed.wait()
 
     async def _heal(self, pump: GroupPump, disk: SourceDisk, scrub: DiskScrub) -> None:
