@@ -94,12 +94,12 @@ class Outbox:
 
     @property
     def is_drained(self) -> bool:
-        return self.known.next_number == self.due.next_number and not self.spool.is_active
+        return not self.is_awaiting and not self.spool.is_active
 
     @property
     def is_awaiting(self) -> bool:
         """Whether a numbered frame is not acknowledged."""
-        return self.known.next_number < self.due.next_number
+        return self.known.next_number != self.due.next_number
 
     @property
     def waiting_bytes(self) -> int:
