@@ -139,7 +139,7 @@ def can_extents(handle: str) -> bool:
 
 def pread(handle: str, buf: memoryview, offset: int, flags: int) -> None:
     with _errors():
-        buf[:] = _views[0].read(handle, offset, len(buf))
+        _views[0].read_into(handle, offset, buf)
 
 
 def extents(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import random
 import threading
@@ -25,6 +27,7 @@ from blockrepl.storage._gather import BLOCK_BYTES, IMAGE, Blocks, Gather
 RAW, PACKED = 0, 1  # frames: all blocks of one are stored raw, of the other compressed
 SEGMENT = 7
 PROOFS_MAX = 1000
+PAGE = mmap.PAGESIZE
 Failure = tuple[int, int, int, int, int]
 
 
@@ -157,11 +160,11 @@ class Layout:
         first = rng.randrange(start, end)
         last = rng.randrange(first, end) + 1
         gather = Gather(self.bounds, self.kinds, *self.columns, first, last)
-        target = bytearray(last - first)
+        target = bytearray(b"\xa5") * (last - first)
         failure = store.read(gather, target, blocks, wait=False, proofs_max=rng.randrange(4))
         if failure is not None:
             assert failure[0] == errno.EAGAIN
-            target = bytearray(last - first)
+            target = bytearray(b"\xa5") * (last - first)
             assert store.read(gather, target, blocks) is None
         assert target == self.truth[first - start : last - start]
 
@@ -341,7 +344,7 @@ def test_a_segment_that_ends_too_soon_is_told_and_an_image_is_zeros(store: Store
     columns = (array("I", [0, SEGMENT]), array("I", [0, RAW]), array("I", [0, 0]))
     gather = Gather(bounds, b"\xff\0", *columns, start, start + 20)
     assert gather.files == [IMAGE, SEGMENT]
-    target = bytearray(9)
+    target = bytearray(b"\xa5") * 9
     assert store.read(gather, bytearray(20), blocks) == (_gather.ENDS_TOO_SOON, 1, 0, 0, offset)
     assert store.read(Gather(bounds, b"\xff\0", *columns, start, start + 9), target) is None
     assert target == bytes(9)
@@ -383,3 +386,54 @@ def test_places_that_follow_one_another_in_different_files_are_read_from_each(st
     gather = Gather(bounds, b"\xff\0", *columns, place - 100, place + 100)
     assert store.read(gather, target, blocks) is None
     assert target == store.image_bytes[place - 100 : place] + store.payload[RAW][:100]
+
+
+def test_what_little_lies_between_two_parts_of_an_image_may_be_anything(store: Store) -> None:
+    """Guards the order of the steps: images are read across it, before it is filled."""
+    columns = (
+        array("I", [0, SEGMENT, 0, 0, 0]),
+        array("I", [0, RAW, 0, 0, 0]),
+        array("I", [0] * 5),
+    )
+    bounds = array("Q", [1000, 1300, 1400, 1500, 1600, 2000])
+    gather = Gather(bounds, b"\xff\0\xff\1\xff", *columns, 1000, 2000)
+    target = bytearray(b"\xa5") * 1000
+    assert store.read(gather, target) is None
+    shown = bytearray(store.image_bytes[1000:2000])
+    shown[300:400], shown[500:600] = store.payload[RAW][:100], bytes(100)
+    assert target == shown
+
+
+@pytest.fixture
+def holed() -> Iterator[int]:
+    """The address of three pages of this process, the middle one of which cannot be read."""
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    address = libc.mmap(None, 3 * PAGE, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANON, -1, 0)
+    assert libc.munmap(address + PAGE, PAGE) == 0
+    yield address
+    for page in (address, address + 2 * PAGE):
+        assert libc.munmap(page, PAGE) == 0
+
+
+def test_an_image_may_be_unreadable_where_nothing_is_wanted_of_it(store: Store, holed: int) -> None:
+    """Guards the second reading of images, which does not go across what lies between."""
+    bounds = array("Q", [holed + page * PAGE for page in range(4)])
+    columns = (array("I", [0, SEGMENT, 0]), array("I", [0, RAW, 0]), array("I", [0, 0, 0]))
+    memory = os.open("/proc/self/mem", os.O_RDONLY)
+    try:
+        opened = [(memory, array("Q"), 0), (store.segment, store.offsets, store.end)]
+        for last, failed in ((3, None), (2, errno.EIO)):
+            kinds = b"\xff\0\xff" if failed is None else b"\xff\xff\xff"
+            gather = Gather(bounds, kinds, *columns, holed, holed + last * PAGE)
+            target = bytearray(b"\xa5") * (last * PAGE)
+            failure = gather.read(
+                Blocks(1 << 20, 1 << 20), opened[: len(gather.files)], target, True, PROOFS_MAX
+            )
+            assert (failure and failure[0]) == failed
+            if failed is None:
+                assert target == bytes(PAGE) + store.payload[RAW][:PAGE] + bytes(PAGE)
+    finally:
+        os.close(memory)

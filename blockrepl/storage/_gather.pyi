@@ -13,6 +13,8 @@ WRONG_SIZE: int
 LEADS_OUT: int
 WRONG_TABLE: int
 
+def unfilled(size: int) -> bytearray: ...
+
 class Blocks:
     table_bytes: int
     payload_bytes: int

@@ -6,7 +6,7 @@
 ==================  ==============================================================================
 an extent's bytes   are
 ==================  ==============================================================================
-zeros               left as they are: the buffer is zeros before
+zeros               zeros
 of the base image   read from it; beyond its end they are zeros
 of payload          read from the segment's file, each block proven once and decompressed (gather.h)
 ==================  ==============================================================================
@@ -15,6 +15,7 @@ of payload          read from the segment's file, each block proven once and dec
 with what was proven of them, and the payload of compressed blocks, bounded in bytes each.
 """
 
+from cpython.bytearray cimport PyByteArray_FromStringAndSize
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Realloc
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
@@ -50,7 +51,8 @@ cdef extern from "gather.h" nogil:
         uint64_t offset
     int gather_read(
         blocks *blocks, const segment_file *files, const want *wants, size_t count,
-        uint8_t *target, c_bool may_wait, size_t proofs_max, gather_failure *failure)
+        uint8_t *target, uint64_t length, c_bool may_wait, size_t proofs_max,
+        gather_failure *failure)
     enum:
         BLOCK_SHIFT
         BLOCK_SIZE
@@ -74,6 +76,13 @@ WRONG_TABLE = C_WRONG_TABLE
 SHOWS_DATA = DATA
 SHOWS_BASE = BASE
 IMAGE = -1  # among a gather's files; a segment's place is that segment's file
+
+
+def unfilled(Py_ssize_t size):
+    """A bytearray of so many bytes, whatever they are: for a gather, which fills them all."""
+    if size < 0:
+        raise ValueError("a size is at least 0")
+    return PyByteArray_FromStringAndSize(NULL, size)
 
 
 cdef class Blocks:
@@ -199,7 +208,7 @@ cdef class Gather:
         return 0
 
     def read(self, Blocks kept, opened, uint8_t[::1] target, bint may_wait, proofs_max):
-        """Fill the target, all zeros before. ``opened``: for each of ``files`` its descriptor,
+        """Fill the target, whatever it holds. ``opened``: for each of ``files`` its descriptor,
         the offsets of its frames and where they end (an image: an empty array and 0).
 
         None, or (errno or what is wrong, number of the file, frame, block, offset in the file).
@@ -212,13 +221,13 @@ cdef class Gather:
         cdef gather_failure failure
         cdef int failed
         cdef const uint64_t[::1] frames
-        cdef uint8_t *start = &target[0] if target.shape[0] else NULL
         if <uint64_t>target.shape[0] < self.length:
             raise ValueError("the target is too short")
         if <size_t>len(opened) != count:
             raise ValueError("a file is lacking")
-        if self.count == 0:
+        if self.length == 0:
             return None
+        cdef uint8_t *start = &target[0]
         held = []
         files = <segment_file *>PyMem_Calloc(count, sizeof(segment_file))
         if files == NULL:
@@ -238,12 +247,14 @@ cdef class Gather:
             if may_wait:
                 with nogil:
                     failed = gather_read(
-                        &kept.kept, files, self.wants, self.count, start, True, most, &failure
+                        &kept.kept, files, self.wants, self.count, start, self.length, True, most,
+                        &failure,
                     )
             else:
                 # What never waits is over before another thread would have given the lock back.
                 failed = gather_read(
-                    &kept.kept, files, self.wants, self.count, start, False, most, &failure
+                    &kept.kept, files, self.wants, self.count, start, self.length, False, most,
+                    &failure,
                 )
         finally:
             PyMem_Free(files)

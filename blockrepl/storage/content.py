@@ -74,7 +74,7 @@ class ContentReader:
     def read_into(
         self, image: Path, window: Window, at: int, target: memoryview, *, wait: bool = True
     ) -> None:
-        """Fill ``target``, all zeros before, with what begins at ``at``; it ends in the window.
+        """Fill ``target`` with what begins at ``at``; it ends in the window.
 
         DamageError, StorageError. Without ``wait``: BlockingIOError when it would take a device's
         time.

@@ -19,22 +19,30 @@
 
 #define FIRST_READ_BYTES 8192 /* header, columns and block table of a frame of 256 records */
 
-int read_range(int descriptor, uint8_t *target, uint64_t length, uint64_t offset, int flags)
+int read_up_to(
+    int descriptor, uint8_t *target, uint64_t length, uint64_t offset, int flags, uint64_t *done)
 {
-    uint64_t done = 0;
-    while (done < length) {
-        struct iovec vector = {target + done, length - done};
-        ssize_t count = preadv2(descriptor, &vector, 1, (off_t)(offset + done), flags);
+    *done = 0;
+    while (*done < length) {
+        struct iovec vector = {target + *done, length - *done};
+        ssize_t count = preadv2(descriptor, &vector, 1, (off_t)(offset + *done), flags);
         if (count < 0) {
             if (errno == EINTR)
                 continue;
             return errno == EOPNOTSUPP ? EAGAIN : errno;
         }
         if (count == 0) /* some kernels say so of what is merely not in the page cache */
-            return flags & RWF_NOWAIT ? EAGAIN : ENDS_TOO_SOON;
-        done += (uint64_t)count;
+            return flags & RWF_NOWAIT ? EAGAIN : 0;
+        *done += (uint64_t)count;
     }
     return 0;
+}
+
+int read_range(int descriptor, uint8_t *target, uint64_t length, uint64_t offset, int flags)
+{
+    uint64_t done;
+    int failed = read_up_to(descriptor, target, length, offset, flags, &done);
+    return failed || done == length ? failed : ENDS_TOO_SOON;
 }
 
 static uint32_t u32_at(const uint8_t *data)

@@ -39,7 +39,12 @@ struct segment_file {
     uint64_t end;           /* of the frames */
 };
 
-/* With RWF_NOWAIT: EAGAIN where it would take a device's time, or the system cannot tell. */
+/* Up to `length` bytes, fewer only at the end of the file: *done. With RWF_NOWAIT: EAGAIN where it
+ * would take a device's time, or the system cannot tell.
+ */
+int read_up_to(
+    int descriptor, uint8_t *target, uint64_t length, uint64_t offset, int flags, uint64_t *done);
+/* All of them, or ENDS_TOO_SOON. */
 int read_range(int descriptor, uint8_t *target, uint64_t length, uint64_t offset, int flags);
 
 /* Read and prove a frame's table; *value is new and holds a struct frame_table. */

@@ -10,14 +10,17 @@
 #include <sys/uio.h>
 #include <xxhash.h>
 
+/* Read for nothing rather than in two calls. */
+#define BRIDGE_BYTES (16 << 10)
+
 /* One thing that is to be read, of all the wants that it is for. */
 struct item {
     uint32_t file;
-    uint32_t count;   /* of wants, in the order of `sorted` from `first` on; not in step 3 */
+    uint32_t count;   /* of wants, in the order of `sorted` from `first` on; not in steps 1 and 5 */
     size_t first;
     uint64_t offset;  /* in the file */
     uint64_t length;
-    uint64_t into;    /* step 3 only */
+    uint64_t into;    /* steps 1 and 5 only */
 };
 
 struct work {
@@ -131,6 +134,68 @@ static void make_items(struct work *work, size_t count, bool by_block)
 
 /* Step 1 */
 
+static int do_image(struct work *work, const struct item *item, int flags)
+{
+    uint64_t done;
+    uint8_t *target = work->target + item->into;
+    int failed = read_up_to(
+        work->files[item->file].descriptor, target, item->length, item->offset, flags, &done);
+    if (failed)
+        return failed_at(work, item, NULL, failed);
+    memset(target + done, 0, item->length - done);
+    return 0;
+}
+
+/* The item that a read goes on with, `gap_bytes_max` further on at most; NULL for a new one. */
+static struct item *continued(
+    struct work *work, uint32_t file, uint64_t offset, uint64_t into, uint64_t gap_bytes_max)
+{
+    if (work->item_count == 0)
+        return NULL;
+    struct item *last = &work->items[work->item_count - 1];
+    uint64_t gap = into - (last->into + last->length);
+    bool goes_on = last->file == file && gap <= gap_bytes_max
+        && offset == last->offset + last->length + gap;
+    return goes_on ? last : NULL;
+}
+
+static void add_read(
+    struct work *work, const struct want *want, uint64_t offset, uint64_t gap_bytes_max)
+{
+    struct item *last = continued(work, want->file, offset, want->into, gap_bytes_max);
+    if (last != NULL)
+        last->length = want->into + want->length - last->into;
+    else
+        work->items[work->item_count++] = (struct item){
+            .file = want->file, .offset = offset, .length = want->length, .into = want->into};
+}
+
+static int read_images(struct work *work, uint64_t bridge_bytes)
+{
+    work->item_count = 0;
+    for (size_t index = 0; index < work->count; index++) {
+        const struct want *want = &work->wants[index];
+        if (work->files[want->file].is_image)
+            add_read(work, want, want->offset, bridge_bytes);
+    }
+    return do_all(work, do_image);
+}
+
+/* Step 2 */
+
+static void fill_zeros(struct work *work, uint64_t length)
+{
+    uint64_t filled = 0;
+    for (size_t index = 0; index < work->count; index++) {
+        const struct want *want = &work->wants[index];
+        memset(work->target + filled, 0, want->into - filled);
+        filled = want->into + want->length;
+    }
+    memset(work->target + filled, 0, length - filled);
+}
+
+/* Step 3 */
+
 static int do_table(struct work *work, const struct item *item, int flags)
 {
     const struct want *want = &work->wants[work->sorted[item->first]];
@@ -172,7 +237,7 @@ static int find_tables(struct work *work)
     return do_all(work, do_table);
 }
 
-/* Step 2 */
+/* Step 4 */
 
 static void copy(struct work *work, const struct item *item, const uint8_t *payload)
 {
@@ -260,46 +325,33 @@ static int prove_blocks(struct work *work, size_t proofs_max)
     return do_all(work, do_block);
 }
 
-/* Step 3 */
+/* Step 5 */
 
 static int do_read(struct work *work, const struct item *item, int flags)
 {
-    const struct segment_file *file = &work->files[item->file];
     int failed = read_range(
-        file->descriptor, work->target + item->into, item->length, item->offset, flags);
-    if (!failed || (failed == ENDS_TOO_SOON && file->is_image))
-        return 0;
-    return failed_at(work, item, NULL, failed);
+        work->files[item->file].descriptor, work->target + item->into, item->length, item->offset,
+        flags);
+    return failed ? failed_at(work, item, NULL, failed) : 0;
 }
 
 static int read_rest(struct work *work)
 {
-    struct item *last = NULL;
     work->item_count = 0;
     for (size_t index = 0; index < work->count; index++) {
         const struct want *want = &work->wants[index];
-        if (work->done[index])
+        if (work->done[index] || work->files[want->file].is_image)
             continue;
-        uint64_t offset = want->offset;
-        if (!work->files[want->file].is_image) {
-            const struct frame_table *table = table_of(work->tables[index]);
-            offset += table->offset + table->starts[want->block];
-        }
-        if (last != NULL && last->file == want->file && last->offset + last->length == offset
-            && last->into + last->length == want->into) {
-            last->length += want->length;
-            continue;
-        }
-        last = &work->items[work->item_count++];
-        *last = (struct item){
-            .file = want->file, .offset = offset, .length = want->length, .into = want->into};
+        const struct frame_table *table = table_of(work->tables[index]);
+        add_read(work, want, table->offset + table->starts[want->block] + want->offset, 0);
     }
     return do_all(work, do_read);
 }
 
 int gather_read(
     struct blocks *blocks, const struct segment_file *files, const struct want *wants, size_t count,
-    uint8_t *target, bool may_wait, size_t proofs_max, struct gather_failure *failure)
+    uint8_t *target, uint64_t length, bool may_wait, size_t proofs_max,
+    struct gather_failure *failure)
 {
     struct work work = {
         .blocks = blocks,
@@ -311,8 +363,10 @@ int gather_read(
         .failure = failure,
     };
     *failure = (struct gather_failure){0};
-    if (count == 0)
+    if (count == 0) {
+        memset(target, 0, length);
         return 0;
+    }
     size_t each = sizeof *work.tables + sizeof *work.items + sizeof *work.sorted + sizeof *work.done;
     uint8_t *memory = calloc(count, each);
     work.scratch = malloc(BLOCK_SIZE);
@@ -322,7 +376,13 @@ int gather_read(
         work.items = (struct item *)(work.tables + count);
         work.sorted = (size_t *)(work.items + count);
         work.done = (bool *)(work.sorted + count);
-        failed = find_tables(&work);
+        failed = read_images(&work, BRIDGE_BYTES);
+        if (failed && failed != EAGAIN) /* perhaps only what lies between cannot be read */
+            failed = read_images(&work, 0);
+        if (!failed) {
+            fill_zeros(&work, length);
+            failed = find_tables(&work);
+        }
         if (!failed)
             failed = prove_blocks(&work, proofs_max);
         if (!failed)

@@ -1,13 +1,16 @@
 /* Filling a buffer from the many places that its bytes are at, without the interpreter.
  *
  * A *want* is a part of the buffer and where it lies: in a base image, or in a block of a frame's
- * payload. The steps, each for all wants before the next:
+ * payload; they ascend in the buffer. The steps, each for all wants before the next:
  *
- *   1. tables: of the frames that are not known yet (frame_table.h)
- *   2. blocks: one that is compressed is got from those that are kept; one that was never proven is
+ *   1. images, straight into the buffer, across what little lies between: the other steps put
+ *      there what belongs there
+ *   2. zeros: what nothing is wanted of
+ *   3. tables: of the frames that are not known yet (frame_table.h)
+ *   4. blocks: one that is compressed is got from those that are kept; one that was never proven is
  *      read whole, checked, decompressed and kept; one that is raw and proven is only noted, for
- *   3. reads: of images and of raw, proven blocks, straight into the buffer. Those that go on where
- *      the last one ends, in file and buffer, are one.
+ *   5. reads: of raw, proven blocks, straight into the buffer. Those that go on where the last one
+ *      ends, in file and buffer, are one.
  *
  * Each step first does what the page cache can do at once. Then the device is told of all that it
  * cannot, so that it gets them all at a time, and they are read in the order in which they lie.
@@ -37,14 +40,14 @@ struct gather_failure {
     uint64_t offset; /* in the file */
 };
 
-/* 0, an errno or what is wrong, which `failure` names the place of. The target is all zeros before:
- * beyond an image's end it stays as it is.
+/* 0, an errno or what is wrong, which `failure` names the place of. Fills `length` bytes of the
+ * target; beyond an image's end they are zeros.
  *
  * Without may_wait: EAGAIN where it would take a device's time, or the proof of more than
  * proofs_max blocks.
  */
 int gather_read(
     struct blocks *blocks, const struct segment_file *files, const struct want *wants, size_t count,
-    uint8_t *target, bool may_wait, size_t proofs_max, struct gather_failure *failure);
+    uint8_t *target, uint64_t length, bool may_wait, size_t proofs_max, struct gather_failure *failure);
 
 #endif

@@ -74,7 +74,7 @@ class PayloadReader:
     def fill(
         self, gather: Gather, target: memoryview, image: Path | None = None, *, wait: bool = True
     ) -> None:
-        """Do all that a gather wants of ``target``, all zeros before. DamageError, StorageError.
+        """Fill ``target`` with all that a gather wants. DamageError, StorageError.
 
         Without ``wait``: BlockingIOError when it would take a device's time, or a lot of ours.
         """

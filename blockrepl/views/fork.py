@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from blockrepl.errors import UsageError
 from blockrepl.formats.fork_map import BELOW, DATA
 from blockrepl.formats.frame import Buffer
+from blockrepl.storage._gather import unfilled
 from blockrepl.storage.content import Extent, add_extent
 from blockrepl.storage.overlay import Overlay
 from blockrepl.views.view import View, ViewDisk, coarse
@@ -37,22 +37,22 @@ class WritableView:
 
     def read(self, name: str, offset: int, length: int, *, wait: bool = True) -> bytearray:
         """As `View.read`."""
-        overlay, disk = self._overlays[name], self.disk(name)
-        if offset < 0 or length < 0:
-            raise UsageError("a disk is read from 0 on")
-        end = min(offset + length, disk.size_bytes)
-        pieces = overlay.pieces(offset, end)
-        if len(pieces) == 1 and pieces[0][2] == BELOW:
-            return self._view.read(name, offset, length, wait=wait)
-        buffer = bytearray(max(0, end - offset))
-        target = memoryview(buffer)
-        for start, stop, state in pieces:
+        buffer = unfilled(self.disk(name).held(offset, length))
+        self.read_into(name, offset, memoryview(buffer), wait=wait)
+        return buffer
+
+    def read_into(self, name: str, offset: int, target: memoryview, *, wait: bool = True) -> None:
+        """As `View.read_into`."""
+        self.disk(name).check(offset, len(target))
+        overlay = self._overlays[name]
+        for start, stop, state in overlay.pieces(offset, offset + len(target)):
             part = target[start - offset : stop - offset]
             if state == DATA:
                 overlay.read_into(part, start, wait=wait)
             elif state == BELOW:
-                part[:] = self._view.read(name, start, stop - start, wait=wait)
-        return buffer
+                self._view.read_into(name, start, part, wait=wait)
+            else:
+                part[:] = bytes(len(part))
 
     def extents(self, name: str, offset: int, length: int, *, grain: int = 1) -> list[Extent]:
         """As `View.extents`."""
@@ -73,22 +73,18 @@ class WritableView:
 
         Without ``wait``: BlockingIOError when it would take a device's time.
         """
-        self._check(name, offset, len(data))
+        self.disk(name).check(offset, len(data))
         below = partial(self._view.read, name, wait=wait)
         self._overlays[name].write(offset, data, below, wait=wait)
 
     def zero(self, name: str, offset: int, length: int) -> None:
         """As a write of zeros, without taking room for them."""
-        self._check(name, offset, length)
+        self.disk(name).check(offset, length)
         self._overlays[name].zero(offset, length, partial(self._view.read, name))
 
     def flush(self, name: str) -> None:
         """Make durable what was written to a disk. StorageError."""
         self._overlays[name].flush()
-
-    def _check(self, name: str, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.disk(name).size_bytes:
-            raise UsageError(f"a write beyond the end of {name}")
 
     def close(self) -> None:
         """Flush, and close the overlays. StorageError when they could not be flushed."""

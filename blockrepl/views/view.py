@@ -19,6 +19,7 @@ from errno import EAGAIN
 from pathlib import Path
 
 from blockrepl.errors import StateError, UsageError
+from blockrepl.storage._gather import unfilled
 from blockrepl.storage.content import ContentReader, Extent, Window, add_extent
 from blockrepl.storage.history import ReplicaHistory, State
 from blockrepl.storage.read_memory import read_memory
@@ -37,6 +38,17 @@ class ViewDisk:
     name: str
     size_bytes: int
     image: Path
+
+    def held(self, offset: int, length: int) -> int:
+        """How many bytes of a range are on the disk. UsageError."""
+        if offset < 0 or length < 0:
+            raise UsageError("a disk is read from 0 on")
+        return max(0, min(length, self.size_bytes - offset))
+
+    def check(self, offset: int, length: int) -> None:
+        """UsageError for a range that is not all on the disk."""
+        if offset < 0 or length < 0 or offset + length > self.size_bytes:
+            raise UsageError(f"a range beyond the end of {self.name}")
 
 
 Windows = Cache[tuple[int, bytes, int, int], Window]
@@ -83,38 +95,40 @@ class View:
         return min(disk.size_bytes, self._replica.files.allocated_bytes(disk.image) + journal)
 
     def read(self, name: str, offset: int, length: int, *, wait: bool = True) -> bytearray:
-        """Bytes of a disk, fewer only at its end. DamageError, StorageError.
+        """Bytes of a disk, fewer only at its end. As `read_into`."""
+        buffer = unfilled(self.disk(name).held(offset, length))
+        self.read_into(name, offset, memoryview(buffer), wait=wait)
+        return buffer
 
-        Without ``wait``: BlockingIOError when it would take a device's time.
+    def read_into(self, name: str, offset: int, target: memoryview, *, wait: bool = True) -> None:
+        """Fill ``target`` with what begins at ``offset`` of a disk, and ends on it.
+
+        DamageError, StorageError. Without ``wait``: BlockingIOError when it would take a device's
+        time.
         """
         try:
-            return self._read(name, offset, length, wait)
+            self._read_into(name, offset, target, wait)
         except GoneError as error:
             if not wait:
                 raise BlockingIOError(EAGAIN, "retention has replaced a segment") from error
-        self._look_again()
-        return self._read(name, offset, length, wait)
+            self._look_again()
+            self._read_into(name, offset, target, wait)
 
     def _look_again(self) -> None:
         """Retention has written segments anew: what was resolved names some that are no more."""
         self._replica.refresh(self._replica.state())
         self._windows.clear()
 
-    def _read(self, name: str, offset: int, length: int, wait: bool) -> bytearray:
+    def _read_into(self, name: str, offset: int, target: memoryview, wait: bool) -> None:
         disk = self.disk(name)
-        if offset < 0 or length < 0:
-            raise UsageError("a disk is read from 0 on")
-        end = min(offset + length, disk.size_bytes)
-        buffer = bytearray(max(0, end - offset))
-        target = memoryview(buffer)
-        at = offset
+        disk.check(offset, len(target))
+        at, end = offset, offset + len(target)
         while at < end:
             window = self._window(disk, at, wait)
             stop = min(end, window.end)
             part = target[at - offset : stop - offset]
             self._content.read_into(disk.image, window, at, part, wait=wait)
             at = stop
-        return buffer
 
     def extents(self, name: str, offset: int, length: int, *, grain: int = 1) -> list[Extent]:
         """What of a range is data and what reads as zeros; ascending, without holes.
