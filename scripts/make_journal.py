@@ -15,6 +15,9 @@ zeros       zeros: LZ4 takes 4 KiB to about 20 bytes, so ten million records tak
 random      does not compress: the journal is as large as its records
 ==========  ======================================================================================
 
+With ``base`` there is content of a first sync beneath: blocks of the same kind, but for their first
+8 bytes, which are zeros, since no record has written them.
+
 With zeros, segments are sealed after as many records as random ones would fill them with, so that a
 journal has as many segments either way.
 """
@@ -50,6 +53,8 @@ STEP_NS = 50_000  # 20 000 records a second
 COMMIT_FRAMES = 32
 POOL_BYTES = 4 * MIB
 
+Blocks = npt.NDArray[np.uint8]
+
 
 @dataclass(frozen=True)
 class Journal:
@@ -61,6 +66,7 @@ class Journal:
     seed: int = 1
     frame_records: int = 256
     payload: str = "zeros"
+    base: bool = False
 
     @property
     def frame_count(self) -> int:
@@ -90,17 +96,26 @@ class Journal:
             np.zeros(count, np.uint8),
         )
 
-    def data(self, frame: int, pool: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def data(self, frame: int, pool: npt.NDArray[np.uint8]) -> Blocks:
         """A frame's payload, (records, record_bytes)."""
         first = frame * self.frame_records
         count = min(self.frame_records, self.records - first)
+        return self._blocks(np.arange(first + 1, first + count + 1, dtype=np.uint64), frame, pool)
+
+    def base_data(self, first: int, count: int, pool: npt.NDArray[np.uint8]) -> Blocks:
+        """What a first sync finds at so many places, (count, record_bytes)."""
+        return self._blocks(np.zeros(count, np.uint64), first, pool)
+
+    def _blocks(
+        self, numbers: npt.NDArray[np.uint64], salt: int, pool: npt.NDArray[np.uint8]
+    ) -> Blocks:
+        count = len(numbers)
         if self.payload == "random":
             size = count * self.record_bytes
-            at = frame * 7919 % (len(pool) - size + 1)
+            at = salt * 7919 % (len(pool) - size + 1)
             data = pool[at : at + size].reshape(count, self.record_bytes).copy()
         else:
             data = np.zeros((count, self.record_bytes), np.uint8)
-        numbers = np.arange(first + 1, first + count + 1, dtype=np.uint64)
         data[:, :8] = numbers.view(np.uint8).reshape(count, 8)
         return data
 
@@ -130,9 +145,37 @@ class _Writer:
         self._pool = pool
         disk = AttachDisk(id=DISK_ID, name=DISK, size_bytes=journal.disk_bytes)
         replica.attach(SOURCE, [disk])
+        if journal.base:
+            self._base()
         mark = encode_mark(ConsistentMark(disk=DISK_ID, at_ns=START_NS - 1))
         self._frame(kind=FrameKind.MARK, watermark=START_NS - 1, payload=mark)
         replica.commit()
+
+    def _base(self) -> None:
+        """A first sync, its content stamped with the instant before the first mark."""
+        journal = self._journal
+        size = journal.record_bytes
+        for first in range(0, journal.blocks, journal.frame_records):
+            count = min(journal.frame_records, journal.blocks - first)
+            columns = Columns(
+                np.full(1, START_NS - 2, np.uint64),
+                np.full(1, first * size, np.uint64),
+                np.full(1, count * size, np.uint32),
+                np.zeros(1, np.uint8),
+            )
+            payload = journal.base_data(first, count, self._pool).tobytes()
+            self._append(
+                kind=FrameKind.BASE,
+                number=0,
+                disk=DISK_ID.bytes,
+                epoch=1,
+                watermark=0,
+                columns=columns,
+                payload=payload,
+            )
+            if first // journal.frame_records % COMMIT_FRAMES == COMMIT_FRAMES - 1:
+                self._replica.commit()
+        self._replica.commit()
 
     def run(self) -> None:
         for frame in range(self._journal.frame_count):
@@ -150,13 +193,15 @@ class _Writer:
         self._replica.commit()
 
     def _frame(self, **fields: object) -> None:
+        self._append(number=self._number, **fields)
+        self._number += 1
+
+    def _append(self, **fields: object) -> None:
         encoded = frames.encode_frame(
             group=self._replica.group_id,
             source=SOURCE,
-            number=self._number,
             **fields,  # type: ignore[arg-type]
         )
-        self._number += 1
         self._replica.append(
             SOURCE, encoded.header, memoryview(b"".join(bytes(part) for part in encoded.buffers))
         )
@@ -186,6 +231,7 @@ def main() -> int:
     parser.add_argument("--frame-records", type=int, default=256)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--payload", choices=["zeros", "random"], default="zeros")
+    parser.add_argument("--base", action="store_true", help="content of a first sync beneath")
     options = parser.parse_args()
     journal = Journal(
         options.records,
@@ -194,6 +240,7 @@ def main() -> int:
         options.seed,
         options.frame_records,
         options.payload,
+        options.base,
     )
     begin = time.monotonic()
     try:

@@ -1,4 +1,6 @@
-"""Long journals for the rows about views: made by scripts/make_journal.py, merged, mounted."""
+"""Long journals for the rows about views: made by scripts/make_journal.py, merged, then mounted or
+served.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from blockrepl.storage.catalog import Catalog
 from blockrepl.storage.merging import Merger
 from blockrepl.storage.segment_reader import Known
 from scripts.benchmark.ours import COMMAND
+from scripts.benchmark.peers import socket_uri
 from scripts.benchmark.processes import Scratch, Service
 from scripts.make_journal import DISK, GROUP, Journal, make
 
@@ -74,3 +77,13 @@ def mounted(scratch: Scratch, made: LongJournal) -> Iterator[tuple[Path, Service
     with scratch.running("view", [*command, "--at", "latest", "--foreground"]) as service:
         service.wait_ready(image.exists)
         yield image, service
+
+
+@contextmanager
+def served(scratch: Scratch, made: LongJournal) -> Iterator[str]:
+    """Its latest point over NBD; yields the URI."""
+    path = scratch.directory / "view.sock"
+    command: list[str | Path] = [COMMAND, "--home", made.home, "serve", GROUP, "--at", "latest"]
+    with scratch.running("serve", [*command, "--socket", path], path) as service:
+        service.wait_ready(path.is_socket)
+        yield socket_uri(path, DISK)

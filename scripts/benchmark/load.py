@@ -84,17 +84,20 @@ def write_nbd(
     return _fio(scratch, "write", "write", options, seconds)
 
 
-def read_file(
-    scratch: Scratch, path: Path, *, pattern: str, block_bytes: int, seconds: float
+def read_once(
+    scratch: Scratch, source: Path | str, *, pattern: str, block_bytes: int, seconds: float
 ) -> Load:
-    """Read a file with pread: every block at most once, from a cold page cache, for ``seconds``."""
+    """Read a file with pread, or an NBD export by its URI, one request at a time: every block at
+    most once, for ``seconds``.
+    """
     options = [
-        "--ioengine=psync",
-        f"--filename={path}",
         f"--rw={pattern}",
         f"--bs={block_bytes}",
-        "--invalidate=1",
         "--readonly",
         f"--runtime={seconds:g}s",  # without time_based: ends at the end of the file if sooner
     ]
+    if isinstance(source, Path):
+        options += ["--ioengine=psync", f"--filename={source}", "--invalidate=1"]
+    else:
+        options += ["--ioengine=nbd", f"--uri={source}"]
     return _fio(scratch, "read", "read", options, seconds)

@@ -39,10 +39,12 @@ def nbdkit_file(scratch: Scratch, image: Path) -> Iterator[str]:
 
 
 @contextmanager
-def qemu_nbd(scratch: Scratch, image: Path) -> Iterator[str]:
+def qemu_nbd(scratch: Scratch, image: Path, *, read_only: bool = False) -> Iterator[str]:
     """Serve ``image`` with qemu-nbd; yields the NBD URI."""
     path = scratch.directory / "qemu-nbd.sock"
     command: list[str | Path] = ["qemu-nbd", "-f", "raw", "-t", "-e", "4", "-k", path, image]
+    if read_only:
+        command.append("--read-only")
     with scratch.running("qemu-nbd", command, path) as service:
         service.wait_ready(path.is_socket)
         yield socket_uri(path)

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -55,7 +56,10 @@ SCENARIOS = (
     ),
     Scenario(("open_point", "point_growth", "memory_view"), view_rows.open_point),
     Scenario(("merge_ingest",), view_rows.merge_ingest),
-    Scenario(("view_sequential", "view_random"), view_rows.views),
+    *(
+        Scenario(view_rows.view_names(history), partial(view_rows.views, history))
+        for history in (view_rows.SETTLED, view_rows.SCATTERED)
+    ),
     Scenario(
         ("write_iops_depth16_network_down", "write_iops_depth16_network_down_qemu_nbd"),
         write_rows.network_down,

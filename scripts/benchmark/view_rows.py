@@ -1,8 +1,15 @@
-"""Views: opening any point of a long journal, and reading one through FUSE.
+"""Views: opening any point of a long journal, and reading one through FUSE and NBD.
 
-The journal is random 4 KiB writes over the whole disk, which no view likes: what lies together on
-the disk lies anywhere in the journal. The peer has a plain raw file with the same bytes. All is
-read from a cold page cache, each block at most once per turn.
+Two histories are read, each against a plain raw file with the same bytes behind the peer's same
+door:
+
+=========  =========================================================================================
+settled    a first sync of the whole disk, then random 4 KiB writes to a tenth of it: a day
+scattered  random 4 KiB writes twice as many as the disk has blocks and no base image: the worst for
+           any view, since what lies together on the disk lies anywhere in the journal
+=========  =========================================================================================
+
+All is read from a cold page cache, each block at most once per turn.
 
 Points are opened in this process: from nothing but the replica's directory to the first byte, a new
 point and place each time.
@@ -10,11 +17,12 @@ point and place each time.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,61 +31,106 @@ from blockrepl.storage.history import ReplicaHistory
 from blockrepl.units import MIB
 from blockrepl.views.view import View
 from scripts.benchmark.bench import Bench
-from scripts.benchmark.journals import LongJournal, long_journal, merging, mounted
-from scripts.benchmark.load import MEGABYTE, read_file
+from scripts.benchmark.journals import LongJournal, long_journal, merging, mounted, served
+from scripts.benchmark.load import MEGABYTE, read_once
 from scripts.benchmark.memory import resident_bytes
-from scripts.benchmark.peers import qsd_fuse
+from scripts.benchmark.peers import qemu_nbd, qsd_fuse
 from scripts.benchmark.processes import MeasurementError
 from scripts.benchmark.report import Goal, Row, summarise
 from scripts.benchmark.rounds import Contestant, clear_page_cache, interleave
 from scripts.make_journal import DISK, GROUP, Journal, make
 
-PEER = "qemu-storage-daemon, FUSE export"
-SEQUENTIAL = ("view_sequential", "MB/s", Goal(">=", 1.0), "read", 1 << 20)
-RANDOM = ("view_random", "IOPS", Goal(">=", 0.7), "randread", 4096)
+FUSE_PEER = "qemu-storage-daemon, FUSE export"
+NBD_PEER = "qemu-nbd"
+
+
+@dataclass(frozen=True)
+class _History:
+    """A shape of history; of its records as a share of the disk's blocks."""
+
+    name: str
+    share: float
+    base: bool
+
+    def journal(self, disk_bytes: int) -> Journal:
+        records = int(self.share * disk_bytes) // BLOCK_BYTES
+        return Journal(records, disk_bytes, payload="random", base=self.base)
+
+
+SETTLED = _History("view", 0.1, base=True)
+SCATTERED = _History("view_scattered", 2.0, base=False)
+PATTERNS = (
+    ("sequential", "MB/s", Goal(">=", 1.0), "read", 1 << 20),
+    ("random", "IOPS", Goal(">=", 0.7), "randread", 4096),
+)
 POINTS = 100
 BLOCK_BYTES = 4096
 INGEST_RECORDS = 1_000_000
 
 
-def _read(bench: Bench, path: Path, pattern: str, block_bytes: int) -> float:
+def _read(bench: Bench, source: Path | str, pattern: str, block_bytes: int) -> float:
     """MB/s of a sequential read, IOPS of a random one."""
-    load = read_file(
-        bench.scratch, path, pattern=pattern, block_bytes=block_bytes, seconds=bench.seconds
+    load = read_once(
+        bench.scratch, source, pattern=pattern, block_bytes=block_bytes, seconds=bench.seconds
     )
     return load.megabytes_per_second if pattern == "read" else load.iops
 
 
-def views(bench: Bench) -> list[Row]:
-    rows = []
-    records = 2 * bench.image_bytes // BLOCK_BYTES
+def _doors(history: _History) -> tuple[str, str]:
+    """What the rows of the FUSE and of the NBD door begin with."""
+    return history.name, f"{history.name}_nbd"
+
+
+def view_names(history: _History) -> tuple[str, ...]:
+    """The rows that `views` yields."""
+    return tuple(f"{door}_{pattern[0]}" for door in _doors(history) for pattern in PATTERNS)
+
+
+def views(history: _History, bench: Bench) -> list[Row]:
+    journal = history.journal(bench.image_bytes)
+    sources: list[list[tuple[str, Path | str]]] = [[], []]  # of each door, named
     with ExitStack() as stack:
-        files = []
         raw = bench.scratch.directory / "raw.img"
         if bench.peers_only:
             raw = bench.image("ours")
         else:
-            bench.progress(f"making a journal of {records:,} records")
+            bench.progress(f"making a journal of {journal.records:,} records")
             home = bench.scratch.directory / "view-home"
-            made = long_journal(home, Journal(records, bench.image_bytes, payload="random"))
+            stack.callback(shutil.rmtree, home)
+            made = long_journal(home, journal)
+            stack.callback(raw.unlink, missing_ok=True)
             _write_raw(made, raw)
-            files.append(("ours", stack.enter_context(mounted(bench.scratch, made))[0]))
-        files.append((PEER, stack.enter_context(qsd_fuse(bench.scratch, raw))))
-        os.sync()
-        for name, unit, goal, pattern, block_bytes in (SEQUENTIAL, RANDOM):
-            contestants = [
-                Contestant(owner, partial(_read, bench, path, pattern, block_bytes))
-                for owner, path in files
-            ]
-            bench.progress(name)
-            figures = interleave(contestants, bench.rounds, progress=bench.progress)
-            ours, theirs = figures.get("ours", []), figures[PEER]
-            note = f"{records:,} random 4 KiB records"
-            rows.append(summarise(name, unit, goal, ours, peer=PEER, theirs=theirs, notes=[note]))
-    if not bench.peers_only:
-        shutil.rmtree(home)
-        raw.unlink()
-    return rows
+            sources[0].append(("ours", stack.enter_context(mounted(bench.scratch, made))[0]))
+            sources[1].append(("ours", stack.enter_context(served(bench.scratch, made))))
+        sources[0].append((FUSE_PEER, stack.enter_context(qsd_fuse(bench.scratch, raw))))
+        export = stack.enter_context(qemu_nbd(bench.scratch, raw, read_only=True))
+        sources[1].append((NBD_PEER, export))
+        note = f"{journal.records:,} random 4 KiB records" + ", and a base image" * history.base
+        return [
+            _read_row(bench, door, pattern, named, note)
+            for door, named in zip(_doors(history), sources, strict=True)
+            for pattern in PATTERNS
+        ]
+
+
+def _read_row(
+    bench: Bench,
+    door: str,
+    pattern: tuple[str, str, Goal, str, int],
+    sources: Sequence[tuple[str, Path | str]],
+    note: str,
+) -> Row:
+    """Let the sources, named, the peer's last, be read in turn."""
+    name, unit, goal, order, block_bytes = pattern
+    name, peer = f"{door}_{name}", sources[-1][0]
+    bench.progress(name)
+    contestants = [
+        Contestant(owner, partial(_read, bench, source, order, block_bytes))
+        for owner, source in sources
+    ]
+    figures = interleave(contestants, bench.rounds, progress=bench.progress)
+    ours = figures.get("ours", [])
+    return summarise(name, unit, goal, ours, peer=peer, theirs=figures[peer], notes=[note])
 
 
 def _write_raw(made: LongJournal, raw: Path) -> None:
