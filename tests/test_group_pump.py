@@ -36,7 +36,13 @@ from blockrepl.formats.frame import FrameKind, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
 from blockrepl.formats.messages import Attached
 from blockrepl.services import disk_sync
-from blockrepl.services.group_pump import GROW_SECONDS, WantedCheckpoint
+from blockrepl.services.group_pump import (
+    GROW_SECONDS,
+    IDLE_POLL_SECONDS,
+    POLL_SECONDS,
+    GroupPump,
+    WantedCheckpoint,
+)
 from blockrepl.services.group_replication import GroupReplication
 from blockrepl.services.source_disk import SourceDisk
 from blockrepl.storage.clock import open_clock
@@ -1226,3 +1232,28 @@ async def test_no_frame_waits_when_nothing_is_under_way_or_much_is_there(source:
         await until(lambda: len(receiver.records(entry.id.bytes)) == 5)
         receiver.acknowledge()
         assert not pump._may_grow()
+
+
+async def test_an_idle_pump_looks_ever_more_seldom_until_something_is_written(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards IDLE_GROWTH and the POLL_SECONDS that a round with work sets in _round_and_pause.
+    entry = source.add("root", MIB)
+    guest = source.guest(entry)
+    receiver = Receiver()
+    pauses: list[float] = []  # before each round
+    round_of = GroupPump._round
+
+    async def noted(pump: GroupPump) -> bool:
+        pauses.append(pump._pause)
+        return await round_of(pump)
+
+    monkeypatch.setattr(GroupPump, "_round", noted)
+    async with pumping(source, receiver, known(entry)):
+        await until(lambda: IDLE_POLL_SECONDS in pauses)
+        pauses.clear()
+        began = trio.current_time()
+        await trio.sleep(10 * IDLE_POLL_SECONDS)
+        assert len(pauses) <= 1 + (trio.current_time() - began) / IDLE_POLL_SECONDS
+        guest.write(0, b"x" * 512)
+        await until(lambda: POLL_SECONDS in pauses)

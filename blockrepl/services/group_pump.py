@@ -22,7 +22,8 @@ any watermark of now. It puts the others' records, under the watermark of before
 
 Rounds follow each other at once while there is a backlog or something to sync and they get on with
 it, else every few milliseconds, so that a frame is worth its header; and while one is under way,
-the next one grows. So the busier the receiver, the larger its frames, and the fewer.
+the next one grows. So the busier the receiver, the larger its frames, and the fewer. While nothing
+is written they come ever more seldom: an agent has a pump for each group, most of them idle.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ from blockrepl.storage.spool import Spool
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.004
-IDLE_POLL_SECONDS = 0.01
+IDLE_POLL_SECONDS = 0.05  # at most: what is written after a while of nothing waits so long
+IDLE_GROWTH = 1.2  # of the pause, by a round in which nothing was written
 GROW_SECONDS = 0.02  # at most, for the sake of a frame that is yet to be acknowledged
 SPOOL_POLL_SECONDS = 0.02  # fewer, larger frames while nobody waits for them
 SPOOL_FRAMES = 8  # appended at once: a visit of a thread costs as much as half a frame's bytes
@@ -122,6 +124,7 @@ class GroupPump:
         self._source = source
         self._clock = clock
         self.is_stopped = False
+        self._pause = POLL_SECONDS
         self._scope = trio.CancelScope()
         self._ended: trio.Event | None = None
 
@@ -140,10 +143,10 @@ class GroupPump:
         started = trio.current_time()
         async with self.between_rounds:
             worked = await self._round()
+        self._pause = POLL_SECONDS if worked else min(self._pause * IDLE_GROWTH, IDLE_POLL_SECONDS)
         if not (worked and (self._has_backlog() or self._wants_sync())):
-            pause = POLL_SECONDS if worked else IDLE_POLL_SECONDS
-            pause = pause if self.outbox.is_direct else SPOOL_POLL_SECONDS
-            await trio.sleep_until(started + pause)
+            least = POLL_SECONDS if self.outbox.is_direct else SPOOL_POLL_SECONDS
+            await trio.sleep_until(started + max(self._pause, least))
             while worked and self._may_grow() and trio.current_time() < started + GROW_SECONDS:
                 await trio.sleep(POLL_SECONDS)
         else:
