@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from journal_model import GROUP, START, Journal, Record, small_segments
 
-from blockrepl.errors import DamageError, PointError, StateError, StorageError
+from blockrepl.errors import DamageError, PointError, StateError, StorageError, UsageError
 from blockrepl.formats.frame import RecordKind
 from blockrepl.formats.segment import file_name
 from blockrepl.model import points
@@ -95,6 +95,11 @@ def test_any_piece_of_a_view_is_the_piece_of_the_whole(
         offset = journal.random.randrange(SIZES[name] + 10)
         length = journal.random.randrange(1, 30_000)
         assert view.read(name, offset, length) == whole[name][offset : offset + length]
+    for name, size in SIZES.items():
+        assert view.read(name, size - 1, 9) == whole[name][-1:]
+        assert view.read(name, size, 9) == view.read(name, size + 1, 9) == b""
+        with pytest.raises(UsageError, match="beyond the end"):
+            view.read_into(name, size - 1, memoryview(bytearray(2)))
 
 
 def test_extents_cover_the_disk_and_what_they_call_zero_is_zero(

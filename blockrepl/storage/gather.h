@@ -48,6 +48,7 @@ struct gather_failure {
  */
 int gather_read(
     struct blocks *blocks, const struct segment_file *files, const struct want *wants, size_t count,
-    uint8_t *target, uint64_t length, bool may_wait, size_t proofs_max, struct gather_failure *failure);
+    uint8_t *target, uint64_t length, bool may_wait, size_t proofs_max,
+    struct gather_failure *failure);
 
 #endif

@@ -38,7 +38,8 @@ class WritableView:
     def read(self, name: str, offset: int, length: int, *, wait: bool = True) -> bytearray:
         """As `View.read`."""
         buffer = unfilled(self.disk(name).held(offset, length))
-        self.read_into(name, offset, memoryview(buffer), wait=wait)
+        if buffer:
+            self.read_into(name, offset, memoryview(buffer), wait=wait)
         return buffer
 
     def read_into(self, name: str, offset: int, target: memoryview, *, wait: bool = True) -> None:

@@ -97,7 +97,8 @@ class View:
     def read(self, name: str, offset: int, length: int, *, wait: bool = True) -> bytearray:
         """Bytes of a disk, fewer only at its end. As `read_into`."""
         buffer = unfilled(self.disk(name).held(offset, length))
-        self.read_into(name, offset, memoryview(buffer), wait=wait)
+        if buffer:
+            self.read_into(name, offset, memoryview(buffer), wait=wait)
         return buffer
 
     def read_into(self, name: str, offset: int, target: memoryview, *, wait: bool = True) -> None:
