@@ -90,6 +90,13 @@ def test_a_day_of_writes_takes_fewer_than_25_probes() -> None:
         assert len(searched.results) <= 23 + (first_bad in (2, 16_000_000))
 
 
+@pytest.mark.parametrize("count", [1, 10, 1000])
+def test_a_command_that_skips_everything_has_found_nothing(count: int) -> None:
+    searched = Searched(count, 2, set(range(2 * count + 1)))
+    with pytest.raises(StateError, match="neither good nor bad of any of"):
+        searched.run()
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_skips_are_gone_around(seed: int) -> None:
     chance = random.Random(seed)

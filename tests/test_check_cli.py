@@ -66,3 +66,16 @@ def test_a_store_in_use_is_left_alone(journal: Journal) -> None:
     status, _, told = call(journal, "receiver", "check", "nobody")
     assert status == 1
     assert f"groups here: {GROUP}" in told
+
+
+def test_a_home_without_a_receiver_is_not_called_sound(journal: Journal, tmp_path: Path) -> None:
+    other = Home.create(tmp_path / "other")
+    status, said, told = call(journal, "--home", other.path, "receiver", "check")
+    assert (status, said) == (1, "")
+    assert told.startswith(f"error: there is no receiver in {other.path}")
+
+
+def test_what_a_bisect_leaves_is_known(journal: Journal) -> None:
+    for name in ("bisect.json", "bisect.lock"):
+        (journal.directory / name).write_text("{}")
+    assert call(journal, "receiver", "check")[:2] == (0, "no damage found\n")

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
@@ -207,23 +208,41 @@ def test_a_scrub_of_part_of_a_region_proves_nothing(
         assert journal.replica.proofs.proven(disk, SIZES["data"]).covered_bytes == covered
 
 
-def test_a_segment_that_is_lost_makes_everything_differ(
-    journal: Journal, comparison: GroupComparison
+def test_a_segment_that_is_lost_makes_all_differ_for_a_resync_and_nothing_for_a_scrub(
+    journal: Journal, comparison: GroupComparison, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Guards what a scrub says of records that are hidden: it had them sent again for ever, which
+    cannot help, and alarmed of bytes that did not differ.
+    """
     journal.run(100)
     content = journal.model.at(journal.stamp)["root"]
     compare = of(journal, "root", journal.stamp, content)
     assert differing(comparison, compare) == []
     comparison.close()
     comparison = GroupComparison(journal.replica)
-    min((journal.directory / "segments").iterdir()).unlink()
+    lost = min((journal.directory / "segments").iterdir())
+    lost.rename(journal.directory / "lost.seg")
     assert differing(comparison, compare) == list(range(compare.block_count))
+    proofs, disk = journal.replica.proofs, journal.ids["root"].bytes
+    proven, scrub = proofs.proven(disk, SIZES["root"]), replace(compare, purpose=Purpose.SCRUB)
+    for _ in range(3):
+        assert differing(comparison, scrub) == []
+    assert (proofs.proven(disk, SIZES["root"]), proofs.mismatches(disk)) == (proven, [])
+    assert (
+        f"disk root cannot be compared with its source: segment {lost.name}"
+        in (comparison.unreadable[disk])
+    )
+    assert sum("cannot be compared" in line for line in caplog.messages) == 1
     comparison.close()
+    (journal.directory / "lost.seg").rename(lost)
+    again = GroupComparison(journal.replica)
+    again.unreadable = comparison.unreadable
+    assert differing(again, scrub) == []
+    assert (again.unreadable, proofs.proven(disk, SIZES["root"]).is_whole) == ({}, True)
+    again.close()
 
 
 def test_lies_are_the_peers_fault(journal: Journal, comparison: GroupComparison) -> None:
-    from dataclasses import replace
-
     content = journal.model.at(journal.stamp)["data"]
     good = of(journal, "data", journal.stamp, content)
     block = b"x" * 16
@@ -461,3 +480,24 @@ async def test_a_scrub_over_the_wire_proves_and_a_consistent_mark_heals(
         await peer.send(agent.consistent())
         await peer.acknowledged(4)
         assert (await vault.group())["disks"][0]["mismatches"] == 0
+
+
+async def test_what_cannot_be_compared_is_told_by_status_and_verify(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_segments(monkeypatch)
+    async with vault.peer() as peer:
+        agent = await peer.attach()
+        data = os.urandom(MIB)
+        await peer.send(agent.base(0, data), agent.consistent())
+        await peer.acknowledged(2)
+        for number in range(3):
+            await peer.send(write(agent, number * 65536, data[:65536]))
+            await peer.acknowledged(3 + number)
+        min((vault.home.replica_directory("web") / "segments").iterdir()).unlink()
+        await ask(peer, agent, data, purpose=Purpose.SCRUB)
+        assert (await verdict(peer)).differing == ()
+        group = await vault.group()
+        assert "disk root cannot be compared with its source: " in group["problem"]
+        (proof,) = await vault.control("GET", "/verify/web")
+        assert (proof["unreadable"], proof["mismatches"]) == (group["problem"], 0)

@@ -178,6 +178,30 @@ async def until(condition: Callable[[], Any]) -> None:
             await trio.sleep(0.01)
 
 
+async def test_the_status_of_a_group_that_cannot_be_used_says_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards facts_of_failed in Receiver.status: it said that there was no history, and no disk.
+    monkeypatch.setattr(limits, "SEGMENT_BYTES_TARGET", 65536)
+    async with running(tmp_path) as vault, vault.peer() as peer:
+        agent = await peer.attach()
+        await peer.send(agent.base(0, os.urandom(65536)), agent.consistent())
+        for number in range(3):
+            await peer.send(agent.writes(), agent.writes())
+            await peer.acknowledged(4 + 2 * number)
+        before = await vault.group()
+    segments = sorted((Home(tmp_path / "home").replica_directory("web") / "segments").iterdir())
+    assert len(segments) > 1
+    segments[0].unlink()
+    async with running(tmp_path) as vault:
+        group = await vault.group()
+    assert group["state"] == "error"
+    assert f"{segments[0].name} is missing" in group["problem"]
+    assert group["floor"] == before["floor"] is not None
+    assert 0 < group["journal_bytes"] < before["journal_bytes"]
+    assert [disk["name"] for disk in group["disks"]] == ["root"]
+
+
 async def test_what_is_acknowledged_is_in_the_journal_as_it_was_sent(
     vault: Vault, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ otherwise, has a source     the agent, and through it the receiver
 ==========================  ====================================================
 
 A pass that was asked for is over when every disk of the group has ended one that began after the
-asking. The exit status is 1 when something differs that is not healed.
+asking. The exit status is 1 when something differs that is not healed, or cannot be compared.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def verify(home: Path, group: str, now: bool, json_mode: bool) -> int:
     the table says from when to when which bytes of it are not to be trusted.
 
     With --now, Ctrl-C leaves the pass running. Exit status 1: something differs and is not healed,
-    or the pass has not got on for a minute.
+    a disk cannot be compared, or the pass has not got on for a minute.
     """
     is_here = is_replica(home, group)
     client = receiver_client(home) if is_here else agent_client(home)
     path = f"/verify/{group}"
     proofs = _pass_now(client, path, group) if now else _proofs(home, client, path, group, is_here)
     emit(proofs, json_mode, _render)
-    return 1 if any(disk["mismatches"] for disk in proofs) else 0
+    return 1 if any(disk["mismatches"] or disk["unreadable"] for disk in proofs) else 0
 
 
 def _proofs(home: Path, client: ControlClient, path: str, group: str, is_here: bool) -> Proofs:
@@ -144,6 +144,8 @@ def _render(proofs: Proofs) -> Any:
     parts: list[Any] = [table(headers, rows, right="size proven mismatches")]
     for disk in proofs:
         parts += [_found(disk["disk"], one) for one in disk["found"]]
+        if disk["unreadable"]:
+            parts.append(Text(disk["unreadable"], "bold red"))
     return Group(*parts) if len(parts) > 1 else Group(parts[0], Text("nothing is known to differ"))
 
 

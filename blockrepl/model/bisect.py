@@ -76,7 +76,7 @@ def step(
     *,
     check_ends: bool = False,
 ) -> Probe | Found:
-    """What to do next. StateError when an end is not what it was said to be."""
+    """What to do next. StateError when an end is not what it was said to be, or all was skipped."""
     _check_end(good_ns, "good", results, Outcome.BAD)
     _check_end(bad_ns, "bad", results, Outcome.GOOD)
     if check_ends:
@@ -94,6 +94,12 @@ def step(
     for end_ns in (low, high):
         if end_ns in (good_ns, bad_ns) and end_ns not in results:
             return Probe(end_ns, 0)
+    if results and all(each == Outcome.SKIP for each in results.values()):
+        raise StateError(
+            f"the command says neither good nor bad of any of {len(results)} instants",
+            hint="it ended with 125 each time; look at what it does at one (mount --at)",
+            code="bisect-skips",
+        )
     return Found(low, high, tuple(skipped))
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from blockrepl.errors import StateError
+from blockrepl.services.receiver_home import read_configuration
 from blockrepl.storage.check import Progress, bytes_to_check, check_replica
 from blockrepl.storage.check_findings import Finding
 from blockrepl.storage.home import Home, exclusive_lock
@@ -16,6 +17,8 @@ from blockrepl.storage.repair import repair
 def replicas(home: Home, names: Sequence[str]) -> tuple[list[Path], int]:
     """Replicas of some groups (none: of all), and the bytes there are to examine. StateError."""
     present = home.groups()
+    if not present:
+        read_configuration(home)  # in a home that is no receiver's, all would always be well
     for name in names:
         if name not in present:
             raise StateError(
@@ -23,7 +26,7 @@ def replicas(home: Home, names: Sequence[str]) -> tuple[list[Path], int]:
                 hint=f"groups here: {', '.join(present) or 'none'}",
                 code="no-group",
             )
-    found = [home.replica_directory(name) for name in names or present]
+    found = [home.replica_directory(name) for name in dict.fromkeys(names) or present]
     return found, sum(map(bytes_to_check, found))
 
 

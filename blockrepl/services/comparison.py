@@ -9,7 +9,15 @@ An answer, in this order:
 4. of a scrub: what does not differ is a proof, what differs an alarm (storage/proofs.py)
 
 Comparisons hold up no commit: they have THREADS_MAX threads of their own, and wait for a commit
-without asking for one. A block that cannot be read differs, so what is damaged is sent again.
+without asking for one.
+
+==============================  ====================================================================
+of the replica cannot be read   then
+==============================  ====================================================================
+a block                         it differs: sent again, it can be read from that instant on
+which records there are: a      sending does not help, for they may be newer. Of a resync all
+damaged index, a lost segment   differs, once; a scrub proves nothing, sends nothing, and says why
+==============================  ====================================================================
 
 A base image may be written to meanwhile, by frames of a first sync. That does no harm: a source
 sends a range after the verdict on it, so they are of other ranges. A receiver that is told
@@ -26,7 +34,7 @@ from collections.abc import Callable
 
 import trio
 
-from blockrepl.errors import DamageError, PeerError, StorageError
+from blockrepl.errors import PeerError, StorageError, explain
 from blockrepl.formats.comparison import DIGEST_BYTES, Compare, Purpose, Verdict
 from blockrepl.limits import COMPARE_BLOCK_BYTES, REGION_BYTES
 from blockrepl.services.group_committer import GroupCommitter
@@ -70,9 +78,18 @@ class Comparisons:
         known = self._groups.get(group)
         return known.newest_stamps.get(disk, 0) if known is not None else 0
 
+    def unreadable(self, group: str) -> dict[bytes, str]:
+        """Why disks of a group could not be compared when it was tried last, by id."""
+        known = self._groups.get(group)
+        return dict(known.unreadable) if known is not None else {}
+
     def close(self) -> None:
         for group in self._groups.values():
             group.close()
+
+
+class _HiddenError(Exception):
+    """Which records of a range there are cannot be told."""
 
 
 class GroupComparison:
@@ -80,6 +97,7 @@ class GroupComparison:
 
     def __init__(self, replica: Replica) -> None:
         self.newest_stamps: dict[bytes, int] = {}
+        self.unreadable: dict[bytes, str] = {}
         self._replica = replica
         self._lock = threading.Lock()
         self._history: ReplicaHistory | None = None
@@ -111,7 +129,15 @@ class GroupComparison:
             check()
             length = min(REGION_BYTES, compare.length - first)
             at = compare.offset + first
-            mine = self._digests(reader, disk, at, length, compare.stamp, is_last)
+            try:
+                mine = self._digests(reader, disk, at, length, compare.stamp, is_last)
+            except _HiddenError as error:
+                self._hidden(disk, error)
+                if compare.purpose is Purpose.SCRUB:
+                    return Verdict(compare.group, compare.token, compare.block_count, ())
+                mine = [b""] * -(-length // COMPARE_BLOCK_BYTES)
+            else:
+                self.unreadable.pop(disk.id, None)
             block = first // COMPARE_BLOCK_BYTES
             for place, digest in enumerate(mine):
                 at = (block + place) * DIGEST_BYTES
@@ -168,15 +194,19 @@ class GroupComparison:
         at_ns: int,
         is_last: bool,
     ) -> list[bytes]:
-        """A region's digests, block by block; empty for what cannot be read."""
+        """A region's digests, block by block; empty for what cannot be read. _HiddenError."""
         count = -(-length // COMPARE_BLOCK_BYTES)
         end = offset + length
         image = image_path(self._replica.directory, disk.name)
         extents: list[Extent] = []
         try:
             window = reader.resolve(disk.id, offset, end, at_ns)
+        except StorageError as error:
+            self._look_once_more(error, is_last)
+            raise _HiddenError(explain(error)) from error
+        try:
             reader.add_extents(extents, image, window, offset, end)
-        except (DamageError, StorageError) as error:
+        except StorageError as error:
             self._unreadable(disk, error, is_last)
             return [b""] * count
         digests: list[bytes] = []
@@ -190,17 +220,28 @@ class GroupComparison:
             data = bytearray(size)
             try:
                 reader.read_into(image, window, at, memoryview(data))
-            except (DamageError, StorageError) as error:
+            except StorageError as error:
                 self._unreadable(disk, error, is_last)
                 digests.append(b"")
             else:
                 digests.append(digest_blocks(data))
         return digests
 
-    def _unreadable(self, disk: DiskRow, error: StorageError, is_last: bool) -> None:
-        """What cannot be read differs; what is gone is looked for once more. GoneError."""
+    def _look_once_more(self, error: StorageError, is_last: bool) -> None:
+        """For what is gone: retention may have replaced it. GoneError."""
         if isinstance(error, GoneError) and not is_last:
             raise error
+
+    def _hidden(self, disk: DiskRow, error: _HiddenError) -> None:
+        """Note, and say once, that a disk cannot be compared."""
+        why = f"disk {disk.name} cannot be compared with its source: {error}"
+        if self.unreadable.get(disk.id) != why:
+            logger.error("group %s: %s", self._replica.name, why)
+            self.unreadable[disk.id] = why
+
+    def _unreadable(self, disk: DiskRow, error: StorageError, is_last: bool) -> None:
+        """What cannot be read differs."""
+        self._look_once_more(error, is_last)
         logger.error("group %s: disk %s: %s", self._replica.name, disk.name, error)
 
     def _note(self, disk: DiskRow, compare: Compare, differing: list[int]) -> None:

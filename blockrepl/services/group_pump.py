@@ -57,6 +57,7 @@ from blockrepl.session.release import Release
 from blockrepl.storage.clock import SourceClock
 from blockrepl.storage.ring import Batch
 from blockrepl.storage.spool import Spool
+from blockrepl.units import format_bytes, format_instant
 
 log = logging.getLogger(__name__)
 
@@ -320,6 +321,16 @@ class GroupPump:
         first_after = disk.ring.first_after(from_ns, disk.cursor, head)
         watermark = self.outbox.due.watermark
         await self._put_records([(disk, first_after)], watermark)
+        why = "some records are lost"
+        if dropped := disk.ring.dropped():
+            size = format_bytes(disk.entry.ring_bytes)
+            why = f"{dropped} records did not fit its ring of {size} (see `disk add --ring`)"
+        log.warning(
+            "disk %s: %s: history has a gap from %s on, until what differs has been sent again",
+            disk.entry.name,
+            why,
+            format_instant(from_ns),
+        )
         disk.gap_reported(from_ns)  # first: its acknowledgement may come while we send
         mark = GapMark(disk=UUID(bytes=disk.id), from_ns=from_ns)
         await self._put_mark(mark, disk, watermark)

@@ -44,7 +44,12 @@ from blockrepl.services.receiver_api import (
 from blockrepl.services.receiver_groups import ReceiverGroups
 from blockrepl.services.receiver_home import load_authority, open_trust, read_configuration
 from blockrepl.services.receiver_sessions import SourceSession
-from blockrepl.services.receiver_status import GroupFacts, describe_group, facts_of
+from blockrepl.services.receiver_status import (
+    GroupFacts,
+    describe_group,
+    facts_of,
+    facts_of_failed,
+)
 from blockrepl.services.retention import PASS_SECONDS, Retention
 from blockrepl.services.retention_status import RetentionStatus, describe_retention
 from blockrepl.services.verification import DiskProof, describe_proofs
@@ -193,14 +198,17 @@ class Receiver:
             await self._describe(committer) for committer in list(self.groups.committers.values())
         ]
         for name, error in self.groups.failures.items():
-            groups.append(self.describe(GroupFacts(name, error=error), 0.0))
+            directory = self._home.replica_directory(name)
+            facts = await trio.to_thread.run_sync(facts_of_failed, directory, error)
+            groups.append(self.describe(facts, 0.0))
         groups.sort(key=lambda group: group.name)
         return Status(name=self.name, running=True, groups=groups)
 
     async def _describe(self, committer: GroupCommitter) -> GroupStatus:
         known = self._retention.groups.get(committer.replica.name)
         problem = known.problem if known else ""
-        facts = await trio.to_thread.run_sync(facts_of, committer.replica, problem)
+        unreadable = self.groups.comparisons.unreadable(committer.replica.name)
+        facts = await trio.to_thread.run_sync(facts_of, committer.replica, problem, unreadable)
         return self.describe(facts, committer.throughput.per_second())
 
     def describe(self, facts: GroupFacts, bytes_per_second: float) -> GroupStatus:
@@ -225,8 +233,9 @@ class Receiver:
     async def _proofs(self, committer: GroupCommitter) -> list[DiskProof]:
         replica = committer.replica
         disks = replica.status().disks
+        unreadable = self.groups.comparisons.unreadable(replica.name)
         return await trio.to_thread.run_sync(
-            lambda: describe_proofs(replica.proofs, disks, self.passes, time.time_ns())
+            lambda: describe_proofs(replica.proofs, disks, self.passes, unreadable, time.time_ns())
         )
 
     async def begin_verify(self, group: str) -> list[DiskProof]:

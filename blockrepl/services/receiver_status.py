@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from blockrepl import limits
@@ -56,10 +56,15 @@ class GroupFacts:
     proven: Mapping[bytes, Proven] = field(default_factory=dict)
     newest_watermark: int = 0  # of the source that is furthest
     outlook: HistoryOutlook | None = None
+    unreadable: Sequence[str] = ()  # why which disks cannot be compared with their source
 
 
-def facts_of(replica: Replica, problem: str = "") -> GroupFacts:
-    """Reads the catalog: blocks. Never raises. ``problem``: of retention."""
+def facts_of(
+    replica: Replica, problem: str = "", unreadable: Mapping[bytes, str] | None = None
+) -> GroupFacts:
+    """Reads the catalog: blocks. Never raises. ``problem``: of retention; ``unreadable``: why disks
+    cannot be compared, by id.
+    """
     status = replica.status()
     proven: dict[bytes, Proven] = {}
     seen = _outlook(replica.directory, replica.catalog, status.watermark, problem)
@@ -77,7 +82,13 @@ def facts_of(replica: Replica, problem: str = "") -> GroupFacts:
         proven,
         max((row.watermark for row in status.sources.values()), default=0),
         seen,
+        sorted((unreadable or {}).values()),
     )
+
+
+def facts_of_failed(directory: Path, error: BlockreplError) -> GroupFacts:
+    """Of a group that cannot be used: what its files say. Blocks. Never raises."""
+    return replace(_facts_at_rest(directory), error=error)
 
 
 def _outlook(
@@ -123,7 +134,7 @@ def describe_group(
             _disk_status(facts, disk, connected, source_names, (passes or {}).get(disk.id))
             for disk in facts.disks
         ],
-        problem=explain(facts.error) if facts.error else _clock_problem(ahead_seconds),
+        problem=_problem(facts, ahead_seconds),
         received_bytes_per_second=bytes_per_second,
         sources=[
             SourceStatus(name=_source_name(source, source_names), connected=source in connected)
@@ -157,6 +168,12 @@ def _ahead_seconds(facts: GroupFacts, now: int) -> float | None:
     newest = max(facts.watermark, facts.newest_watermark)
     ahead_seconds = (newest - now) / NANOSECONDS_PER_SECOND
     return ahead_seconds if ahead_seconds >= limits.CLOCK_AHEAD_SECONDS else None
+
+
+def _problem(facts: GroupFacts, ahead_seconds: float | None) -> str | None:
+    if facts.error is not None:
+        return explain(facts.error)
+    return "; ".join(facts.unreadable) or _clock_problem(ahead_seconds)
 
 
 def _clock_problem(ahead_seconds: float | None) -> str | None:

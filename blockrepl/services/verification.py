@@ -59,7 +59,10 @@ class Difference(BaseModel):
 
 
 class DiskProof(BaseModel):
-    """``mismatches`` counts those that are not healed; ``found`` names healed ones too."""
+    """``mismatches`` counts those that are not healed; ``found`` names healed ones too.
+
+    ``unreadable``: why the disk could not be compared, when it was tried last; None when it could.
+    """
 
     disk: str
     covered_bytes: int
@@ -70,20 +73,33 @@ class DiskProof(BaseModel):
     age_seconds: float | None
     scrub: PassStatus | None
     found: list[Difference]
+    unreadable: str | None = None
 
 
 def describe_proofs(
-    proofs: Proofs, disks: Iterable[DiskRow], passes: Mapping[bytes, ScrubPass], now: int
+    proofs: Proofs,
+    disks: Iterable[DiskRow],
+    passes: Mapping[bytes, ScrubPass],
+    unreadable: Mapping[bytes, str],
+    now: int,
 ) -> list[DiskProof]:
-    """Blocks. StorageError."""
+    """Blocks. StorageError. ``unreadable``: why disks cannot be compared, by id."""
     found = [one for disk in disks for one in proofs.mismatches(disk.id, healed_too=True)]
     found.sort(key=lambda one: (one.healed_ns is not None, -one.at_ns))
     named = found[:FOUND_MAX]
-    return [_describe(proofs, disk, passes.get(disk.id), named, now) for disk in disks]
+    return [
+        _describe(proofs, disk, passes.get(disk.id), named, unreadable.get(disk.id), now)
+        for disk in disks
+    ]
 
 
 def _describe(
-    proofs: Proofs, disk: DiskRow, told: ScrubPass | None, named: list[Mismatch], now: int
+    proofs: Proofs,
+    disk: DiskRow,
+    told: ScrubPass | None,
+    named: list[Mismatch],
+    unreadable: str | None,
+    now: int,
 ) -> DiskProof:
     proven = proofs.proven(disk.id, disk.size_bytes)
     oldest = proven.oldest_ns
@@ -98,6 +114,7 @@ def _describe(
         age_seconds=None if oldest is None else max(0, now - oldest) / NANOSECONDS_PER_SECOND,
         scrub=PassStatus.of(told) if told else None,
         found=[Difference.of(one) for one in mine],
+        unreadable=unreadable,
     )
 
 
@@ -105,4 +122,4 @@ def proofs_at_rest(home: Path, group: str, now: int) -> list[DiskProof]:
     """Of a receiver that is not running, from its files. Blocks. StateError, StorageError."""
     with ReplicaHistory.open(home, group) as history:
         disks = [disk for disk in history.catalog.disks() if disk.removed_ns is None]
-        return describe_proofs(Proofs(history.catalog), disks, {}, now)
+        return describe_proofs(Proofs(history.catalog), disks, {}, {}, now)

@@ -44,6 +44,8 @@ _KNOWN = {
     DIRECTORY_NAME,
     SEEDS,
     "base",
+    "bisect.json",  # views/bisect.py
+    "bisect.lock",
 }
 _FIRST_GENERATION = re.compile(r"\d{12}\.seg")
 _WRITTEN_ANEW = re.compile(r"\d{12}-\d+\.seg")

@@ -71,7 +71,8 @@ def damaged(path: Path, offset: int, why: object) -> DamageError:
     """The one way damage is told: file and offset."""
     error = DamageError(
         f"segment {path.name} is damaged at offset {offset}: {why} ({path})",
-        hint="points before the damage stay readable; look at the disk that holds the file",
+        hint="stop the receiver and run `blockrepl receiver check`: it says exactly what is lost "
+        "and what is not, and --repair mends what can be made again",
     )
     error.offset = offset
     return error

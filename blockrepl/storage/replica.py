@@ -66,6 +66,7 @@ from blockrepl.storage.files import Files, fail_stop, failure, failures
 from blockrepl.storage.home import make_directory
 from blockrepl.storage.journal import DIRECTORY_NAME, Journal
 from blockrepl.storage.proofs import Proofs
+from blockrepl.units import format_instant
 
 logger = logging.getLogger(__name__)
 
@@ -369,7 +370,11 @@ class Replica:
                 )
         elif isinstance(mark, GapMark):
             if self.catalog.begin_gap(mark.disk.bytes, mark.from_ns):
-                logger.warning("group %s: history has a gap from %d on", self.name, mark.from_ns)
+                logger.warning(
+                    "group %s: history has a gap from %s on; its source says why",
+                    self.name,
+                    format_instant(mark.from_ns),
+                )
         elif isinstance(mark, GrowMark):
             self._grow(mark)
         else:
