@@ -84,6 +84,45 @@ def test_a_moved_replica_goes_on_where_it_is(place: Pair, elsewhere: Path) -> No
     assert (elsewhere / "g" / "base" / "d2.img").read_bytes() == seed.read_bytes()
 
 
+def test_a_replica_that_is_put_away_is_mounted_there_and_its_source_fills_a_new_one(
+    place: Pair,
+) -> None:
+    """What the README has for a segment that is lost for good."""
+    disk = Disk(place, size_bytes=SIZE)
+    place.receiver("receiver", "init", quiet=True)
+    place.start_receiver()
+    place.join()
+    place.start_agent()
+    disk.start()
+    place.wait_replicating("g")
+    tool("qemu-io", "-f", "raw", "-c", "write -P 7 0 1M", disk.uri)
+    place.wait_durable("g")
+    before = place.receiver_json("point", "g", "latest")["at"]
+    place.stop("receiver")
+    tool("qemu-io", "-f", "raw", "-c", "write -P 9 1M 1M", disk.uri)
+    other = place.directory / "other"
+    assert blockrepl(other, "receiver", "init").returncode == 0
+    (other / "replicas").mkdir(exist_ok=True)
+    Home(place.receiver_home).replica_directory("g").rename(other / "replicas" / "g")
+    place.start_receiver()
+    place.wait_replicating("g")
+    tool("qemu-io", "-f", "raw", "-c", "write -P 8 2M 1M", disk.uri)
+    place.wait_durable("g")
+    with place.mounted("g") as mounted:
+        assert (mounted / "latest" / "d1.img").read_bytes() == disk.content()
+    out = place.directory / "out.img"
+    done = blockrepl(other, "export", "g", "d1", out, "--at", before)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == b"\7" * MIB + bytes(SIZE - MIB)
+    (place.directory / "m").mkdir()
+    done = blockrepl(other, "mount", "g", place.directory / "m", "--at", before)
+    assert done.returncode == 0, done.stderr
+    try:
+        assert (place.directory / "m" / "d1.img").read_bytes() == out.read_bytes()
+    finally:
+        assert blockrepl(other, "umount", place.directory / "m").returncode == 0
+
+
 def test_a_home_can_be_moved_whole(tmp_path: Path, elsewhere: Path) -> None:
     journal = Journal(tmp_path / "home", {"root": 320 * KIB})
     journal.run(60)

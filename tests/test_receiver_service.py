@@ -611,6 +611,7 @@ async def test_status_says_what_is_there(vault: Vault) -> None:
             **group,
             "lag_seconds": 0,
             "received_bytes_per_second": asked["received_bytes_per_second"],
+            "retention": asked["retention"],  # the room that is free is everybody's
         }
     assert group["state"] == "replicating"
     assert group["latest_ns"] == agent.stamp
