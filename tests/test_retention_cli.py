@@ -48,7 +48,20 @@ def test_history_is_shortened_as_it_was_set_and_what_is_gone_is_refused(place: P
 
     place.receiver("checkpoint", "create", "g", "stays", "--keep", quiet=True)
     stays = place.receiver_json("checkpoint", "list", "g")[0]["at_ns"]
-    place.receiver_json("retention", "set", "g", "--ladder", "all:2s,1s:4s")
+    place.receiver("checkpoint", "create", "g", "goes", quiet=True)
+    goes = place.receiver_json("checkpoint", "list", "g")[-1]["at_ns"]
+    wait_for(lambda: place.group("g")["latest_ns"] > goes + 6 * 10**9, "history of some length")
+    ladder = ("retention", "set", "g", "--ladder", "all:2s,1s:4s")
+    bad = blockrepl(home, *ladder)
+    assert (bad.returncode, bad.stdout) == (1, "")
+    assert f"what stays is from {format_instant(first)} to " in bad.stderr
+    assert "the checkpoints goes go. add --shorten" in bad.stderr
+    assert len(bad.stderr.splitlines()) == 1
+    assert (
+        place.receiver_json("retention", "show", "g")["policy"]["ladder"] == "all:1d,1m:1w,1h:90d"
+    )
+    place.receiver_json("retention", "set", "g", "--ladder", "all:2d,1m:1w,1h:90d")  # more is kept
+    place.receiver_json(*ladder, "--shorten")
 
     def is_thinned() -> bool:
         ran = place.receiver_json("retention", "run", "g")

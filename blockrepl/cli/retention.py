@@ -50,6 +50,7 @@ def plan(home: Path, group: str, json_mode: bool) -> None:
 @click.option("--promise", help="Age up to which nothing goes to make room. [default: first rung]")
 @click.option("--max-size", type=SizeType(), help="Most that the journal may take; 0: no limit.")
 @click.option("--min-free", type=SizeType(), help="Room to leave free on the file system.")
+@click.option("--shorten", is_flag=True, help="Also if the ladder lets go of history at once.")
 @json_option
 @pass_home
 def set_(
@@ -59,11 +60,14 @@ def set_(
     promise: str | None,
     max_size: int | None,
     min_free: int | None,
+    shorten: bool,
     json_mode: bool,
 ) -> None:
     """Change what is kept of GROUP's history; what is not given stays as it is.
 
-    What is older than the last rung is folded into the base images. Where room is limited, history
+    What is older than the last rung is folded into the base images. A ladder that lets go of
+    history at once is refused, with what would go, unless you add --shorten: checkpoints that are
+    not kept (`checkpoint create --keep`) go with their instants. Where room is limited, history
     is shortened from its old end, but nothing that is promised, pinned or kept ever goes to make
     room: the receiver would rather stop acknowledging, and say so.
     """
@@ -77,7 +81,7 @@ def set_(
         policy["size_bytes"] = max_size or None
     if min_free is not None:
         policy["free_bytes"] = min_free
-    emit(client.post(f"/retention/{group}", policy), json_mode, _shown)
+    emit(client.post(f"/retention/{group}", policy | {"shorten": shorten}), json_mode, _shown)
 
 
 @retention.command(epilog="Example: blockrepl retention run web")
@@ -100,6 +104,7 @@ def _shown(document: dict[str, Any]) -> Any:
     policy = document["policy"]
     lines: list[Any] = [
         Text.assemble(("group ", ""), (document["group"], "bold"), f"  ladder {policy['ladder']}"),
+        Text(f"  {_limits(policy)}"),
         Text(f"  {_room(document)}"),
     ]
     if document["reason"]:
@@ -140,6 +145,18 @@ def _planned(document: dict[str, Any]) -> Any:
     ]
     parts.append(table(["pinned by", "from", "to"], pins))
     return Group(*parts)
+
+
+def _limits(policy: dict[str, Any]) -> str:
+    promised = policy["promised"] or policy["ladder"].partition(",")[0].partition(":")[2]
+    size, free = policy["size_bytes"], policy["free_bytes"]
+    return ", ".join(
+        [
+            f"promised {promised}",
+            f"journal at most {format_bytes(size)}" if size else "no limit of the journal's size",
+            *([f"{format_bytes(free)} left free"] if free else []),
+        ]
+    )
 
 
 def _room(document: dict[str, Any]) -> str:

@@ -51,7 +51,11 @@ from blockrepl.services.receiver_status import (
     facts_of_failed,
 )
 from blockrepl.services.retention import PASS_SECONDS, Retention
-from blockrepl.services.retention_status import RetentionStatus, describe_retention
+from blockrepl.services.retention_status import (
+    RetentionStatus,
+    check_shortening,
+    describe_retention,
+)
 from blockrepl.services.verification import DiskProof, describe_proofs
 from blockrepl.storage.home import Home, check_name, exclusive_lock, make_directory
 from blockrepl.storage.retained import Policy, read_kept, write_policy
@@ -279,12 +283,17 @@ class Receiver:
             known.problem if known else "",
         )
 
-    async def set_retention(self, group: str, policy: Policy) -> RetentionStatus:
-        """Keep a group's history by this policy from now on. UsageError."""
+    async def set_retention(self, group: str, policy: Policy, shorten: bool) -> RetentionStatus:
+        """Keep a group's history by this policy from now on. UsageError; StateError when that lets
+        go of history at once, unless ``shorten``.
+        """
         committer = self.groups.find(group)
         catalog = committer.replica.catalog
         policy.promised_ns()  # UsageError when it does not parse
         check_change(policy.rungs(), await trio.to_thread.run_sync(read_kept, catalog))
+        if not shorten:
+            status = await self.retention(group)
+            await trio.to_thread.run_sync(check_shortening, catalog, status, policy)
         await committer.perform(lambda: write_policy(catalog, policy))
         return await self.retention(group)
 

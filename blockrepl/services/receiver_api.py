@@ -8,7 +8,7 @@ GET /checkpoints/GROUP                 the group's checkpoints, by instant
 POST /checkpoints/GROUP                NewCheckpoint: names an instant that can be reached
 POST /checkpoints/GROUP/NAME/remove    forgets one, kept or not
 GET /retention/GROUP                   RetentionStatus
-POST /retention/GROUP                  Policy: is kept by from now on
+POST /retention/GROUP                  NewPolicy: is kept by from now on
 POST /retention/GROUP/run              does what is due, answers when it is done
 GET /verify/GROUP                      what the scrub has proven, per disk
 POST /verify/GROUP                     asks the group's sources for a pass now; as before it
@@ -58,6 +58,12 @@ class DiskStatus(BaseModel):
     scrub: PassStatus | None = None
     synced_bytes: int = 0
     source: str = ""
+
+
+class NewPolicy(Policy):
+    """``shorten``: also when it lets go of history at once."""
+
+    shorten: bool = False
 
 
 class SourceStatus(BaseModel):
@@ -135,7 +141,7 @@ class ReceiverControl(Protocol):
 
     async def retention(self, group: str) -> RetentionStatus: ...
 
-    async def set_retention(self, group: str, policy: Policy) -> RetentionStatus: ...
+    async def set_retention(self, group: str, policy: Policy, shorten: bool) -> RetentionStatus: ...
 
     async def run_retention(self, group: str) -> RetentionStatus: ...
 
@@ -169,8 +175,9 @@ def receiver_application(receiver: ReceiverControl) -> Starlette:
         group = request.path_params["group"]
         if request.method == "GET":
             return _answer(await receiver.retention(group))
-        policy = Policy.model_validate_json(await request.body())
-        return _answer(await receiver.set_retention(group, policy))
+        wanted = NewPolicy.model_validate_json(await request.body())
+        policy = Policy.model_validate(wanted.model_dump(exclude={"shorten"}))
+        return _answer(await receiver.set_retention(group, policy, wanted.shorten))
 
     async def run_retention(request: Request) -> JSONResponse:
         return _answer(await receiver.run_retention(request.path_params["group"]))

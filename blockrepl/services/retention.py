@@ -184,4 +184,6 @@ def _room(replica: Replica, policy: Policy, now_ns: int) -> tuple[int, str]:
     freed = sum(row.bytes for row in rows if row.sealed and row.last_stamp <= floor_ns)
     if freed >= excess_bytes:
         return floor_ns, ""
-    return floor_ns, "there is less room than the promised history takes; see `retention plan`"
+    return floor_ns, (
+        "there is less room than the promised history takes; see the limits in `retention show`"
+    )

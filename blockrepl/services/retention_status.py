@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from blockrepl.errors import StateError
 from blockrepl.model.retention import ALL, Kept, Ladder
 from blockrepl.model.retention_room import Level, Outlook, Room, outlook
 from blockrepl.storage.catalog import Catalog, SegmentRow
@@ -20,6 +21,7 @@ from blockrepl.units import NANOSECONDS_PER_SECOND, format_bytes, format_instant
 
 HOUR_NS = 3600 * NANOSECONDS_PER_SECOND
 DAY_NS = 24 * HOUR_NS
+NAMES_TOLD = 5  # of checkpoints, in an error of one line
 PINS_TOLD = 50  # in `status`, which is a message to the sources, too
 
 
@@ -130,7 +132,7 @@ def describe_retention(
         latest_ns=latest_ns if has_history else None,
         stretches=_stretches(kept, rows, floor_ns, latest_ns) if has_history else [],
         pins=sorted(pins, key=lambda pin: pin.first_ns),
-        upcoming=_upcoming(policy.rungs(), kept, pins, floor_ns, latest_ns)
+        upcoming=_upcoming(policy.rungs(), kept, pins, floor_ns, latest_ns, DAY_NS)
         if floor_ns is not None
         else [],
         journal_bytes=sum(row.bytes for row in rows),
@@ -208,11 +210,55 @@ def _stretches(
     ]
 
 
+def check_shortening(catalog: Catalog, status: RetentionStatus, wanted: Policy) -> None:
+    """Refuse a policy that lets go of history at once that the present one keeps. StateError.
+
+    Blocks. Of limits of room it is expected: they are not looked at.
+    """
+    if status.floor_ns is None or status.latest_ns is None:
+        return
+    kept, floor_ns, latest_ns = read_kept(catalog), status.floor_ns, status.latest_ns
+    due, goes = (
+        _upcoming(policy.rungs(), kept, status.pins, floor_ns, latest_ns, 0)
+        for policy in (status.policy, wanted)
+    )
+    goes = [one for one in goes if one not in due]
+    if not goes:
+        return
+    parts = [
+        f"from {format_instant(one.from_ns)} to {format_instant(one.to_ns)} "
+        + ("nothing" if one.what == "fold" else f"a point every {one.step_seconds:g} s")
+        for one in goes
+    ]
+    names = [one.name for one in catalog.checkpoints() if not one.kept and _goes(one.at_ns, goes)]
+    if names:
+        more = f" and {len(names) - NAMES_TOLD} more" if len(names) > NAMES_TOLD else ""
+        parts.append(f"the checkpoints {', '.join(names[:NAMES_TOLD])}{more} go")
+    raise StateError(
+        f"that ladder lets go of history that is there now; what stays is {', '.join(parts)}",
+        hint="add --shorten if that is what you want",
+        code="shortens",
+    )
+
+
+def _goes(at_ns: int, goes: list[Upcoming]) -> bool:
+    return any(
+        one.from_ns < at_ns <= one.to_ns
+        and (one.what == "fold" or at_ns % round(one.step_seconds * NANOSECONDS_PER_SECOND))
+        for one in goes
+    )
+
+
 def _upcoming(
-    ladder: Ladder, kept: Kept, pins: list[PinStatus], floor_ns: int, latest_ns: int
+    ladder: Ladder,
+    kept: Kept,
+    pins: list[PinStatus],
+    floor_ns: int,
+    latest_ns: int,
+    ahead_ns: int,
 ) -> list[Upcoming]:
-    """What a day more of history changes."""
-    later_ns = latest_ns + DAY_NS
+    """What so much more of history changes."""
+    later_ns = latest_ns + ahead_ns
     found = []
     floor_then = ladder.floor(later_ns)
     if floor_then > floor_ns:
