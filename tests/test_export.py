@@ -192,6 +192,12 @@ def test_checkpoints_are_made_listed_and_removed_without_a_running_receiver(
     taken = blockrepl(journal, "checkpoint", "create", GROUP, "now")
     assert taken.returncode == 1
     assert "exists already" in taken.stderr
+    kept = [
+        json.loads(blockrepl(journal, "checkpoint", "keep", GROUP, "now", *option, "--json").stdout)
+        for option in (["--release"], [])
+    ]
+    assert kept == [row | {"kept": False}, row]
+    assert "no checkpoint 'x'" in blockrepl(journal, "checkpoint", "keep", GROUP, "x").stderr
     assert blockrepl(journal, "checkpoint", "remove", GROUP, "now").returncode == 0
     gone = blockrepl(journal, "checkpoint", "remove", GROUP, "now")
     assert gone.returncode == 1

@@ -586,6 +586,12 @@ async def test_checkpoints_are_listed_made_and_removed_on_both_sides(vault: Vaul
             refused = (await peer.ask("checkpoint-remove", name)).refusal
             assert refused is not None
             assert refused.code == code
+        for verb, kept in (("release", False), ("keep", True)):
+            assert (await vault.control("POST", f"/checkpoints/web/b/{verb}"))["kept"] is kept
+            listed = await vault.control("GET", "/checkpoints/web")
+            assert [one["kept"] for one in listed if one["name"] == "b"] == [kept]
+        with pytest.raises(BlockreplError, match="no checkpoint 'a'"):
+            await vault.control("POST", "/checkpoints/web/a/keep")
         await vault.control("POST", "/checkpoints/web/b/remove")
         for path, content, code in (
             ("/checkpoints/web", {"name": "c"}, "taken"),

@@ -46,7 +46,11 @@ def test_history_is_shortened_as_it_was_set_and_what_is_gone_is_refused(place: P
     assert len(bad.stderr.splitlines()) == 1
     assert blockrepl(home, "retention", "show", "nobody").returncode == 1
 
-    place.receiver("checkpoint", "create", "g", "stays", "--keep", quiet=True)
+    place.receiver("checkpoint", "create", "g", "stays", quiet=True)
+    refused = blockrepl(place.source_home, "checkpoint", "keep", "g", "stays")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "on the receiver's host only" in refused.stderr
+    place.receiver("checkpoint", "keep", "g", "stays", quiet=True)
     stays = place.receiver_json("checkpoint", "list", "g")[0]["at_ns"]
     place.receiver("checkpoint", "create", "g", "goes", quiet=True)
     goes = place.receiver_json("checkpoint", "list", "g")[-1]["at_ns"]

@@ -10,7 +10,7 @@ otherwise, has a source     the agent: its checkpoint travels with the records
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,27 +127,63 @@ def remove(home: Path, group: str, name: str, json_mode: bool) -> None:
     check_name(name, "checkpoint")
     path = f"/checkpoints/{group}/{name}/remove"
     if is_replica(home, group):
-        row = _remove_on_replica(home, group, name, path)
+        row = _on_replica(home, group, name, path, lambda catalog: _remove(catalog, name))
     else:
         row = agent_client(home).post(path)
     emit(row, json_mode, lambda _: f"checkpoint {name} of {group} is removed")
 
 
-def _remove_on_replica(home: Path, group: str, name: str, path: str) -> Row:
+@checkpoint.command(
+    epilog="Examples: blockrepl checkpoint keep web before-upgrade;  "
+    "blockrepl checkpoint keep web before-upgrade --release"
+)
+@click.argument("group", shell_complete=complete_group)
+@click.argument("name", shell_complete=complete_checkpoint)
+@click.option("--release", is_flag=True, help="Retention may thin it out again.")
+@json_option
+@pass_home
+def keep(home: Path, group: str, name: str, release: bool, json_mode: bool) -> None:
+    """Keep the checkpoint NAME of GROUP: retention may never thin it out.
+
+    On the receiver's host, whose room it takes.
+    """
+    check_name(name, "checkpoint")
+    if not is_replica(home, group):
+        raise UsageError(
+            "a checkpoint is kept on the receiver's host only",
+            hint="on the source one can be taken so: checkpoint create --keep",
+        )
+    path = f"/checkpoints/{group}/{name}/{'release' if release else 'keep'}"
+    row = _on_replica(home, group, name, path, lambda it: it.keep_checkpoint(name, not release))
+    what = "is kept" if row["kept"] else "goes when retention passes it"
+    emit(row, json_mode, lambda _: f"checkpoint {name} of {group} {what}")
+
+
+def _remove(catalog: Catalog, name: str) -> CheckpointRow | None:
+    row = catalog.checkpoint(name)
+    catalog.remove_checkpoint(name)
+    return row
+
+
+def _on_replica(
+    home: Path,
+    group: str,
+    name: str,
+    path: str,
+    change: Callable[[Catalog], CheckpointRow | None],
+) -> Row:
+    """Have the receiver do what a path means, or change the catalog when there is none."""
     try:
         return dict(receiver_client(home).post(path))
     except StateError as error:
         if error.code != NOT_RUNNING:
             raise
+    from blockrepl.storage.catalog import no_checkpoint
+
     with _catalog(home, group) as catalog:
-        row = catalog.checkpoint(name)
-        if row is None:
-            raise StateError(
-                f"group {group} has no checkpoint {name!r}",
-                hint=f"see: blockrepl checkpoint list {group}",
-                code="no-checkpoint",
-            )
-        catalog.remove_checkpoint(name)
+        row = change(catalog)
+    if row is None:
+        raise no_checkpoint(group, name)
     return _row(row)
 
 

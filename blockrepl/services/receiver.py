@@ -263,6 +263,9 @@ class Receiver:
     async def remove_checkpoint(self, group: str, name: str) -> Checkpoint:
         return await self.groups.remove_checkpoint(self.groups.find(group), name, kept_too=True)
 
+    async def keep_checkpoint(self, group: str, name: str, kept: bool) -> Checkpoint:
+        return await self.groups.keep_checkpoint(self.groups.find(group), name, kept)
+
     # Retention
 
     async def keep_retention(self) -> None:

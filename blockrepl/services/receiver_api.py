@@ -7,6 +7,8 @@ GET /status                            Status
 GET /checkpoints/GROUP                 the group's checkpoints, by instant
 POST /checkpoints/GROUP                NewCheckpoint: names an instant that can be reached
 POST /checkpoints/GROUP/NAME/remove    forgets one, kept or not
+POST /checkpoints/GROUP/NAME/keep      retention may never thin it out
+POST /checkpoints/GROUP/NAME/release   retention may
 GET /retention/GROUP                   RetentionStatus
 POST /retention/GROUP                  NewPolicy: is kept by from now on
 POST /retention/GROUP/run              does what is due, answers when it is done
@@ -18,6 +20,7 @@ POST /seeds/GROUP/DISK                 puts the copy that waits in place (storag
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
@@ -133,6 +136,8 @@ class ReceiverControl(Protocol):
 
     async def remove_checkpoint(self, group: str, name: str) -> Checkpoint: ...
 
+    async def keep_checkpoint(self, group: str, name: str, kept: bool) -> Checkpoint: ...
+
     async def place_seed(self, group: str, disk: str) -> None: ...
 
     async def verify(self, group: str) -> list[DiskProof]: ...
@@ -162,6 +167,12 @@ def receiver_application(receiver: ReceiverControl) -> Starlette:
         parameters = request.path_params
         return _answer(await receiver.remove_checkpoint(parameters["group"], parameters["name"]))
 
+    async def keep(kept: bool, request: Request) -> JSONResponse:
+        parameters = request.path_params
+        return _answer(
+            await receiver.keep_checkpoint(parameters["group"], parameters["name"], kept)
+        )
+
     async def seed(request: Request) -> JSONResponse:
         await receiver.place_seed(request.path_params["group"], request.path_params["disk"])
         return JSONResponse({})
@@ -189,6 +200,8 @@ def receiver_application(receiver: ReceiverControl) -> Starlette:
             Route("/status", status),
             Route("/checkpoints/{group}", checkpoints, methods=["GET", "POST"]),
             Route("/checkpoints/{group}/{name}/remove", remove, methods=["POST"]),
+            Route("/checkpoints/{group}/{name}/keep", partial(keep, True), methods=["POST"]),
+            Route("/checkpoints/{group}/{name}/release", partial(keep, False), methods=["POST"]),
             Route("/seeds/{group}/{disk}", seed, methods=["POST"]),
             Route("/verify/{group}", verify, methods=["GET", "POST"]),
         ]

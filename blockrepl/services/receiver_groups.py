@@ -23,7 +23,7 @@ from blockrepl.services.comparison import PROOF_SECONDS, Comparisons
 from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
 from blockrepl.services.receiver_api import Checkpoint, NewCheckpoint
 from blockrepl.storage import forks
-from blockrepl.storage.catalog import CheckpointRow
+from blockrepl.storage.catalog import CheckpointRow, no_checkpoint
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.home import Home
 from blockrepl.storage.replica import Replica, create_replica, open_replica
@@ -171,14 +171,18 @@ class ReceiverGroups:
         row = await committer.perform(lambda: self._remove(committer.replica, name, kept_too))
         return Checkpoint.of(row)
 
+    async def keep_checkpoint(self, committer: GroupCommitter, name: str, kept: bool) -> Checkpoint:
+        """Let retention never thin it out, or again. StateError when there is none."""
+        catalog = committer.replica.catalog
+        row = await committer.perform(lambda: catalog.keep_checkpoint(name, kept))
+        if row is None:
+            raise no_checkpoint(committer.replica.name, name)
+        return Checkpoint.of(row)
+
     def _remove(self, replica: Replica, name: str, kept_too: bool) -> CheckpointRow:
         row = replica.catalog.checkpoint(name)
         if row is None:
-            raise StateError(
-                f"group {replica.name} has no checkpoint {name!r}",
-                hint=f"see: blockrepl checkpoint list {replica.name}",
-                code="no-checkpoint",
-            )
+            raise no_checkpoint(replica.name, name)
         if row.kept and not kept_too:
             raise StateError(
                 f"checkpoint {name!r} is kept",

@@ -42,6 +42,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from blockrepl.errors import StateError
 from blockrepl.storage import catalog_file
 from blockrepl.storage.catalog_file import translated
 
@@ -360,6 +361,11 @@ class Catalog:
         """False when there is none of that name."""
         return self.change("DELETE FROM checkpoints WHERE name = ?", name) > 0
 
+    def keep_checkpoint(self, name: str, kept: bool) -> CheckpointRow | None:
+        """The checkpoint, kept from now on or not; None when there is none of that name."""
+        self.change("UPDATE checkpoints SET kept = ? WHERE name = ?", int(kept), name)
+        return self.checkpoint(name)
+
     # The journal
 
     def segments(self) -> list[SegmentRow]:
@@ -394,6 +400,14 @@ class Catalog:
 
     def remove_segment(self, number: int) -> None:
         self.change("DELETE FROM segments WHERE number = ?", number)
+
+
+def no_checkpoint(group: str, name: str) -> StateError:
+    return StateError(
+        f"group {group} has no checkpoint {name!r}",
+        hint=f"see: blockrepl checkpoint list {group}",
+        code="no-checkpoint",
+    )
 
 
 def sized_at(disk: DiskRow, at_ns: int, growths: Iterable[GrowthRow]) -> DiskRow:
