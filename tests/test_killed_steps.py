@@ -147,15 +147,17 @@ def check(home: Path, samples: Samples) -> tuple[int, int]:
     return shown, len(samples) - shown
 
 
-def killed(template: tuple[Path, Samples], place: Path, phase: str, count: int, whole: int) -> None:
+def killed(template: tuple[Path, Samples], place: Path, phase: str, count: int, whole: int) -> bool:
     """Kill a phase at a call; look as it lies there, after a restart, and when it is done.
 
-    ``whole``: how many samples are left when it is not killed.
+    ``whole``: how many samples are left when it is not killed. False when it made fewer calls: a
+    thread seals, and how many it takes for that varies by a few.
     """
     home, samples = prepared(template[0], place, phase), template[1]
     status = run_phase(phase, home, count)
-    if phase not in ("fold", "thin"):
-        assert status == KILLED, f"{phase}: {count} calls are more than it makes"
+    if phase not in ("fold", "thin") and status != KILLED:
+        assert status == 0, (home / "child.log").read_text()
+        return False
     shown, _ = check(home, samples)
     assert shown > 10
     open_replica(Home(home).replica_directory(GROUP)).close()
@@ -166,6 +168,7 @@ def killed(template: tuple[Path, Samples], place: Path, phase: str, count: int, 
     assert done == whole  # as if it had not been killed
     left = [one for one in check_replica(Home(home).replica_directory(GROUP)) if one.ranges]
     assert left == [], left
+    return True
 
 
 @pytest.mark.timeout(300)
@@ -175,7 +178,7 @@ def test_a_phase_that_is_killed_half_way_loses_no_instant(
 ) -> None:
     count, whole = in_one_go(template, tmp_path, phase)
     assert count > 5, count
-    killed(template, tmp_path, phase, random.Random(phase).randrange(1, count + 1), whole)
+    assert killed(template, tmp_path, phase, random.Random(phase).randrange(1, count + 1), whole)
 
 
 @pytest.mark.soak
@@ -185,6 +188,6 @@ def test_a_phase_that_is_killed_at_any_call_loses_no_instant(
 ) -> None:
     count, whole = in_one_go(template, tmp_path, phase)
     chosen = sorted({1 + step * count // STEPS_MAX for step in range(STEPS_MAX)} - {count + 1})
-    for step in chosen:
-        killed(template, tmp_path, phase, step, whole)
-    print(json.dumps({"phase": phase, "calls": count, "killed": len(chosen)}))
+    reached = sum(killed(template, tmp_path, phase, step, whole) for step in chosen)
+    assert reached >= 0.95 * len(chosen)
+    print(json.dumps({"phase": phase, "calls": count, "killed": reached}))

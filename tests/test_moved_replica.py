@@ -38,9 +38,8 @@ def copy(source: Path, target: Path) -> None:
     subprocess.run(["cp", "-a", "--sparse=always", source, target], check=True)
 
 
-@as_root
-def test_a_moved_replica_goes_on_where_it_is(place: Pair, elsewhere: Path) -> None:
-    # Guards seed_path: the rename of a seed would lead to another file system.
+def written(place: Pair) -> tuple[Disk, str]:
+    """A disk that replicates, the instant after its first write, and the receiver stopped."""
     disk = Disk(place, size_bytes=SIZE)
     place.receiver("receiver", "init", quiet=True)
     place.start_receiver()
@@ -52,6 +51,13 @@ def test_a_moved_replica_goes_on_where_it_is(place: Pair, elsewhere: Path) -> No
     place.wait_durable("g")
     before = place.receiver_json("point", "g", "latest")["at"]
     place.stop("receiver")
+    return disk, before
+
+
+@as_root
+def test_a_moved_replica_goes_on_where_it_is(place: Pair, elsewhere: Path) -> None:
+    # Guards seed_path: the rename of a seed would lead to another file system.
+    disk, before = written(place)
 
     replica = Home(place.receiver_home).replica_directory("g")
     copy(replica, elsewhere / "g")
@@ -88,17 +94,7 @@ def test_a_replica_that_is_put_away_is_mounted_there_and_its_source_fills_a_new_
     place: Pair,
 ) -> None:
     """What the README has for a segment that is lost for good."""
-    disk = Disk(place, size_bytes=SIZE)
-    place.receiver("receiver", "init", quiet=True)
-    place.start_receiver()
-    place.join()
-    place.start_agent()
-    disk.start()
-    place.wait_replicating("g")
-    tool("qemu-io", "-f", "raw", "-c", "write -P 7 0 1M", disk.uri)
-    place.wait_durable("g")
-    before = place.receiver_json("point", "g", "latest")["at"]
-    place.stop("receiver")
+    disk, before = written(place)
     tool("qemu-io", "-f", "raw", "-c", "write -P 9 1M 1M", disk.uri)
     other = place.directory / "other"
     assert blockrepl(other, "receiver", "init").returncode == 0

@@ -62,7 +62,7 @@ def verify(home: Path, group: str, now: bool, json_mode: bool) -> int:
     path = f"/verify/{group}"
     proofs = _pass_now(client, path, group) if now else _proofs(home, client, path, group, is_here)
     emit(proofs, json_mode, _render)
-    return 1 if any(disk["mismatches"] or disk["unreadable"] for disk in proofs) else 0
+    return 1 if any(disk["mismatches"] or disk.get("unreadable") for disk in proofs) else 0
 
 
 def _proofs(home: Path, client: ControlClient, path: str, group: str, is_here: bool) -> Proofs:
@@ -144,8 +144,8 @@ def _render(proofs: Proofs) -> Any:
     parts: list[Any] = [table(headers, rows, right="size proven mismatches")]
     for disk in proofs:
         parts += [_found(disk["disk"], one) for one in disk["found"]]
-        if disk["unreadable"]:
-            parts.append(Text(disk["unreadable"], "bold red"))
+        if unreadable := disk.get("unreadable"):  # a receiver of before says nothing of it
+            parts.append(Text(unreadable, "bold red"))
     return Group(*parts) if len(parts) > 1 else Group(parts[0], Text("nothing is known to differ"))
 
 
