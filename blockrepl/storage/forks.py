@@ -108,7 +108,9 @@ def open_overlays(directory: Path, fork: Fork, files: Files | None = None) -> di
     label = fork.name or "without a name"
     room = Room(label, directory, fork.size_limit_bytes, _reserve(directory))
     return {
-        disk.name: Overlay(directory, disk.name, disk.size_bytes, room, files)
+        disk.name: Overlay(
+            directory, disk.name, disk.size_bytes, room, files, is_durable=bool(fork.name)
+        )
         for disk in fork.disks
     }
 

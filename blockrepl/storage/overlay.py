@@ -15,6 +15,8 @@ Rules:
    may be there after a crash or not, as on any disk.
 3. Blocks become ZEROS in the map; the hole in DISK.img only saves room.
 4. After a failed sync nothing is known of what is durable: the overlay fails from then on.
+5. The overlay of a fork that is thrown away is never synced: no crash leaves anything of it, and
+   the device's time is the journal's.
 
 Nothing here writes to anything but these two files. May be used by several threads.
 """
@@ -109,9 +111,17 @@ class Overlay:
     """An open overlay; its fork is locked by whoever opened it."""
 
     def __init__(
-        self, directory: Path, disk: str, size_bytes: int, room: Room, files: Files | None = None
+        self,
+        directory: Path,
+        disk: str,
+        size_bytes: int,
+        room: Room,
+        files: Files | None = None,
+        *,
+        is_durable: bool = True,
     ) -> None:
         self.size_bytes = size_bytes
+        self._is_durable = is_durable
         self._files = files or Files()
         self._room = room
         self._map_path = directory / f"{disk}.map"
@@ -245,6 +255,8 @@ class Overlay:
 
     def _note(self, changes: Sequence[Change]) -> None:
         """Keep changes for the next flush; one that goes on where the last one ends joins it."""
+        if not self._is_durable:
+            return
         for change in changes:
             before = self._pending[-1] if self._pending else Change(0, 0, BELOW)
             goes_on = before.first + before.count == change.first and before.state == change.state
@@ -254,7 +266,9 @@ class Overlay:
                 self._pending.append(change)
 
     def flush(self) -> None:
-        """Make all that was written before durable. StorageError."""
+        """Make all that was written before durable, as far as the fork is. StorageError."""
+        if not self._is_durable:
+            return
         with self._flush_lock:
             with self._lock:
                 self._check()
