@@ -24,6 +24,7 @@ from blockrepl.errors import BlockreplError
 from blockrepl.storage import forks
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.views.fork import WritableView
+from blockrepl.views.priority import give_way
 from blockrepl.views.view import View
 
 API_VERSION = 2
@@ -54,6 +55,7 @@ def after_fork() -> None:
     replica = ReplicaHistory(Path(_parameters["replica"]))
     view = View(replica, int(_parameters["at_ns"]), replica.state())
     if "fork" in _parameters:
+        give_way()
         directory = Path(_parameters["fork"])
         _views.append(WritableView(view, forks.open_overlays(directory, forks.load(directory))))
     else:

@@ -9,9 +9,11 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -74,29 +76,41 @@ class Guest:
             self.failed = error
 
 
+def writes(chance: random.Random) -> Iterator[tuple[int, bytes, bool]]:
+    """What a fork is written: offset, data, and whether it is synced then."""
+    while True:
+        data = chance.randbytes(chance.randrange(1, WRITE_BYTES))
+        yield chance.randrange(SIZE - len(data)), data, chance.random() < 0.05
+
+
+def write_for(path: Path, seed: int, seconds: float) -> int:
+    """Write to a fork, in a process of its own; how many writes it took."""
+    end = time.monotonic() + seconds
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        for count, (offset, data, is_synced) in enumerate(writes(random.Random(seed))):
+            if time.monotonic() >= end:
+                return count
+            assert os.pwrite(descriptor, data, offset) == len(data)
+            if is_synced:
+                os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    raise AssertionError
+
+
 @dataclass
 class Fork:
     """A writable mount of an instant; ``content`` is what it must hold."""
 
     path: Path
     content: bytearray
-    random: random.Random
     written_bytes: int = 0
 
-    def write_for(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        descriptor = os.open(self.path, os.O_RDWR)
-        try:
-            while time.monotonic() < end:
-                data = self.random.randbytes(self.random.randrange(1, WRITE_BYTES))
-                offset = self.random.randrange(SIZE - len(data))
-                assert os.pwrite(descriptor, data, offset) == len(data)
-                self.content[offset : offset + len(data)] = data
-                self.written_bytes += len(data)
-                if self.random.random() < 0.05:
-                    os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def wrote(self, seed: int, count: int) -> None:
+        for offset, data, _ in islice(writes(random.Random(seed)), count):
+            self.content[offset : offset + len(data)] = data
+            self.written_bytes += len(data)
 
 
 @dataclass
@@ -142,19 +156,27 @@ def test_twenty_forks_do_not_hold_up_replication_that_runs_at_full_rate(stage: S
     base, journal = files(home, "base"), files(home, "segments")
     chance = random.Random(9)
     with ExitStack() as closing:
-        forks = [closing.enter_context(forked(it, sample, chance)) for sample in it.samples]
+        forks = [closing.enter_context(forked(it, sample)) for sample in it.samples]
         assert len(forks) == FORKS
-        pool = closing.enter_context(ThreadPoolExecutor(FORKS))
+        pool = closing.enter_context(ProcessPoolExecutor(FORKS, get_context("fork")))
+        list(pool.map(time.sleep, [0.2] * FORKS))  # starts them, while no thread runs here
         guest, without, beside = Guest(it), Lags(), Lags()
+        counts: list[tuple[list[int], list[int]]] = []
         with guest.writing():
             it.place.wait_replicating(GROUP)
             Lags().watch(it, guest, 3.0)  # until it runs evenly
             for _ in range(ROUNDS):
                 without.watch(it, guest, ROUND_SECONDS)
-                busy = [pool.submit(fork.write_for, ROUND_SECONDS) for fork in forks]
+                seeds = [chance.randrange(1 << 30) for _ in forks]
+                busy = [
+                    pool.submit(write_for, fork.path, seed, ROUND_SECONDS)
+                    for fork, seed in zip(forks, seeds, strict=True)
+                ]
                 beside.watch(it, guest, ROUND_SECONDS)
-                for one in busy:
-                    one.result()
+                counts += [(seeds, [one.result() for one in busy])]
+        for seeds, numbers in counts:
+            for fork, seed, count in zip(forks, seeds, numbers, strict=True):
+                fork.wrote(seed, count)
         for fork in forks:
             assert_same(fork.path.read_bytes(), bytes(fork.content), str(fork.path))
     ratio = statistics.median(beside.seconds) / statistics.median(without.seconds)
@@ -184,13 +206,12 @@ def test_twenty_forks_do_not_hold_up_replication_that_runs_at_full_rate(stage: S
 
 
 @contextmanager
-def forked(it: Stage, sample: Sample, chance: random.Random) -> Iterator[Fork]:
+def forked(it: Stage, sample: Sample) -> Iterator[Fork]:
     target = it.place.directory / f"fork-{sample.at_ns}"
     target.mkdir()
     at = f"--at={format_instant(sample.at_ns)}"
     it.place.receiver("mount", GROUP, target, at, "--writable", quiet=True)
     try:
-        seed = random.Random(chance.randrange(1 << 30))
-        yield Fork(target / f"{it.disk.name}.img", bytearray(sample.content), seed)
+        yield Fork(target / f"{it.disk.name}.img", bytearray(sample.content))
     finally:
         it.place.receiver("umount", target, quiet=True)

@@ -24,10 +24,13 @@ from test_view import SIZES
 
 from blockrepl.cli.main import run
 from blockrepl.formats.frame import RecordKind
+from blockrepl.limits import FORK_BLOCK_BYTES
 from blockrepl.storage import forks, pins
+from blockrepl.storage.files import Files
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.units import KIB, MIB, format_instant
 from blockrepl.views.fork import WritableView
+from blockrepl.views.priority import NICENESS
 from blockrepl.views.view import View
 
 pytestmark = pytest.mark.skipif(
@@ -116,6 +119,21 @@ def test_a_writable_mount_is_written_to_and_thrown_away(journal: Journal, tmp_pa
     assert pinned(journal) == []
     assert list((journal.directory / "forks").iterdir()) == []
     assert sources(journal) == before
+
+
+def assert_gives_way(process: int) -> None:
+    """Guards both lines of `give_way`: the second where Linux shares out by session."""
+    assert os.getpriority(os.PRIO_PROCESS, process) == min(19, os.nice(0) + NICENESS)
+    group = Path(f"/proc/{process}/autogroup")
+    if group.exists():
+        assert group.read_text().split()[1:] == ["nice", str(NICENESS)]
+
+
+def test_a_forks_server_gives_way_and_a_views_does_not(journal: Journal, tmp_path: Path) -> None:
+    with Mounted(journal, tmp_path / "m", "--at=latest", "--writable") as mounted:
+        assert_gives_way(serving_process(mounted.directory))
+    with Mounted(journal, tmp_path / "view", "--at=latest") as mounted:
+        assert os.getpriority(os.PRIO_PROCESS, serving_process(mounted.directory)) == os.nice(0)
 
 
 def test_a_disk_keeps_its_size_owner_and_mode(journal: Journal, tmp_path: Path) -> None:
@@ -282,6 +300,36 @@ class MountDoor:
 
     def close(self) -> None:
         self.mounted.__exit__()
+
+
+class Syncs(Files):
+    """Counts what is synced."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def sync(self, descriptor: int) -> None:
+        self.count += 1
+        super().sync(descriptor)
+
+
+@pytest.mark.parametrize("name", ["kept", None])
+def test_only_a_fork_that_is_kept_takes_the_time_of_the_journals_disk(
+    journal: Journal, name: str | None
+) -> None:
+    """Guards `Overlay.flush`: of what is thrown away nothing is synced, not even at its end."""
+    files = Syncs()
+    with ReplicaHistory.open(journal.home, GROUP) as history:
+        opened = forks.create(history, name, journal.stamp)
+        overlays = forks.open_overlays(opened.directory, opened.fork, files)
+        view = WritableView(View(history, journal.stamp, history.state()), overlays)
+        for turn in range(3):
+            view.write("root", turn * FORK_BLOCK_BYTES, b"tried")
+            view.flush("root")
+            assert view.read("root", turn * FORK_BLOCK_BYTES, 5) == b"tried"
+        view.close()
+        opened.close()
+    assert files.count == (6 if name else 0)
 
 
 class DirectDoor:

@@ -44,7 +44,7 @@ from blockrepl.formats.messages import (
     Welcome,
 )
 from blockrepl.formats.segment import HEADER_BYTES, file_name
-from blockrepl.services import receiver_home
+from blockrepl.services import receiver_home, receiver_status
 from blockrepl.services.control_client import ControlClient
 from blockrepl.services.group_committer import MemoryBudget
 from blockrepl.services.receiver import run_receiver
@@ -200,6 +200,26 @@ async def test_the_status_of_a_group_that_cannot_be_used_says_what_there_is(
     assert group["floor"] == before["floor"] is not None
     assert 0 < group["journal_bytes"] < before["journal_bytes"]
     assert [disk["name"] for disk in group["disks"]] == ["root"]
+
+
+async def test_lag_is_not_what_it_takes_to_tell_it(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards GroupFacts.now: with many forks, telling took longer than replicating.
+    def outlook(*_: object) -> None:
+        time.sleep(2.0)
+
+    async with vault.peer() as peer:
+        agent = await peer.attach()
+        agent.stamp = time.time_ns()
+        await peer.send(agent.writes())
+        await peer.acknowledged(1)
+        before = (await vault.group())["lag_seconds"]
+        monkeypatch.setattr(receiver_status, "_outlook", outlook)
+        began = time.time()
+        lag_seconds = (await vault.group())["lag_seconds"]
+        assert time.time() - began > 2.0
+        assert before < lag_seconds < before + 1.5
 
 
 async def test_what_is_acknowledged_is_in_the_journal_as_it_was_sent(

@@ -19,7 +19,7 @@ from journal_model import GROUP, Journal, small_segments
 from oracle.nbd_client import FUA, Client
 from serving import tool, wait_for
 from test_export import command
-from test_forks import at, fail, pinned, sources, succeed
+from test_forks import assert_gives_way, at, fail, pinned, sources, succeed
 from test_view import SIZES, find, flip, segments_of
 
 from blockrepl.units import KIB
@@ -119,6 +119,7 @@ def test_a_served_fork_is_written_to_and_thrown_away(journal: Journal, tmp_path:
     stamp, option = at(journal, 40)
     chance = random.Random(5)
     with serving(journal, tmp_path / "s", option, "--writable") as served:
+        assert_gives_way(served.server())
         wanted = journal.model.at(stamp)
         with served.client("root") as root, served.client("data") as data:
             for _ in range(60):

@@ -135,7 +135,7 @@ def _document(home: Any, role: Role) -> dict[str, Any]:
             raise
         from blockrepl.services.receiver_status import status_at_rest
 
-        document = status_at_rest(home, time.time_ns()).model_dump()
+        document = status_at_rest(home).model_dump()
     return document
 
 

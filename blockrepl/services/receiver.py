@@ -220,7 +220,6 @@ class Receiver:
             facts,
             connected=self._connected(facts.name),
             source_names=self._source_names,
-            now=time.time_ns(),
             bytes_per_second=bytes_per_second,
             passes=self.passes,
         )

@@ -16,6 +16,7 @@ means nothing: it is unknown, and the status says how far they are ahead.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -45,8 +46,13 @@ from blockrepl.units import NANOSECONDS_PER_SECOND, format_instant
 
 @dataclass(frozen=True, slots=True)
 class GroupFacts:
+    """What is known of a group. ``now`` is when ``watermark`` had been read: the rest takes its
+    time, which is no lag.
+    """
+
     name: str
     watermark: int = 0
+    now: int = field(default_factory=time.time_ns)
     journal_bytes: int = 0
     disks: Sequence[DiskRow] = ()
     floor_ns: int | None = None
@@ -65,7 +71,7 @@ def facts_of(
     """Reads the catalog: blocks. Never raises. ``problem``: of retention; ``unreadable``: why disks
     cannot be compared, by id.
     """
-    status = replica.status()
+    status, now = replica.status(), time.time_ns()
     proven: dict[bytes, Proven] = {}
     seen = _outlook(replica.directory, replica.catalog, status.watermark, problem)
     with suppress(BlockreplError):  # the group's error says it
@@ -73,6 +79,7 @@ def facts_of(
     return GroupFacts(
         status.name,
         status.watermark,
+        now,
         status.journal_bytes,
         status.disks,
         status.floor_ns,
@@ -104,7 +111,6 @@ def describe_group(
     *,
     connected: Collection[bytes],
     source_names: Mapping[bytes, str],
-    now: int,
     bytes_per_second: float = 0.0,
     passes: Mapping[bytes, ScrubPass] | None = None,
 ) -> GroupStatus:
@@ -113,11 +119,11 @@ def describe_group(
     latest = facts.watermark if floor is not None and facts.watermark >= floor else None
     sources = sorted({disk.source for disk in facts.disks})
     names = {disk.id: disk.name for disk in facts.disks}
-    ahead_seconds = _ahead_seconds(facts, now)
+    ahead_seconds = _ahead_seconds(facts)
     return GroupStatus(
         name=facts.name,
         state=_group_state(facts, connected),
-        lag_seconds=max(0.0, (now - facts.watermark) / NANOSECONDS_PER_SECOND)
+        lag_seconds=max(0.0, (facts.now - facts.watermark) / NANOSECONDS_PER_SECOND)
         if facts.watermark and ahead_seconds is None
         else None,
         ahead_seconds=ahead_seconds,
@@ -164,9 +170,9 @@ def _disk_status(
     )
 
 
-def _ahead_seconds(facts: GroupFacts, now: int) -> float | None:
+def _ahead_seconds(facts: GroupFacts) -> float | None:
     newest = max(facts.watermark, facts.newest_watermark)
-    ahead_seconds = (newest - now) / NANOSECONDS_PER_SECOND
+    ahead_seconds = (newest - facts.now) / NANOSECONDS_PER_SECOND
     return ahead_seconds if ahead_seconds >= limits.CLOCK_AHEAD_SECONDS else None
 
 
@@ -213,12 +219,10 @@ def _instant(stamp: int | None) -> str | None:
     return None if stamp is None else format_instant(stamp)
 
 
-def status_at_rest(home: Home, now: int) -> Status:
+def status_at_rest(home: Home) -> Status:
     """The status of a receiver that is not running, from its files. Blocks."""
     groups = [
-        describe_group(
-            _facts_at_rest(home.replica_directory(name)), connected=(), source_names={}, now=now
-        )
+        describe_group(_facts_at_rest(home.replica_directory(name)), connected=(), source_names={})
         for name in home.groups()
     ]
     return Status(name=read_configuration(home).name, running=False, groups=groups)
@@ -227,11 +231,12 @@ def status_at_rest(home: Home, now: int) -> Status:
 def _facts_at_rest(directory: Path) -> GroupFacts:
     try:
         with ReplicaHistory(directory) as history:
-            state = history.state()
+            state, now = history.state(), time.time_ns()
             proofs = Proofs(history.catalog)
             return GroupFacts(
                 history.group,
                 state.latest_ns,
+                now,
                 sum(path.stat().st_size for path in (directory / "segments").glob("*.seg")),
                 [disk for disk in state.disks if disk.removed_ns is None],
                 history.history(state).floor_ns,

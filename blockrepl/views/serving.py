@@ -25,6 +25,7 @@ from blockrepl.views.fuse import READERS, ViewFileSystem
 from blockrepl.views.fuse_fork import ForkFileSystem
 from blockrepl.views.fuse_wait import fuse_descriptors, install
 from blockrepl.views.mounting import check_mount_point, mounts
+from blockrepl.views.priority import give_way
 
 READ_AHEAD_KIB = 4096  # 128 KiB, the default, reads at 0.4x of this (measured)
 M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -3, -1  # malloc.h
@@ -42,6 +43,8 @@ def serve(
     """Mount and serve until unmounted, or until SIGTERM or SIGINT. ``ready`` is called once."""
     path = check_mount_point(directory)
     _share_one_heap()
+    if wanted.is_fork:
+        give_way()
     with contextlib.ExitStack() as closing:
         replica = closing.enter_context(ReplicaHistory.open(home, group))
         files, resolved = closing.enter_context(_files(replica, wanted))
