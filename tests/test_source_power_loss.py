@@ -132,7 +132,7 @@ def test_after_a_power_loss_the_sources_disk_is_the_truth(place: Pair, lossy: Lo
 def test_a_hot_bit_that_a_killed_server_had_not_synced_is_durable_before_a_write(
     place: Pair, lossy: LossyDisk
 ) -> None:
-    # Guards the sync_file in load_map of device.c.
+    # Guards the fdatasync in hot_map_load.
     place.receiver("receiver", "init", quiet=True)
     place.start_receiver()
     place.join()

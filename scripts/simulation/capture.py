@@ -236,6 +236,7 @@ class Server:
     def _load_map(self) -> np.ndarray:
         count = self.geometry.region_count
         data = os.pread(self._map, -(-count // 8), hot_map.HEADER_BYTES)
+        self._machine.sync(self._map)  # a killed server may have set bits that it did not sync
         return np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little", count=count).copy()
 
     def _cool(self, flushed: int) -> None:
