@@ -347,8 +347,9 @@ def test_a_signal_ends_the_command_and_leaves_nothing_mounted(
     )
     wait_for(begun.exists, "the first probe")
     process.send_signal(number)
-    process.communicate(timeout=30)
+    _, told = process.communicate(timeout=30)
     assert process.returncode == 130
+    assert f"to go on: blockrepl bisect {GROUP} --resume" in told.decode().splitlines()
     assert nothing_left(journal)
 
 

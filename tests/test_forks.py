@@ -465,6 +465,11 @@ def test_an_expired_fork_is_refused_pins_nothing_and_is_swept(journal: Journal) 
         (["fork", "create", GROUP, ".new-x", "--at=latest"], 2, "no fork's name"),
         (["fork", "create", GROUP, "x", "--at=-1000d"], 1, "before the floor"),
         (["fork", "create", GROUP, "x", "--at=latest", "--size-limit=lots"], 2, "is not a size"),
+        (
+            ["fork", "create", GROUP, "x", "--at=latest", "--size-limit=0"],
+            2,
+            "written to. give more",
+        ),
         (["fork", "create", GROUP, "x", "--at=latest", "--expires=soon"], 2, "no duration"),
         (["fork", "create", "nope", "x", "--at=latest"], 1, "no replica of a group nope"),
         (["fork", "remove", GROUP, "x"], 1, "forks there: none"),

@@ -14,6 +14,7 @@ from scripts.guest.pair import Pair
 __all__ = ["place"]
 
 pytestmark = as_root
+SHORT = ("--ladder", "all:2s,1s:4s")
 
 
 def refusal(home: Path, point: str) -> dict[str, object]:
@@ -21,6 +22,20 @@ def refusal(home: Path, point: str) -> dict[str, object]:
     assert done.returncode == 1
     found: dict[str, object] = json.loads(done.stdout)
     return found
+
+
+def assert_planned(place: Pair, first: int) -> None:
+    """What another ladder would let go of is told, and it is not set. Guards Receiver.retention."""
+    planned = place.receiver_json("retention", "plan", "g", *SHORT, "--max-size=1G")
+    policy = planned["policy"]
+    assert (policy["ladder"], policy["size_bytes"]) == (SHORT[1], 1 << 30)
+    [goes_soon] = planned["upcoming"]
+    assert (goes_soon["what"], goes_soon["from_ns"]) == ("fold", first)
+    assert goes_soon["held_by"] == ["checkpoint stays"]
+    now = place.receiver_json("retention", "plan", "g")
+    assert (now["policy"]["ladder"], now["upcoming"]) == ("all:1d,1m:1w,1h:90d", [])
+    bad = blockrepl(place.receiver_home, "retention", "plan", "g", "--ladder", "all:1d,1h:12h")
+    assert (bad.returncode, bad.stdout) == (2, "")
 
 
 def test_history_is_shortened_as_it_was_set_and_what_is_gone_is_refused(place: Pair) -> None:
@@ -55,15 +70,14 @@ def test_history_is_shortened_as_it_was_set_and_what_is_gone_is_refused(place: P
     place.receiver("checkpoint", "create", "g", "goes", quiet=True)
     goes = place.receiver_json("checkpoint", "list", "g")[-1]["at_ns"]
     wait_for(lambda: place.group("g")["latest_ns"] > goes + 6 * 10**9, "history of some length")
-    ladder = ("retention", "set", "g", "--ladder", "all:2s,1s:4s")
+    assert_planned(place, first)
+    ladder = ("retention", "set", "g", *SHORT)
     bad = blockrepl(home, *ladder)
     assert (bad.returncode, bad.stdout) == (1, "")
     assert f"what stays is from {format_instant(first)} to " in bad.stderr
     assert "the checkpoints goes go. add --shorten" in bad.stderr
     assert len(bad.stderr.splitlines()) == 1
-    assert (
-        place.receiver_json("retention", "show", "g")["policy"]["ladder"] == "all:1d,1m:1w,1h:90d"
-    )
+    assert place.receiver_json("retention", "show", "g")["policy"] == shown["policy"]
     place.receiver_json("retention", "set", "g", "--ladder", "all:2d,1m:1w,1h:90d")  # more is kept
     place.receiver_json(*ladder, "--shorten")
 
@@ -80,6 +94,5 @@ def test_history_is_shortened_as_it_was_set_and_what_is_gone_is_refused(place: P
     assert "thinned by retention" in str(thinned["error"])
     assert thinned["nearest_after_ns"] == ran["stretches"][0]["to_ns"]
     assert place.receiver_json("point", "g", "tag:stays")["at_ns"] == stays
-    planned = place.receiver("retention", "plan", "g", quiet=True)
-    assert "checkpoint stays" in planned
+    assert "checkpoint stays" in place.receiver("retention", "plan", "g", quiet=True)
     assert latest(place) == disk.image.read_bytes()

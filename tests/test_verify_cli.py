@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from oracle.nbd_client import Client
 from oracle.writers import Pace, load, run_while
+from rich.console import Console
 from serving import Disk, blockrepl, place, wait_for
 
 from blockrepl import limits
@@ -108,6 +109,29 @@ def test_what_was_changed_behind_our_back_is_found_exactly_and_healed(place: Pai
     assert latest(place) == disk.content()
     told = place.receiver("verify", "g", quiet=True)
     assert f"disk d1: bytes {wanted[0]} to {wanted[0] + BLOCK - 1} differed at " in told
+
+
+def test_what_differs_is_told_to_people_side_by_side_and_not_for_pages() -> None:
+    def found(block: int, at_ns: int = 5) -> dict[str, Any]:
+        times = {"at": str(at_ns), "at_ns": at_ns, "proven_ns": 3, "healed_ns": None}
+        return {"start": block * BLOCK, "length": BLOCK, **times}
+
+    lines = [found(7), found(4), found(5), found(8, at_ns=6), found(9, at_ns=6)]
+    merged = [(one["start"] // BLOCK, one["length"] // BLOCK) for one in cli_verify._merged(lines)]
+    assert merged == [(4, 2), (7, 1), (8, 2)]
+    disk = {
+        "disk": "d1",
+        "size_bytes": SIZE,
+        "covered_bytes": 0,
+        "age_seconds": None,
+        "scrub": None,
+    }
+    disk |= {"mismatches": 99, "found": [found(2 * number) for number in range(99)]}
+    console = Console(width=200)
+    with console.capture() as said:
+        console.print(cli_verify._render([disk]))
+    assert said.get().count("differed at") == cli_verify.FOUND_SHOWN
+    assert f"disk d1: and {99 - cli_verify.FOUND_SHOWN} more; see --json" in said.get()
 
 
 def test_a_pass_of_a_source_that_does_not_answer_is_not_waited_for(

@@ -75,7 +75,11 @@ def bisect(
         else:
             search = _begin(history, good, bad, names, check_ends, command)
         _tell_begin(search)
-        answer = bisects.run(home, history, search, _tell_probe)
+        try:
+            answer = bisects.run(home, history, search, _tell_probe)
+        except KeyboardInterrupt:
+            print(f"to go on: blockrepl bisect {group} --resume", file=sys.stderr)
+            raise
     emit(_data(group, answer), json_mode, _text)
 
 

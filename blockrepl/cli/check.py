@@ -38,7 +38,8 @@ def check(home: Path, groups: tuple[str, ...], repairing: bool, json_mode: bool)
     sources sent is never touched. The content of base images is not examined: `blockrepl verify`
     proves it.
 
-    Exit status 1 when anything is lost.
+    Exit status 1 when anything is lost, or derived and not repaired: until it is, reading may be
+    refused.
 
     \b
     Examples:
@@ -57,7 +58,7 @@ def check(home: Path, groups: tuple[str, ...], repairing: bool, json_mode: bool)
         for one in findings:
             click.echo(_line(one))  # a line each, however long
     emit([one.as_json() for one in findings], json_mode, lambda _: _summary(findings))
-    if any(one.severity == "lost" for one in findings):
+    if any(one.severity != "leftover" and not one.repaired for one in findings):
         sys.stdout.flush()
         sys.exit(1)
 

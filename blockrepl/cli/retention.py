@@ -29,50 +29,34 @@ def show(home: Path, group: str, json_mode: bool) -> None:
     emit(_client(home).get(f"/retention/{group}"), json_mode, _shown)
 
 
-@retention.command(epilog="Example: blockrepl retention plan web")
-@click.argument("group", shell_complete=complete_group)
-@json_option
-@pass_home
-def plan(home: Path, group: str, json_mode: bool) -> None:
-    """Show what goes within a day, what is pinned and by whom, and how long the room lasts."""
-    emit(_client(home).get(f"/retention/{group}"), json_mode, _planned)
+def _policy_options(function: Any) -> Any:
+    """What a policy is made of; what is not given stays as it is."""
+    for option in (
+        click.option("--min-free", type=SizeType(), help="Room to leave free on the file system."),
+        click.option(
+            "--max-size", type=SizeType(), help="Most that the journal may take; 0: no limit."
+        ),
+        click.option(
+            "--promise", help="Age up to which nothing goes to make room. [default: first rung]"
+        ),
+        click.option(
+            "--ladder",
+            help="As in all:24h,1m:7d,1h:90d: every write for a day, then a point a minute...",
+        ),
+    ):
+        function = option(function)
+    return function
 
 
-@retention.command(
-    name="set",
-    epilog="Examples: blockrepl retention set web --ladder all:24h,1m:7d,1h:90d;  "
-    "blockrepl retention set web --max-size 500G --promise 12h",
-)
-@click.argument("group", shell_complete=complete_group)
-@click.option(
-    "--ladder", help="As in all:24h,1m:7d,1h:90d: every write for a day, then a point a minute..."
-)
-@click.option("--promise", help="Age up to which nothing goes to make room. [default: first rung]")
-@click.option("--max-size", type=SizeType(), help="Most that the journal may take; 0: no limit.")
-@click.option("--min-free", type=SizeType(), help="Room to leave free on the file system.")
-@click.option("--shorten", is_flag=True, help="Also if the ladder lets go of history at once.")
-@json_option
-@pass_home
-def set_(
-    home: Path,
+def _policy(
+    client: Any,
     group: str,
     ladder: str | None,
     promise: str | None,
     max_size: int | None,
     min_free: int | None,
-    shorten: bool,
-    json_mode: bool,
-) -> None:
-    """Change what is kept of GROUP's history; what is not given stays as it is.
-
-    What is older than the last rung is folded into the base images. A ladder that lets go of
-    history at once is refused, with what would go, unless you add --shorten: checkpoints that are
-    not kept (`checkpoint create --keep`) go with their instants. Where room is limited, history
-    is shortened from its old end, but nothing that is promised, pinned or kept ever goes to make
-    room: the receiver would rather stop acknowledging, and say so.
-    """
-    client = _client(home)
-    policy = client.get(f"/retention/{group}")["policy"]
+) -> dict[str, Any]:
+    policy: dict[str, Any] = client.get(f"/retention/{group}")["policy"]
     if ladder is not None:
         policy["ladder"] = ladder
     if promise is not None:
@@ -81,6 +65,52 @@ def set_(
         policy["size_bytes"] = max_size or None
     if min_free is not None:
         policy["free_bytes"] = min_free
+    return policy
+
+
+@retention.command(
+    epilog="Examples: blockrepl retention plan web;  "
+    "blockrepl retention plan web --ladder all:12h,1m:7d"
+)
+@click.argument("group", shell_complete=complete_group)
+@_policy_options
+@json_option
+@pass_home
+def plan(home: Path, /, group: str, json_mode: bool, **wanted: Any) -> None:
+    """Show what goes within a day, what is pinned and by whom, and how long the room lasts.
+
+    With options of `retention set`: as it would be with them. Nothing is changed.
+    """
+    client = _client(home)
+    if all(value is None for value in wanted.values()):
+        document = client.get(f"/retention/{group}")
+    else:
+        document = client.post(f"/retention/{group}/plan", _policy(client, group, **wanted))
+    emit(document, json_mode, _planned)
+
+
+@retention.command(
+    name="set",
+    epilog="Examples: blockrepl retention set web --ladder all:24h,1m:7d,1h:90d;  "
+    "blockrepl retention set web --max-size 500G --promise 12h",
+)
+@click.argument("group", shell_complete=complete_group)
+@_policy_options
+@click.option("--shorten", is_flag=True, help="Also if the ladder lets go of history at once.")
+@json_option
+@pass_home
+def set_(home: Path, /, group: str, shorten: bool, json_mode: bool, **wanted: Any) -> None:
+    """Change what is kept of GROUP's history; what is not given stays as it is.
+
+    What is older than the last rung is folded into the base images. A ladder that lets go of
+    history at once is refused, with what would go, unless you add --shorten: checkpoints that are
+    not kept (`checkpoint create --keep`) go with their instants. Where room is limited, history
+    is shortened from its old end, but nothing that is promised, pinned or kept ever goes to make
+    room: the receiver would rather stop acknowledging, and say so. `retention plan` shows what
+    the same options would do.
+    """
+    client = _client(home)
+    policy = _policy(client, group, **wanted)
     emit(client.post(f"/retention/{group}", policy | {"shorten": shorten}), json_mode, _shown)
 
 
@@ -101,12 +131,8 @@ def _shown(document: dict[str, Any]) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    policy = document["policy"]
-    lines: list[Any] = [
-        Text.assemble(("group ", ""), (document["group"], "bold"), f"  ladder {policy['ladder']}"),
-        Text(f"  {_limits(policy)}"),
-        Text(f"  {_room(document)}"),
-    ]
+    lines = [_headline(document), Text(f"  {_limits(document['policy'])}")]
+    lines.append(Text(f"  {_room(document)}"))
     if document["reason"]:
         lines.append(Text(f"  {document['reason']}", LEVEL_COLOURS[document["level"]]))
     rows = [
@@ -126,7 +152,7 @@ def _planned(document: dict[str, Any]) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[Any] = [Text(_room(document))]
+    parts = [_headline(document), Text(_limits(document["policy"])), Text(_room(document))]
     if document["reason"]:
         parts.append(Text(document["reason"], LEVEL_COLOURS[document["level"]]))
     rows = [
@@ -145,6 +171,13 @@ def _planned(document: dict[str, Any]) -> Any:
     ]
     parts.append(table(["pinned by", "from", "to"], pins))
     return Group(*parts)
+
+
+def _headline(document: dict[str, Any]) -> Any:
+    from rich.text import Text
+
+    ladder = document["policy"]["ladder"]
+    return Text.assemble("group ", (document["group"], "bold"), f"  ladder {ladder}")
 
 
 def _limits(policy: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ from blockrepl.services.control_client import ControlClient
 from blockrepl.units import format_bytes, format_instant
 
 Proofs = list[dict[str, Any]]
+FOUND_SHOWN = 20  # of a disk; all of them with --json
 LOOK_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0  # with a pass that does not get on; a region is read again within 16
 
@@ -143,10 +144,26 @@ def _render(proofs: Proofs) -> Any:
     headers = ["disk", "size", "proven", "oldest proof", "mismatches", "pass"]
     parts: list[Any] = [table(headers, rows, right="size proven mismatches")]
     for disk in proofs:
-        parts += [_found(disk["disk"], one) for one in disk["found"]]
+        found = _merged(disk["found"])
+        parts += [_found(disk["disk"], one) for one in found[:FOUND_SHOWN]]
+        if (more := len(found) - FOUND_SHOWN) > 0:
+            parts.append(Text(f"disk {disk['disk']}: and {more} more; see --json", "bold red"))
         if unreadable := disk.get("unreadable"):  # a receiver of before says nothing of it
             parts.append(Text(unreadable, "bold red"))
     return Group(*parts) if len(parts) > 1 else Group(parts[0], Text("nothing is known to differ"))
+
+
+def _merged(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What lies side by side and differed, was proven and healed at the same times, as one."""
+    merged: list[dict[str, Any]] = []
+    for one in sorted(found, key=lambda one: (one["at_ns"], one["start"])):
+        last = merged[-1] if merged else {}
+        alike = all(last.get(name) == one[name] for name in ("at_ns", "proven_ns", "healed_ns"))
+        if alike and last["start"] + last["length"] == one["start"]:
+            last["length"] += one["length"]
+        else:
+            merged.append(dict(one))
+    return merged
 
 
 def _found(disk: str, found: dict[str, Any]) -> Any:

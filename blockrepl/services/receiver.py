@@ -57,6 +57,7 @@ from blockrepl.services.retention_status import (
     describe_retention,
 )
 from blockrepl.services.verification import DiskProof, describe_proofs
+from blockrepl.storage.catalog import Catalog
 from blockrepl.storage.home import Home, check_name, exclusive_lock, make_directory
 from blockrepl.storage.retained import Policy, read_kept, write_policy
 from blockrepl.storage.trust import TrustStore, fenced
@@ -274,15 +275,19 @@ class Receiver:
             for committer in list(self.groups.committers.values()):
                 await self._retention.run_pass(committer)
 
-    async def retention(self, group: str) -> RetentionStatus:
+    async def retention(self, group: str, policy: Policy | None = None) -> RetentionStatus:
+        """What retention keeps of a group, or what it would with another policy. UsageError."""
         replica = self.groups.find(group).replica
+        if policy is not None:
+            await self._check_policy(replica.catalog, policy)
         known = self._retention.groups.get(group)
         return await trio.to_thread.run_sync(
             describe_retention,
             replica.directory,
             replica.catalog,
             replica.status().watermark,
-            known.problem if known else "",
+            known.problem if known and policy is None else "",
+            policy,
         )
 
     async def set_retention(self, group: str, policy: Policy, shorten: bool) -> RetentionStatus:
@@ -291,13 +296,17 @@ class Receiver:
         """
         committer = self.groups.find(group)
         catalog = committer.replica.catalog
-        policy.promised_ns()  # UsageError when it does not parse
-        check_change(policy.rungs(), await trio.to_thread.run_sync(read_kept, catalog))
+        await self._check_policy(catalog, policy)
         if not shorten:
             status = await self.retention(group)
             await trio.to_thread.run_sync(check_shortening, catalog, status, policy)
         await committer.perform(lambda: write_policy(catalog, policy))
         return await self.retention(group)
+
+    async def _check_policy(self, catalog: Catalog, policy: Policy) -> None:
+        """UsageError when it does not parse, or contradicts itself or what is kept already."""
+        policy.promised_ns()
+        check_change(policy.rungs(), await trio.to_thread.run_sync(read_kept, catalog))
 
     async def run_retention(self, group: str) -> RetentionStatus:
         await self._retention.run_pass(self.groups.find(group))

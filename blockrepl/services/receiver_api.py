@@ -11,6 +11,7 @@ POST /checkpoints/GROUP/NAME/keep      retention may never thin it out
 POST /checkpoints/GROUP/NAME/release   retention may
 GET /retention/GROUP                   RetentionStatus
 POST /retention/GROUP                  NewPolicy: is kept by from now on
+POST /retention/GROUP/plan             Policy: RetentionStatus as it were with it
 POST /retention/GROUP/run              does what is due, answers when it is done
 GET /verify/GROUP                      what the scrub has proven, per disk
 POST /verify/GROUP                     asks the group's sources for a pass now; as before it
@@ -144,7 +145,7 @@ class ReceiverControl(Protocol):
 
     async def begin_verify(self, group: str) -> list[DiskProof]: ...
 
-    async def retention(self, group: str) -> RetentionStatus: ...
+    async def retention(self, group: str, policy: Policy | None = None) -> RetentionStatus: ...
 
     async def set_retention(self, group: str, policy: Policy, shorten: bool) -> RetentionStatus: ...
 
@@ -190,12 +191,17 @@ def receiver_application(receiver: ReceiverControl) -> Starlette:
         policy = Policy.model_validate(wanted.model_dump(exclude={"shorten"}))
         return _answer(await receiver.set_retention(group, policy, wanted.shorten))
 
+    async def plan_retention(request: Request) -> JSONResponse:
+        policy = Policy.model_validate_json(await request.body())
+        return _answer(await receiver.retention(request.path_params["group"], policy))
+
     async def run_retention(request: Request) -> JSONResponse:
         return _answer(await receiver.run_retention(request.path_params["group"]))
 
     return control_application(
         [
             Route("/retention/{group}", retention, methods=["GET", "POST"]),
+            Route("/retention/{group}/plan", plan_retention, methods=["POST"]),
             Route("/retention/{group}/run", run_retention, methods=["POST"]),
             Route("/status", status),
             Route("/checkpoints/{group}", checkpoints, methods=["GET", "POST"]),

@@ -100,10 +100,17 @@ class HistoryOutlook(BaseModel):
 
 
 def describe_retention(
-    directory: Path, catalog: Catalog, latest_ns: int, problem: str = ""
+    directory: Path,
+    catalog: Catalog,
+    latest_ns: int,
+    problem: str = "",
+    policy: Policy | None = None,
 ) -> RetentionStatus:
-    """The state of a group's retention. Blocks. StorageError."""
-    policy = read_policy(catalog)
+    """The state of a group's retention, or what it were with another ``policy``. Blocks.
+
+    StorageError.
+    """
+    policy = policy or read_policy(catalog)
     kept = read_kept(catalog)
     rows = catalog.segments()
     floors = [row.ready_ns for row in catalog.disks(removed=True) if row.ready_ns is not None]

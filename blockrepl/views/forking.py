@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from blockrepl.errors import StateError, UsageError
+from blockrepl.limits import FORK_BLOCK_BYTES
 from blockrepl.model import points
 from blockrepl.model.points import Instant, Point, Resolved
 from blockrepl.storage import forks
@@ -29,6 +30,11 @@ class Wanted:
         if (self.size_limit_bytes is not None or self.expires_seconds is not None) and not makes:
             raise UsageError(
                 "a limit is a fork's", hint="add --writable, or --fork NAME to keep what is written"
+            )
+        if self.size_limit_bytes is not None and self.size_limit_bytes < FORK_BLOCK_BYTES:
+            raise UsageError(
+                f"a fork of at most {self.size_limit_bytes} bytes could not be written to",
+                hint="give more to --size-limit, or leave it out for no limit",
             )
         if self.writable and self.fork is None and self.at is None:
             raise UsageError(
