@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from blockrepl.services.index_merging import MERGE_SHARE
 from blockrepl.storage.catalog import Catalog
 from blockrepl.storage.merging import Merger
 from blockrepl.storage.segment_reader import Known
@@ -18,8 +19,6 @@ from scripts.benchmark.ours import COMMAND
 from scripts.benchmark.peers import socket_uri
 from scripts.benchmark.processes import Scratch, Service
 from scripts.make_journal import DISK, GROUP, Journal, make
-
-MERGE_SHARE = 0.25  # as services/index_merging.py
 
 
 @dataclass(frozen=True)
