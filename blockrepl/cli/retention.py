@@ -131,8 +131,11 @@ def _shown(document: dict[str, Any]) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    lines = [_headline(document), Text(f"  {_limits(document['policy'])}")]
-    lines.append(Text(f"  {_room(document)}"))
+    lines = [
+        _headline(document),
+        Text(f"  {_limits(document['policy'])}"),
+        Text(f"  {_room(document)}"),
+    ]
     if document["reason"]:
         lines.append(Text(f"  {document['reason']}", LEVEL_COLOURS[document["level"]]))
     rows = [

@@ -30,7 +30,6 @@ from blockrepl.channel.handshake import ENROL_SERVER_NAME, accept, server_contex
 from blockrepl.channel.secure_stream import SecureStream
 from blockrepl.errors import BlockreplError, PeerError, StateError, StorageError, TrustError
 from blockrepl.formats.messages import RECEIVER_ACCEPTS, Request, ScrubPass
-from blockrepl.model.retention import check_change
 from blockrepl.services.control import serve_control
 from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
 from blockrepl.services.index_merging import IndexMerging
@@ -53,13 +52,13 @@ from blockrepl.services.receiver_status import (
 from blockrepl.services.retention import PASS_SECONDS, Retention
 from blockrepl.services.retention_status import (
     RetentionStatus,
+    check_policy,
     check_shortening,
     describe_retention,
 )
 from blockrepl.services.verification import DiskProof, describe_proofs
-from blockrepl.storage.catalog import Catalog
 from blockrepl.storage.home import Home, check_name, exclusive_lock, make_directory
-from blockrepl.storage.retained import Policy, read_kept, write_policy
+from blockrepl.storage.retained import Policy, write_policy
 from blockrepl.storage.trust import TrustStore, fenced
 
 logger = logging.getLogger(__name__)
@@ -279,7 +278,7 @@ class Receiver:
         """What retention keeps of a group, or what it would with another policy. UsageError."""
         replica = self.groups.find(group).replica
         if policy is not None:
-            await self._check_policy(replica.catalog, policy)
+            await trio.to_thread.run_sync(check_policy, replica.catalog, policy)
         known = self._retention.groups.get(group)
         return await trio.to_thread.run_sync(
             describe_retention,
@@ -296,17 +295,12 @@ class Receiver:
         """
         committer = self.groups.find(group)
         catalog = committer.replica.catalog
-        await self._check_policy(catalog, policy)
+        await trio.to_thread.run_sync(check_policy, catalog, policy)
         if not shorten:
             status = await self.retention(group)
             await trio.to_thread.run_sync(check_shortening, catalog, status, policy)
         await committer.perform(lambda: write_policy(catalog, policy))
         return await self.retention(group)
-
-    async def _check_policy(self, catalog: Catalog, policy: Policy) -> None:
-        """UsageError when it does not parse, or contradicts itself or what is kept already."""
-        policy.promised_ns()
-        check_change(policy.rungs(), await trio.to_thread.run_sync(read_kept, catalog))
 
     async def run_retention(self, group: str) -> RetentionStatus:
         await self._retention.run_pass(self.groups.find(group))

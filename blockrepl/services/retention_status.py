@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from blockrepl.errors import StateError
-from blockrepl.model.retention import ALL, Kept, Ladder
+from blockrepl.model.retention import ALL, Kept, Ladder, check_change
 from blockrepl.model.retention_room import Level, Outlook, Room, outlook
 from blockrepl.storage.catalog import Catalog, SegmentRow
 from blockrepl.storage.forks import all_pins
@@ -215,6 +215,12 @@ def _stretches(
         )
         for first, last, step_ns in bounds
     ]
+
+
+def check_policy(catalog: Catalog, policy: Policy) -> None:
+    """UsageError when it does not parse, or contradicts itself or what is kept already. Blocks."""
+    policy.promised_ns()
+    check_change(policy.rungs(), read_kept(catalog))
 
 
 def check_shortening(catalog: Catalog, status: RetentionStatus, wanted: Policy) -> None:
