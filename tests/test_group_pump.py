@@ -53,6 +53,7 @@ from blockrepl.storage.spool import SpoolLimits
 from blockrepl.units import KIB, MIB
 
 SIZE = 8 * MIB
+FRAME = limits.FRAME_PAYLOAD_BYTES_TARGET  # as much payload fills one
 
 
 @pytest.fixture
@@ -97,8 +98,8 @@ async def test_only_the_last_frame_of_a_round_carries_its_watermark(
 ) -> None:
     entry = source.add("root", SIZE)
     guest = source.guest(entry)
-    for i in range(5):
-        last = guest.write(i * MIB, random_bytes(MIB))
+    for _ in range(5):
+        last = guest.write(0, random_bytes(FRAME))
     async with pumping(source, receiver, known(entry)):
         await until(lambda: receiver.watermark() >= last)
     found = receiver.of(FrameKind.RECORDS)
@@ -182,7 +183,7 @@ async def test_disks_take_turns(source: Source, receiver: Receiver) -> None:
     for entry in entries:
         guest = source.guest(entry)
         for i in range(4):
-            guest.write(i * MIB, random_bytes(MIB))
+            guest.write(i * FRAME, random_bytes(FRAME))
     async with pumping(source, receiver, *map(known, entries)):
         await until(lambda: len(receiver.of(FrameKind.RECORDS)) >= 8)
     order = [frame.header.disk for frame in receiver.of(FrameKind.RECORDS)[:8]]
@@ -850,8 +851,8 @@ async def test_a_full_window_stops_the_sending_of_frames(
 ) -> None:
     entry = source.add("root", SIZE)
     guest = source.guest(entry)
-    for i in range(6):
-        guest.write(i * MIB, random_bytes(MIB, i))
+    for i in range(3):
+        guest.write(0, random_bytes(FRAME, i))
     receiver.at_once = False
     async with pumping(source, receiver, known(entry), window_messages=2) as pump:
         ring = pump.disks[0].ring
@@ -865,22 +866,22 @@ async def test_a_full_window_stops_the_sending_of_frames(
         assert ring.tail() == 1
         receiver.at_once = True
         receiver.acknowledge()
-        await until(lambda: len(receiver.records(entry.id.bytes)) == 6)
+        await until(lambda: len(receiver.records(entry.id.bytes)) == 3)
     check_stream(receiver.frames, source.watermark)
 
 
 async def test_the_window_counts_bytes_too(source: Source, receiver: Receiver) -> None:
     entry = source.add("root", SIZE)
     guest = source.guest(entry)
-    for i in range(8):
-        guest.write(0, random_bytes(MIB, i))
+    for i in range(6):
+        guest.write(0, random_bytes(FRAME, i))
     receiver.at_once = False
-    async with pumping(source, receiver, known(entry), window_bytes=4 * MIB) as pump:
+    async with pumping(source, receiver, known(entry), window_bytes=4 * FRAME) as pump:
         await until(lambda: len(receiver.frames) == 3)
         await trio.sleep(0.05)
         assert len(receiver.frames) == 3
         assert pump.outbox.window is not None
-        assert pump.outbox.window.size_bytes <= 4 * MIB
+        assert pump.outbox.window.size_bytes <= 4 * FRAME
 
 
 async def test_a_watermark_waits_for_the_window_too(

@@ -68,7 +68,7 @@ GROW_SECONDS = 0.02  # at most, for the sake of a frame that is yet to be acknow
 SPOOL_POLL_SECONDS = 0.02  # fewer, larger frames while nobody waits for them
 SPOOL_FRAMES = 8  # appended at once: a visit of a thread costs as much as half a frame's bytes
 PRESSURE = 0.5  # of a ring, at which frames leave memory for the spool
-BEHIND_BYTES = 4 * limits.FRAME_PAYLOAD_BYTES_TARGET  # under way: a commit's worth, or two
+BEHIND_BYTES = 2 * limits.FRAME_PAYLOAD_BYTES_TARGET  # under way: a commit's worth, or two
 CROWD = 0.25  # of a ring: less than this in memory is not what fills it
 
 
