@@ -14,6 +14,7 @@ API. Percentiles are of all samples; the range is that of fifths of the run.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -142,6 +143,7 @@ def lag_and_journal(bench: Bench) -> list[Row]:
         return [summarise(name, unit, goal, []) for name, (unit, goal) in goals.items()]
     product = bench.product()
     product.settle()
+    os.sync()  # else what rows before left in the page cache is written back within this one
     bench.progress(f"{LAG_RATE_BYTES // MEGABYTE} MB/s of 4 KiB writes for {LAG_SECONDS:g} s")
     gaps = product.gaps()
     before = product.journal_bytes()
