@@ -269,6 +269,28 @@ def test_a_base_image_is_durable_before_the_mark_that_ends_its_first_sync(tmp_pa
     replica.close()
 
 
+def test_what_a_full_disk_left_in_a_base_image_is_durable_with_the_next_frame(
+    tmp_path: Path,
+) -> None:
+    # Guards _write_base's sync of every image: a comparison finds in place what a commit wrote
+    # before it found no room, and the source lets go of it with the next numbered frame.
+    files = FaultyFiles()
+    replica, agent = start(tmp_path / "web", files)
+    files.write_room_bytes = 4096
+    replica.append(SOURCE, *agent.base(0, os.urandom(MIB)))
+    with pytest.raises(StorageError) as failed:
+        replica.commit()
+    assert failed.value.code == "full"
+    files.write_room_bytes = 1 << 60
+    attach(replica)
+    before = files.syncs
+    put(replica, agent.writes())
+    assert files.syncs == before + 2  # of the image, then of the segment
+    put(replica, agent.writes())
+    assert files.syncs == before + 3
+    replica.close()
+
+
 def test_a_base_image_is_called_blank_until_anything_is_in_it(tmp_path: Path) -> None:
     replica, agent = start(tmp_path / "web")
     assert attach(replica).disks[0].blank

@@ -2,9 +2,10 @@
 
 Per commit, each step done before the next:
 
-1. base frames into the base images, journal frames into the open segment; fdatasync of each. A
-   base image is synced also before the mark that ends its first sync: what a comparison found in
-   place there, left by a commit that failed or by a seed, is nowhere else
+1. base frames into the base images, journal frames into the open segment; fdatasync of each. So
+   is what a commit that found no room left in a base image: a comparison finds it in place, and
+   its source lets go of it with the next numbered frame. Before the mark that ends its first sync
+   an image is synced in any case: a seed came in no frame
 2. the catalog, when marks came or a segment was begun or sealed: marks, sources, disks as of 1
 3. the durable record (a hint, not synced)
 4. the caller acknowledges
@@ -321,8 +322,9 @@ class Replica:
                 raise failure(error, f"cannot write {image.path}") from error
         ready = {m.disk.bytes for m in self._marks if isinstance(m, ConsistentMark)}
         seeded = {disk for disk in ready if self._disks[disk].ready_ns is None}
-        for disk in {header.disk for header, _ in self._staged_base} | seeded:
-            image = self._image(self._disks[disk])
+        for disk in seeded:
+            self._image(self._disks[disk])
+        for disk, image in self._images.items():
             try:
                 image.sync(always=disk in seeded)
             except OSError as error:
