@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from blockrepl.formats.marks import (
 from blockrepl.formats.messages import AttachDisk
 from blockrepl.storage.home import Home
 from blockrepl.storage.replica import create_replica, open_replica
-from blockrepl.units import KIB
+from blockrepl.units import KIB, NANOSECONDS_PER_SECOND
 
 START = 1_800_000_000_000_000_000
 SOURCE = b"s" * 16
@@ -82,6 +83,11 @@ def _apply(content: bytearray, record: Record) -> None:
         content[record.offset : record.offset + record.length] = bytes(record.length)
 
 
+def later() -> int:
+    """A receiver's clock that all stamps of a history are behind of."""
+    return max(time.time_ns(), START + 86400 * NANOSECONDS_PER_SECOND)
+
+
 class Journal:
     """Writes a history as an agent and a receiver would, through the store's own writer."""
 
@@ -101,7 +107,7 @@ class Journal:
                 self.first_sync(name)
 
     def open(self) -> None:
-        self.replica = open_replica(self.directory)
+        self.replica = open_replica(self.directory, clock=later)
         self.replica.attach(
             SOURCE,
             [
@@ -203,9 +209,14 @@ class Journal:
         return begin, end
 
     def late(self, record: Record) -> None:
-        """Send a resync's record, stamped with an earlier instant. The next commit has it."""
+        """Send a resync's record, stamped with an earlier instant. The next commit has it.
+
+        Its gap is of no length, so no instant is hidden.
+        """
         self.model.records.append(record)
+        self.mark(GapMark(disk=self.ids[record.disk], from_ns=record.stamp))
         self._frame(FrameKind.SYNC, record.disk, [record])
+        self.mark(ConsistentMark(disk=self.ids[record.disk], at_ns=record.stamp))
 
     def mark(self, mark: Mark) -> None:
         self._frame(FrameKind.MARK, None, [], payload=encode_mark(mark))

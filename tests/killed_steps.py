@@ -30,7 +30,7 @@ from typing import Any
 
 import pytest
 import trio
-from journal_model import GROUP, Journal, Record
+from journal_model import GROUP, Journal, Record, later
 
 from blockrepl import limits
 from blockrepl.cli.main import run as run_command
@@ -143,7 +143,7 @@ def run_pass(home: Path) -> None:
     directory = Home(home).replica_directory(GROUP)
 
     async def main() -> None:
-        replica = open_replica(directory)
+        replica = open_replica(directory, clock=later)
         committer = GroupCommitter(replica, MemoryBudget(MIB))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(committer.run)

@@ -253,7 +253,8 @@ def test_fua_is_durable_before_it_is_acknowledged(place: Pair) -> None:
         client.write(0, b"now", flags=nbd_client.FUA)
         client.write(0, b"later")
         client.flush()
-    assert steps(log, disk) == ["image write", "image flush", "image write", "image flush"]
+    found = [step for step in steps(log, disk) if step.startswith("image")]  # the map was read
+    assert found == ["image write", "image flush", "image write", "image flush"]
 
 
 def test_no_local_write_where_the_hot_map_cannot_be_written(place: Pair) -> None:

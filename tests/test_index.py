@@ -18,11 +18,12 @@ from blockrepl.errors import DamageError
 from blockrepl.formats import run as run_format
 from blockrepl.formats.frame import RecordKind
 from blockrepl.formats.run import Run, encode_run
-from blockrepl.formats.segment import RunEntry
+from blockrepl.formats.segment import RunEntry, file_name
 from blockrepl.storage import reading, runs
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.reading import Cache, ReadFiles
 from blockrepl.storage.runs import FileRun, MemoryRun, MendedRun, directory_cache
+from blockrepl.storage.segment_reader import Known
 from blockrepl.units import KIB, MIB
 from blockrepl.views.view import View
 
@@ -182,6 +183,35 @@ def test_opening_a_view_reads_no_payload_and_resolves_nothing(
     assert journal_bytes > 512 * KIB
     # What is read: of sealed segments the contents, of the open one headers and columns.
     assert read < 3000 * len(list((journal.directory / "segments").iterdir())) + 64 * KIB * 3
+
+
+def test_a_lookup_beside_a_refresh_sees_all_of_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards _Sources: with a segment folded meanwhile, a lookup ended with a KeyError of ours.
+    small_segments(monkeypatch)
+    journal = Journal(tmp_path / "home", {"root": 256 * KIB})
+    journal.run(60)
+    disk = journal.ids["root"].bytes
+    with ReplicaHistory.open(journal.home, GROUP) as replica:
+        state = replica.state()
+        replica.refresh(state)
+        index = replica.index
+        choose, found = index._choose, []
+
+        def look_first() -> None:
+            found.append(index.resolve(disk, 0, 256 * KIB, journal.stamp))
+            choose()
+
+        monkeypatch.setattr(index, "_choose", look_first)
+        left = dict(state.segments)
+        gone = left.pop(min(left))
+        index.refresh(
+            {number: Known.of(row) for number, row in left.items()},
+            leftovers={file_name(gone.number, gone.generation)},
+        )
+        assert len(found) == 1
+    journal.close()
 
 
 def test_a_long_mount_lets_go_of_entries_once_segments_are_sealed(

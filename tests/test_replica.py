@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from blockrepl import limits
 from blockrepl.errors import DamageError, PeerError, StateError, StorageError
 from blockrepl.formats import frame as frames
 from blockrepl.formats.frame import Buffer, FrameKind, RecordKind
+from blockrepl.formats.marks import GrowMark, encode_mark
 from blockrepl.formats.segment import file_name
 from blockrepl.model.retention import Kept
 from blockrepl.model.retention_plan import Decision
@@ -319,6 +321,57 @@ def test_a_repeated_first_sync_punches_what_became_zero(opened: tuple[Replica, A
     assert image.stat().st_blocks == 0
 
 
+def test_content_of_a_resync_is_taken_for_a_gap_only(opened: tuple[Replica, Agent]) -> None:
+    # Guards _check_news' look at SYNC frames: their stamps would rewrite what was there before.
+    replica, agent = opened
+    put(replica, agent.writes(), agent.consistent(), agent.writes())
+    agent.stamp += 1000
+
+    def resync(stamp: int) -> Frame:
+        rows = columns([(stamp, 0, 4096, int(RecordKind.WRITE))])
+        header, frame = agent._frame(FrameKind.SYNC, rows, b"s" * 4096)
+        agent.number -= 1  # for the next one
+        return header, frame
+
+    for stamp in (START + 1, agent.stamp, agent.stamp + 1000):
+        with pytest.raises(PeerError, match="no gap"):
+            replica.append(SOURCE, *resync(stamp))
+    gap = agent.gap()
+    assert replica.append(SOURCE, *gap) is Admission.STAGED
+    with pytest.raises(PeerError, match="no gap"):
+        replica.append(SOURCE, *resync(agent.stamp - 1))
+    assert replica.append(SOURCE, *resync(agent.stamp)) is Admission.STAGED
+    agent.number += 1
+    replica.commit()
+    with pytest.raises(PeerError, match="no gap"):
+        replica.append(SOURCE, *resync(agent.stamp - 1))
+    put(replica, resync(agent.stamp))
+    agent.number += 1
+    put(replica, agent.consistent())
+    with pytest.raises(PeerError, match="no gap"):
+        replica.append(SOURCE, *resync(agent.stamp))
+
+
+def test_a_disk_that_grows_waits_for_the_proofs_before_it_takes_the_catalog(
+    opened: tuple[Replica, Agent],
+) -> None:
+    # Guards _write_catalog's proofs.lock: whoever held it and asked the catalog waited for ever.
+    replica, agent = opened
+    put(replica, agent.consistent())
+    mark = GrowMark(disk=DISK, at_ns=agent.stamp + 1, size_bytes=DISK_BYTES + MIB)
+    with replica.proofs.lock:
+        growing = threading.Thread(target=put, args=(replica, agent._mark(encode_mark(mark))))
+        growing.start()
+        growing.join(0.2)
+        asked = threading.Thread(target=replica.catalog.disks, daemon=True)
+        asked.start()
+        asked.join(5)
+        assert growing.is_alive()
+        assert not asked.is_alive()
+    growing.join(5)
+    assert replica.status().disks[0].size_bytes == DISK_BYTES + MIB
+
+
 def test_marks_are_applied_once_although_they_are_replayed(tmp_path: Path) -> None:
     replica, agent = start(tmp_path / "web")
     put(replica, agent.consistent(), agent.checkpoint("a"), agent.checkpoint("b"))
@@ -498,7 +551,7 @@ def test_a_killed_writer_loses_nothing_acknowledged(tmp_path: Path, acknowledgem
 def test_disks_that_do_not_fit_are_refused_and_change_nothing(
     opened: tuple[Replica, Agent],
 ) -> None:
-    replica, _ = opened
+    replica, agent = opened
     faults: list[Callable[[], object]] = [
         lambda: attach(replica, disk=UUID(int=8)),
         lambda: attach(replica, name="other"),
@@ -510,6 +563,8 @@ def test_disks_that_do_not_fit_are_refused_and_change_nothing(
             refused()
         assert error.value.code.startswith("disk-")
     assert [row.name for row in replica.catalog.disks(removed=True)] == ["root"]
+    # Guards the order in Replica.attach: a source that was refused stopped the others' commits.
+    assert put(replica, agent.writes()) == 1
 
 
 def test_a_retired_disk_keeps_its_history_and_comes_back_with_a_gap(

@@ -13,7 +13,7 @@ import trio
 from journal_model import Journal, small_segments
 from test_thinning import SIZES, check
 
-from blockrepl.errors import PointError
+from blockrepl.errors import DamageError, PointError
 from blockrepl.formats.marks import ConsistentMark, GapMark
 from blockrepl.model.points import Instant, Point
 from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
@@ -139,6 +139,41 @@ async def test_nothing_that_is_promised_goes_to_make_room(journal: Journal) -> N
         told = describe_retention(journal.directory, catalog, journal.stamp, "no room")
         assert (told.level, told.floor_ns) == ("error", floor_ns)
         assert check(journal, read_kept(catalog), floor_ns)[0] > 60
+
+
+async def test_a_source_whose_clock_is_ahead_makes_no_history_old(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards "now_ns" in _decide: all that is thinned or folded by age would go at once.
+    journal.run(60)
+    honest = journal.stamp
+    journal.stamp += 400 * 86400 * SECOND
+    journal.run(1)
+    async with committing(journal) as committer:
+        monkeypatch.setattr(journal.replica, "now", lambda: honest)
+        before = floor_of(journal)
+        await Retention().run_pass(committer)
+        assert floor_of(journal) == before
+        assert check(journal, read_kept(journal.replica.catalog), before)[0] > 40
+
+
+async def test_what_cannot_be_folded_holds_up_no_thinning(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards run_pass' "except" around the fold: the journal would grow until the disk is full.
+    journal.run(600)
+    before = segments_of(journal)
+    async with committing(journal) as committer:
+        retention = Retention()
+        monkeypatch.setattr(retention, "_fold", _Damaged())
+        await retention.run_pass(committer)
+        assert retention.groups["web"].problem == "a block is damaged"
+        assert len(segments_of(journal)) < len(before)
+
+
+class _Damaged:
+    async def __call__(self, _committer: GroupCommitter) -> None:
+        raise DamageError("a block is damaged")
 
 
 async def test_a_fold_that_a_crash_cut_off_is_done_by_the_next_pass(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import shutil
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -505,6 +506,22 @@ def test_a_ring_that_came_and_went_is_noticed(source: Source) -> None:
     ring_path(entry.id.bytes).unlink()
     assert not instant.is_quiet(0, MIB)
     os.close(instant.image)
+
+
+def test_what_was_only_put_stays_in_a_ring_that_has_grown(source: Source) -> None:
+    # Guards ``is_durable`` in SourceDisk.refresh: killed before the acknowledgement, it was a gap.
+    entry = source.add("root", MIB)
+    guest, disk = source.guest(entry), a_disk(source, entry)
+    guest.write(4096, b"x" * 512)
+    assert disk.ring is not None
+    disk.cursor = disk.ring.head()
+    path = ring_path(entry.id.bytes)
+    os.rename(shutil.copy(path, path.with_suffix(".copy")), path)  # as `make_grown` has it
+    before = disk.ring
+    disk.refresh(source.watermark)
+    assert disk.ring is not before
+    assert (disk.cursor, disk.ring.tail()) == (1, 0)
+    disk.close()
 
 
 def test_a_record_that_was_not_sent_yet_is_too_young(source: Source) -> None:

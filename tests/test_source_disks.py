@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -437,6 +438,27 @@ def test_a_ring_whose_disk_has_failed_to_flush_is_kept(
         file.write(b"\1")
     assert not disks.retire_ring(entry, ring, clock)
     assert_kept(disks, entry, ring)
+
+
+def test_a_flush_that_fails_at_the_end_is_not_forgotten(
+    disks: SourceDisks,
+    entry: DiskEntry,
+    ring: RingReader,
+    clock: SourceClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Guards retire_ring's flush_has_failed: the next fsync of the same pages succeeds.
+    with monkeypatch.context() as patch:
+
+        def fail(_descriptor: int) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        patch.setattr("blockrepl.storage.source.os.fsync", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            disks.retire_ring(entry, ring, clock)
+    assert not disks.retire_ring(entry, ring, clock)
+    assert_kept(disks, entry, ring)
+    assert ring.flush_failed()
 
 
 def test_a_ring_with_a_stale_region_is_kept(

@@ -35,6 +35,8 @@ static int write_bits(struct hot_map *m, uint64_t first, uint64_t last)
 int hot_map_load(struct hot_map *m)
 {
     uint64_t at = 0, bytes = (m->region_count + 7) / 8, head = ring_load(&m->ring->head);
+    uint64_t first = 0, last = bytes;
+    int rc;
     while (at < bytes) {
         ssize_t n = pread(m->map_fd, m->bits + at, bytes - at, (off_t)(MAP_HEADER_BYTES + at));
         if (n < 0 && errno == EINTR)
@@ -43,7 +45,14 @@ int hot_map_load(struct hot_map *m)
             return n < 0 ? -errno : -EIO;
         at += (uint64_t)n;
     }
-    /* a killed server may have set bits that it did not come to sync */
+    /* A killed server may have set bits that it did not come to sync, or failed to: those look
+       clean, and a sync alone would leave them where they are. */
+    while (first < last && !m->bits[first])
+        first++;
+    while (last > first && !m->bits[last - 1])
+        last--;
+    if (first < last && (rc = write_bits(m, first * 8, last * 8 - 1)))
+        return rc;
     if (fdatasync(m->map_fd) < 0)
         return -errno;
     m->ring->hot_regions = 0;

@@ -122,7 +122,8 @@ class Agent:
             del self.groups[name]
             group = None
         if group is None:
-            if not entries and not (self.home.source_directory / "spool" / name).exists():
+            spool = self.home.source_directory / "spool" / name / "state.json"
+            if not entries and not spool.exists():
                 return
             group = GroupReplication(
                 name, self.disks, self._source, self.clock, self.options.spool, self._scrubs

@@ -243,6 +243,8 @@ class GroupReplication:
         known = Known.of(attached)
         self._start(known, known.copy(), self.entries, _attach_disks(self.entries))
         if self._has_lost:  # the doubts are in the rings now, durably noted
+            for entry in [one for one in self.entries if one.name in self.errors]:  # but of these
+                await trio.to_thread.run_sync(self._source_disks.bind_replica, entry, None)
             self._has_lost = False
             self._noted = GroupNote(replica=known.group_id, next_number=known.next_number)
             await trio.to_thread.run_sync(
@@ -288,8 +290,10 @@ class GroupReplication:
                 due.disks[entry.id.bytes], due.group_id, due.watermark, has_lost=self._has_lost
             )
         except PeerError:
+            disk.close()
             raise
         except (BlockreplError, OSError) as error:
+            disk.close()
             log.error("disk %s: %s", entry.name, error)
             self.errors[entry.name] = (
                 error if isinstance(error, BlockreplError) else StateError(str(error))

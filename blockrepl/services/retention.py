@@ -70,7 +70,10 @@ class Retention:
                 gone, problem = await committer.perform(lambda: _decide(replica))
                 for name in gone:
                     logger.info("group %s: checkpoint %s was thinned", replica.name, name)
-                await self._fold(committer)
+                try:
+                    await self._fold(committer)
+                except (BlockreplError, OSError) as error:  # a damaged block holds up no thinning
+                    problem = str(error)
                 await self._thin(committer, known)
             except (BlockreplError, OSError) as error:
                 problem = str(error)
@@ -142,10 +145,11 @@ def _decide(replica: Replica) -> tuple[list[str], str]:
     """Step 1, in the committer's turn: checkpoints that are gone, and what could not be done."""
     catalog = replica.catalog
     status = replica.status()
-    if status.floor_ns is None or status.watermark <= status.floor_ns:
+    # A source whose clock is ahead must not make everybody's history old.
+    now_ns = min(status.watermark, replica.now())
+    if status.floor_ns is None or now_ns <= status.floor_ns:
         return [], ""
     policy = read_policy(catalog)
-    now_ns = status.watermark
     room_ns, problem = _room(replica, policy, now_ns)
     with pins.lock(replica.directory):
         found = [

@@ -96,7 +96,9 @@ class SourceDisk:
         *,
         same_replica: bool,
         has_lost: bool = False,
+        is_durable: bool = True,
     ) -> None:
+        """``is_durable``: what the position says; else it was put, no more."""
         ring_id = ring.geometry.ring_id
         stale_ring, base_ring = self.entry.stale_ring, self.entry.base_ring
         state = RingState(
@@ -131,7 +133,8 @@ class SourceDisk:
         # Noted after the marks and before a record is released: a crash between loses neither.
         self.entry = self._disks.note_rings(self.entry, stale_ring=stale_ring, base_ring=base_ring)
         self.cursor = cursor
-        ring.release(plan.cursor)
+        if is_durable:
+            ring.release(plan.cursor)
         if plan.mark_all_stale:  # skipped for content, which no region cools without
             ring.set_durable(plan.cursor)
 
@@ -155,7 +158,8 @@ class SourceDisk:
                 ring_id=self._known_ring,
                 next_sequence=self.cursor,
             )
-            self._resume(self.ring, known, watermark, same_replica=True)
+            has_grown = self.ring.geometry.ring_id == self._known_ring
+            self._resume(self.ring, known, watermark, same_replica=True, is_durable=not has_grown)
 
     def _open_ring(self) -> None:
         path = ring_path(self.id)

@@ -22,7 +22,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -70,10 +70,15 @@ class LookupRun(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Sources:
-    """What lookups use: merged runs, and the segments that none of them stands in for."""
+    """What lookups use: merged runs, and the segments that none of them stands in for, by number.
 
-    merged: tuple[MergedFile, ...]
-    segments: tuple[int, ...]
+    Never changed, so that a lookup beside a `refresh` sees all of before it or all of after it.
+    """
+
+    merged: tuple[MergedFile, ...] = ()
+    segments: Mapping[int, SegmentReader] = field(default_factory=dict)
+    known: Mapping[int, Known] = field(default_factory=dict)
+    lost: Mapping[int, Damage] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,7 @@ class JournalIndex:
         self._lost: dict[int, Damage] = {}
         self._given_up: set[MergedName] = set()
         self._merged_files: dict[MergedName, MergedFile] = {}
-        self._sources = _Sources((), ())
+        self._sources = _Sources()
         self._told: set[str] = set()
 
     def refresh(
@@ -176,8 +181,12 @@ class JournalIndex:
         covered = {
             number for name in names for number in self._known if name.first <= number <= name.last
         }
-        numbers = (self._segments.keys() | self._lost.keys()) - covered
-        self._sources = _Sources(tuple(self._merged_files.values()), tuple(sorted(numbers)))
+        self._sources = _Sources(
+            tuple(self._merged_files.values()),
+            {number: one for number, one in self._segments.items() if number not in covered},
+            self._known,
+            {number: one for number, one in self._lost.items() if number not in covered},
+        )
 
     def _give_up(self, error: MergedRunError) -> None:
         log.warning("%s; smaller runs are read instead", error)
@@ -303,14 +312,11 @@ class JournalIndex:
             run = file.run(disk)
             if run is not None:
                 found.append(run)
-        for number in sources.segments:
-            if number in self._lost:
-                _refuse((self._lost[number],), disk, at_ns)
-                continue
-            known = self._known.get(number)
+        _refuse(tuple(sources.lost.values()), disk, at_ns)
+        for number, segment in sources.segments.items():
+            known = sources.known.get(number)
             if known is not None and known.sealed and not _may_show(known, at_ns):
                 continue
-            segment = self._segments[number]
             try:
                 damage = segment.damage
             except DamageError as error:

@@ -55,11 +55,14 @@ class Proven:
 
 
 class Proofs:
-    """The proofs of one catalog. May be used by several threads."""
+    """The proofs of one catalog. May be used by several threads.
+
+    Who takes ``lock`` and the catalog's (a transaction) takes ``lock`` first.
+    """
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._waiting: dict[tuple[bytes, int], U64] = {}  # chunks not yet written
 
     # Written by comparisons
@@ -71,7 +74,7 @@ class Proofs:
         """
         end = offset + length
         last = _count(size_bytes) if end == size_bytes else end // REGION_BYTES
-        with self._lock:
+        with self.lock:
             for chunk, places in _chunks(-(-offset // REGION_BYTES), last):
                 stamps = self._chunk(disk, chunk)
                 stamps[places] = np.maximum(stamps[places], np.uint64(stamp))
@@ -82,7 +85,7 @@ class Proofs:
         self, disk: bytes, start: int, length: int, at_ns: int, proven_ns: int | None = None
     ) -> None:
         """A range did not, which was proven last at ``proven_ns``. StorageError."""
-        with self._lock:
+        with self.lock:
             for chunk, places in _chunks(
                 start // REGION_BYTES, -(-(start + length) // REGION_BYTES)
             ):
@@ -108,7 +111,7 @@ class Proofs:
         """
         if before_bytes % REGION_BYTES == 0:
             return
-        with self._lock, self._catalog.transaction():
+        with self.lock, self._catalog.transaction():
             chunk, place = divmod(before_bytes // REGION_BYTES, CHUNK_REGIONS)
             self._chunk(disk, chunk)[place] = 0
             self._write_chunks()
@@ -132,7 +135,7 @@ class Proofs:
 
     def write(self) -> None:
         """Make all proofs durable. StorageError: they stay in memory, unless they are too many."""
-        with self._lock:
+        with self.lock:
             if not self._waiting:
                 return
             try:
@@ -180,7 +183,7 @@ class Proofs:
     def proven(self, disk: bytes, size_bytes: int) -> Proven:
         """What is proven of a disk. StorageError."""
         regions = _count(size_bytes)
-        with self._lock:
+        with self.lock:
             sums = self._all_sums(disk)
             count = sum(proven for proven, _, _ in sums.values())
             covered = count * REGION_BYTES
@@ -193,7 +196,7 @@ class Proofs:
         """How many bytes of a disk are proven at instants later than ``after_ns``. StorageError."""
         regions = _count(size_bytes)
         total = 0
-        with self._lock:
+        with self.lock:
             sums = self._all_sums(disk)
             for chunk, (proven, oldest, newest) in sums.items():
                 if newest <= after_ns:
@@ -210,7 +213,7 @@ class Proofs:
 
     def proven_at(self, disk: bytes, start: int, length: int) -> int | None:
         """When all of a range was proven last; None when some of it never was. StorageError."""
-        with self._lock:
+        with self.lock:
             pieces = _chunks(start // REGION_BYTES, -(-(start + length) // REGION_BYTES))
             oldest = [int(self._peek(disk, chunk)[places].min()) for chunk, places in pieces]
             return min(oldest) or None

@@ -50,7 +50,13 @@ from blockrepl.model.retention_plan import Decision
 from blockrepl.storage import catalog as catalogs
 from blockrepl.storage import catalog_file, retained
 from blockrepl.storage import durable as durables
-from blockrepl.storage.admission import check_content, check_growth, check_header, read_mark
+from blockrepl.storage.admission import (
+    NUMBER_MAX,
+    check_content,
+    check_growth,
+    check_header,
+    read_mark,
+)
 from blockrepl.storage.attachment import attach_disks, image_path
 from blockrepl.storage.base import BaseImage, is_blank
 from blockrepl.storage.catalog import (
@@ -180,8 +186,9 @@ class Replica:
         """
         self._check_working()
         self._write_catalog()  # which alone knows from here on how far a retired disk has come
-        row = self._sources.setdefault(source, SourceRow(source, 0, 0))
+        row = self._sources.get(source, SourceRow(source, 0, 0))
         attach_disks(self.directory, self.catalog, source, disks, row.watermark + 1)
+        self._sources[source] = row  # not of a source that is refused: the others go on
         self._reload()
         self._forget_staged()
         return Attached(
@@ -241,7 +248,9 @@ class Replica:
         return Admission.STAGED
 
     def _check_news(self, source: bytes, header: FrameHeader) -> None:
-        """A point up to the watermark may be mounted already: nothing may be added to it."""
+        """A point up to the watermark may be mounted already: nothing may be added to it, but by a
+        resync to the gap that it ends.
+        """
         watermark = self._watermarks[source]
         is_records = header.kind == FrameKind.RECORDS and header.record_count > 0
         if is_records and header.first_stamp <= watermark:
@@ -249,6 +258,18 @@ class Replica:
                 f"frame {header.number} has records older than the watermark {watermark}",
                 hint="the source's clock went back; see its clock.json",
             )
+        if header.kind == FrameKind.SYNC and header.record_count:
+            disk = self._disks[header.disk]
+            begins = [
+                gap.from_ns for gap in self._gaps if gap.disk == disk.id and gap.to_ns is None
+            ]
+            begins += [
+                mark.from_ns
+                for mark in (*self._marks_due, *self._marks)
+                if isinstance(mark, GapMark) and mark.disk.bytes == disk.id
+            ]
+            if disk.ready_ns is not None and header.first_stamp < min(begins, default=NUMBER_MAX):
+                raise PeerError(f"frame {header.number} has content for no gap of {disk.name}")
 
     def _check_growth(self, source: bytes, mark: GrowMark) -> None:
         disk = mark.disk.bytes
@@ -287,6 +308,10 @@ class Replica:
         self._numbers = {row.id: row.last_number for row in self._sources.values()}
         self._watermarks = {row.id: row.watermark for row in self._sources.values()}
         self._positions: dict[bytes, tuple[int, int]] = {}
+
+    def now(self) -> int:
+        """What time it is here, in ns since 1970."""
+        return self._clock()
 
     # Commit
 
@@ -349,7 +374,10 @@ class Replica:
 
     def _write_catalog(self) -> None:
         rows = self._journal.take_rows()
-        with self.catalog.transaction():
+        with ExitStack() as held:
+            if any(isinstance(mark, GrowMark) for mark in self._marks_due):
+                held.enter_context(self.proofs.lock)  # always before the catalog's
+            held.enter_context(self.catalog.transaction())
             for row in rows:
                 self.catalog.put_segment(row)
             for source in self._sources.values():

@@ -33,6 +33,7 @@ from blockrepl.formats.segment import file_name
 from blockrepl.model.retention import DEFAULT, Kept, Ladder, Stretch, parse_age, parse_ladder
 from blockrepl.storage.catalog import Catalog, SegmentRow
 from blockrepl.storage.files import failure
+from blockrepl.storage.home import sync_directory
 
 _VERSION = 3  # of the catalog that has these tables
 
@@ -154,9 +155,13 @@ def remove_leftovers(catalog: Catalog, directory: Path) -> None:
     rows = catalog.segments()
     names = {file_name(row.number, row.generation) for row in rows}
     unfinished = {path.name for path in directory.glob("*-*.seg")} - names
+    gone = leftovers(catalog) | unfinished
+    if not gone:
+        return
     try:
-        for name in leftovers(catalog) | unfinished:
+        for name in gone:
             (directory / name).unlink(missing_ok=True)
+        sync_directory(directory)  # a folded segment that comes back would hide what is newer
     except OSError as error:
         raise failure(error, f"cannot remove what retention has left in {directory}") from error
     catalog.change("DELETE FROM leftovers")

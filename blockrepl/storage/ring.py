@@ -181,6 +181,10 @@ class RingReader:
         """Whether the local disk has failed to flush since the ring was made."""
         return self._words.load(layout.FLUSH_FAILED_AT) != 0
 
+    def flush_has_failed(self) -> None:
+        """Nothing cools any more, by no server either."""
+        self._words.store(layout.FLUSH_FAILED_AT, 1)
+
     def dropped(self) -> int:
         return self._words.load(layout.DROPPED_AT)
 

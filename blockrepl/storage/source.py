@@ -195,8 +195,8 @@ class SourceDisks:
                     os.close(descriptor)
         (self.directory / f".{entry.name}.lock").unlink(missing_ok=True)
 
-    def bind_replica(self, entry: DiskEntry, replica: UUID) -> DiskEntry:
-        """Note which replica the hot map speaks about, durably."""
+    def bind_replica(self, entry: DiskEntry, replica: UUID | None) -> DiskEntry:
+        """Note which replica the hot map speaks about, durably; None: of no known one."""
         return self._update(entry, replica=replica)
 
     def note_rings(
@@ -321,7 +321,11 @@ class SourceDisks:
                     return False
                 if ring.head() != ring.durable() or ring.flush_failed():
                     return False
-                os.fsync(descriptor)
+                try:
+                    os.fsync(descriptor)
+                except OSError:
+                    ring.flush_has_failed()  # the system tells it once, and calls the pages clean
+                    raise
                 cold = hot_map.encode(
                     entry.id.bytes, entry.size_bytes, limits.REGION_BYTES, hot=False
                 )

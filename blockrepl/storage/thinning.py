@@ -17,6 +17,7 @@ is read, proven and compressed again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -149,6 +150,9 @@ def thin(
             for frame in _frames(left, payload, group, disk):
                 writer.append(frame)
         return writer.finish()
+    except BaseException:
+        writer.discard()
+        raise
     finally:
         writer.close()
         read.files.close()
@@ -273,6 +277,7 @@ class _Writer:
         self._writer: SegmentWriter | None = None
         self._row = rows[0]
         self._done: list[SegmentRow] = []
+        self._begun: list[str] = []
 
     def append(self, frame: tuple[frames.FrameHeader, Buffer]) -> None:
         if self._writer is not None and self._writer.segment.is_full and self._left:
@@ -287,14 +292,12 @@ class _Writer:
         generation = row.generation + 1
         # Another time of making: merged runs of the old segment are not those of the new one.
         self._row = replace(row, generation=generation, created_ns=row.created_ns + 1)
+        name = file_name(self._row.number, self._row.generation)
         try:
-            (self._directory / file_name(self._row.number, self._row.generation)).unlink(
-                missing_ok=True
-            )  # of an attempt that failed
+            (self._directory / name).unlink(missing_ok=True)  # of an attempt that failed
         except OSError as error:
-            raise failure(
-                error, f"cannot remove {file_name(self._row.number, self._row.generation)}"
-            ) from error
+            raise failure(error, f"cannot remove {name}") from error
+        self._begun.append(name)
         return create_segment(
             self._directory, self._group, row.number, self._row.created_ns, self._files, generation
         )
@@ -319,6 +322,12 @@ class _Writer:
             self._seal(self._writer.segment)
             self._writer = None
         return self._done
+
+    def discard(self) -> None:
+        """Give back the room that was taken: it may be what the journal lacks."""
+        for name in self._begun:
+            with suppress(OSError):  # else with the next pass
+                (self._directory / name).unlink(missing_ok=True)
 
     def close(self) -> None:
         if self._writer is not None:
