@@ -11,7 +11,18 @@ from uuid import UUID
 
 import pytest
 import trio
-from pumping import SOURCE, Receiver, Source, attach, known, random_bytes, replay, shape, until
+from pumping import (
+    REPLICA,
+    SOURCE,
+    Receiver,
+    Source,
+    attach,
+    known,
+    random_bytes,
+    replay,
+    shape,
+    until,
+)
 
 from blockrepl import limits
 from blockrepl.errors import DamageError, StorageError
@@ -22,6 +33,7 @@ from blockrepl.services import group_replication
 from blockrepl.services.group_pump import WantedCheckpoint
 from blockrepl.services.group_replication import GroupReplication, Link
 from blockrepl.services.outbox_ends import LostError
+from blockrepl.storage.group_notes import GroupNote, write_note
 from blockrepl.storage.ring import RingReader, read_next_number, ring_path
 from blockrepl.storage.spool import SpoolLimits
 from blockrepl.units import MIB
@@ -199,6 +211,30 @@ async def test_an_agent_that_was_killed_knows_to_the_frame_what_the_receiver_had
             nursery.cancel_scope.cancel()
         assert ("lost frames that were durable" in caplog.text) == restored
     assert replay(second.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+
+
+async def test_a_disk_that_is_away_when_frames_were_lost_is_doubted_all_the_same(
+    source: Source,
+) -> None:
+    # Guards the unbinding in _start_from: the note was lowered, and nothing knew of the loss.
+    entry = source.add("root", SIZE)
+    write_note(source.disks.home, "web", GroupNote(replica=REPLICA, next_number=9))
+    away = entry.image.rename(entry.image.with_suffix(".away"))
+    before = len(os.listdir("/proc/self/fd"))
+    async with replicating(source) as group, trio.open_nursery() as nursery:
+        nursery.start_soon(serve, group, Receiver(at_once=False), attach(source, known(entry)))
+        await until(lambda: group.is_linked)
+        assert group.errors["root"].code == "no-image"
+        nursery.cancel_scope.cancel()
+    assert source.disks.load("root").replica is None
+    assert len(os.listdir("/proc/self/fd")) <= before
+    away.rename(entry.image)
+    receiver = Receiver(at_once=False)
+    async with replicating(source) as group, trio.open_nursery() as nursery:
+        nursery.start_soon(serve, group, receiver, attach(source, known(entry)))
+        await until(lambda: group.is_linked)
+        await until(lambda: any(isinstance(mark, GapMark) for mark in receiver.marks()))
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_disk_whose_ring_is_new_or_gone_says_nothing_of_the_receiver(
