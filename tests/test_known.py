@@ -62,6 +62,8 @@ def test_carried_on_frame_by_frame_it_is_the_receivers_next_answer(steps: list[s
         known = Known.of(attach(replica))
         try:
             for what in steps:
+                if what == "sync" and known.attached().disks[0].state == "ready":
+                    continue  # content is taken for a gap only
                 frame = step(agent, what)
                 if frame is None:
                     continue
