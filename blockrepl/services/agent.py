@@ -113,17 +113,18 @@ class Agent:
         spooled = self.home.source_directory / "spool"
         names = wanted.keys() | {path.parent.name for path in spooled.glob("*/state.json")}
         for name in names | self.groups.keys():
-            self._follow_group(nursery, name, wanted.get(name, []))
+            self._follow_group(nursery, name, wanted.get(name, []), is_due=name in names)
 
-    def _follow_group(self, nursery: trio.Nursery, name: str, entries: list[DiskEntry]) -> None:
+    def _follow_group(
+        self, nursery: trio.Nursery, name: str, entries: list[DiskEntry], *, is_due: bool
+    ) -> None:
         group = self.groups.get(name)
         if group is not None and group.finished:
             group.end()
             del self.groups[name]
             group = None
         if group is None:
-            spool = self.home.source_directory / "spool" / name / "state.json"
-            if not entries and not spool.exists():
+            if not is_due:
                 return
             group = GroupReplication(
                 name, self.disks, self._source, self.clock, self.options.spool, self._scrubs

@@ -289,11 +289,10 @@ class GroupReplication:
             disk.attach(
                 due.disks[entry.id.bytes], due.group_id, due.watermark, has_lost=self._has_lost
             )
-        except PeerError:
-            disk.close()
-            raise
         except (BlockreplError, OSError) as error:
             disk.close()
+            if isinstance(error, PeerError):
+                raise
             log.error("disk %s: %s", entry.name, error)
             self.errors[entry.name] = (
                 error if isinstance(error, BlockreplError) else StateError(str(error))

@@ -7,11 +7,13 @@
 5. Every record inside its disk, of a known kind.
 6. A disk grows, to DISK_BYTES_MAX at the most and DISK_GROWTHS_MAX times, and after the watermark:
    a point up to that may be mounted already.
+7. Content of a resync: of a disk whose first sync is not done, or in a gap of it that is open. Its
+   stamps lie in the past, and would show in every point behind them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from blockrepl.errors import PeerError
 from blockrepl.formats.frame import (
@@ -82,6 +84,12 @@ def read_mark(header: FrameHeader, body: memoryview, disks: Mapping[bytes, DiskR
     if not isinstance(mark, CheckpointMark):
         _own_disk(disks, mark.disk.bytes, header.source)
     return mark
+
+
+def check_resync(header: FrameHeader, disk: DiskRow, gap_begins: Sequence[int]) -> None:
+    """Rule 7. ``gap_begins``: of the disk's gaps that are open."""
+    if disk.ready_ns is not None and header.first_stamp < min(gap_begins, default=NUMBER_MAX):
+        raise PeerError(f"frame {header.number} has content for no gap of disk {disk.name}")
 
 
 def check_growth(mark: GrowMark, disk: DiskRow, growth_count: int, watermark: int) -> None:

@@ -51,10 +51,10 @@ from blockrepl.storage import catalog as catalogs
 from blockrepl.storage import catalog_file, retained
 from blockrepl.storage import durable as durables
 from blockrepl.storage.admission import (
-    NUMBER_MAX,
     check_content,
     check_growth,
     check_header,
+    check_resync,
     read_mark,
 )
 from blockrepl.storage.attachment import attach_disks, image_path
@@ -248,8 +248,8 @@ class Replica:
         return Admission.STAGED
 
     def _check_news(self, source: bytes, header: FrameHeader) -> None:
-        """A point up to the watermark may be mounted already: nothing may be added to it, but by a
-        resync to the gap that it ends.
+        """A point up to the watermark may be mounted already: nothing may be added to it, but the
+        content of a resync to the gap that it ends.
         """
         watermark = self._watermarks[source]
         is_records = header.kind == FrameKind.RECORDS and header.record_count > 0
@@ -259,17 +259,15 @@ class Replica:
                 hint="the source's clock went back; see its clock.json",
             )
         if header.kind == FrameKind.SYNC and header.record_count:
-            disk = self._disks[header.disk]
-            begins = [
-                gap.from_ns for gap in self._gaps if gap.disk == disk.id and gap.to_ns is None
-            ]
-            begins += [
-                mark.from_ns
-                for mark in (*self._marks_due, *self._marks)
-                if isinstance(mark, GapMark) and mark.disk.bytes == disk.id
-            ]
-            if disk.ready_ns is not None and header.first_stamp < min(begins, default=NUMBER_MAX):
-                raise PeerError(f"frame {header.number} has content for no gap of {disk.name}")
+            check_resync(header, self._disks[header.disk], self._gap_begins(header.disk))
+
+    def _gap_begins(self, disk: bytes) -> list[int]:
+        """Where the gaps of a disk begin that are open, or will be when all staged is applied."""
+        marks = (*self._marks_due, *self._marks)
+        return [
+            *(gap.from_ns for gap in self._gaps if gap.disk == disk and gap.to_ns is None),
+            *(m.from_ns for m in marks if isinstance(m, GapMark) and m.disk.bytes == disk),
+        ]
 
     def _check_growth(self, source: bytes, mark: GrowMark) -> None:
         disk = mark.disk.bytes

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,14 +82,9 @@ class Ours:
     def blockrepl(self, home: Path, *words: str | Path) -> str:
         return self.scratch.run([COMMAND, "--home", home, *words])
 
-    @contextmanager
-    def control(self) -> Iterator[_UnixConnection]:
+    def control(self) -> AbstractContextManager[_UnixConnection]:
         """A connection to the receiver's control API, kept for many questions."""
-        connection = _UnixConnection(self.receiver_home / "run" / "receiver.sock")
-        try:
-            yield connection
-        finally:
-            connection.close()
+        return _connection(self.receiver_home / "run" / "receiver.sock")
 
     def status(self) -> Status:
         """The group as the receiver's ``status`` shows it."""
@@ -127,17 +122,8 @@ class Ours:
         checkpoint is sent at once, behind all records before it.
         """
         name = f"barrier-{time.time_ns()}"
-        connection = _UnixConnection(self.source_home / "run" / "agent.sock")
-        try:
-            connection.request("POST", f"/checkpoints/{GROUP}", json.dumps({"name": name}))
-            response = connection.getresponse()
-            body = response.read()
-        except http.client.HTTPException as error:
-            raise MeasurementError(f"the agent's checkpoint: {error!r}") from error
-        finally:
-            connection.close()
-        if response.status != 200:
-            raise MeasurementError(f"the agent's checkpoint: {response.status} {body[:200]!r}")
+        with _connection(self.source_home / "run" / "agent.sock") as connection:
+            _ask(connection, "POST", f"/checkpoints/{GROUP}", json.dumps({"name": name}))
         return time.time()
 
     def stop_agent(self) -> None:
@@ -160,20 +146,37 @@ class Ours:
         return sum(path.stat().st_size for path in self.segments())
 
 
+@contextmanager
+def _connection(path: Path) -> Iterator[_UnixConnection]:
+    connection = _UnixConnection(path)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def _ask(
+    connection: http.client.HTTPConnection, method: str, path: str, body: str | None = None
+) -> bytes:
+    """The body of an answer that is not a refusal. MeasurementError."""
+    try:
+        connection.request(method, path, body)
+        response = connection.getresponse()
+        answer = response.read()
+    except http.client.HTTPException as error:
+        raise MeasurementError(f"{path}: {error!r}") from error
+    if response.status != 200:
+        raise MeasurementError(f"{path}: {response.status} {answer[:200]!r}")
+    return answer
+
+
 class _Answer(BaseModel):
     groups: list[Status]
 
 
 def ask_status(connection: http.client.HTTPConnection) -> Status:
     """One question on a connection that stays open."""
-    try:
-        connection.request("GET", STATUS_PATH)
-        response = connection.getresponse()
-        body = response.read()
-    except http.client.HTTPException as error:
-        raise MeasurementError(f"the receiver's status: {error!r}") from error
-    if response.status != 200:
-        raise MeasurementError(f"the receiver's status: {response.status} {body[:200]!r}")
+    body = _ask(connection, "GET", STATUS_PATH)
     try:
         answer = _Answer.model_validate_json(body)
     except ValidationError as error:
