@@ -21,8 +21,8 @@ base frame for a disk whose first sync is done is a duplicate.
 error       meaning
 ==========  ==============================================================================
 None        working
-full        the last commit found no room; nothing of it was acknowledged; the next one is
-            tried as usual
+full        the last commit that held anything found no room; nothing of it was acknowledged;
+            the next one is tried as usual
 fail-stop   nothing works until the process has been restarted and has recovered
 ==========  ==============================================================================
 
@@ -316,6 +316,7 @@ class Replica:
     def commit(self) -> Commit:
         """Make everything staged durable. StorageError: nothing of it may be acknowledged."""
         self._check_working()
+        has_staged = bool(self._staged or self._staged_base)
         try:
             self._write_base()
             self._journal.append(self._staged)
@@ -330,7 +331,8 @@ class Replica:
             raise
         finally:
             self._forget_staged()
-        self.error = None
+        if has_staged:  # else nothing has shown that there is room again
+            self.error = None
         return Commit(dict(self._numbers), self._watermark)
 
     def _write_base(self) -> None:
