@@ -19,6 +19,7 @@ FAULT_WEIGHTS = {
     "source power behind a gap": 2,
     "receiver killed": 3,
     "receiver power": 3,
+    "receiver power behind a restart": 2,
     "receiver sync error": 1,
     "receiver full": 1,
     "store restored": 1,

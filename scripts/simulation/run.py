@@ -165,6 +165,8 @@ class Run:
         match what:
             case "source" if how == "power behind a gap":
                 await self._power_behind_gap(fault)
+            case "receiver" if how == "power behind a restart":
+                await self._power_behind_restart(fault)
             case "agent" | "server" | "receiver" | "source" if how in {
                 "killed",
                 "power",
@@ -236,6 +238,21 @@ class Run:
             await trio.sleep(self._chance.choice((0.0, 0.005, 0.03)))
             self._lose_power(fault)
         self.network.on_gap = None
+
+    async def _power_behind_restart(self, fault: Fault) -> None:
+        """The receiver is killed between a write and its sync; soon after it is back, its machine
+        loses its power: what it took in as it recovered is on the disk, or was never durable.
+        """
+        receiver, killed = self.receiver, self.receiver.process
+        if killed is None:
+            return
+        crash = partial(receiver.kill, fault.seconds)
+        self.world.crash_in(killed, 0, crash, only="sync")
+        with trio.move_on_after(self.plan.active_seconds - self.world.clock.now):
+            while receiver.process is killed or receiver.groups is None:
+                await trio.sleep(0.001)
+            await trio.sleep(self._chance.choice((0.0, 0.005, 0.03)))
+            receiver.lose_power(0.0)
 
     async def _kill_busy_server(self, name: str) -> None:
         head = 0

@@ -170,7 +170,7 @@ class World:
         self.scale: dict[str, object] = {}
         self._show = show
         self._digest = hashlib.blake2b(digest_size=16)
-        self._crashes: dict[Process, tuple[int, Callable[[], None]]] = {}
+        self._crashes: dict[Process, tuple[int, str, Callable[[], None]]] = {}
 
     # --- time and trace
 
@@ -209,9 +209,13 @@ class World:
             process.die()
             running.reset(before)
 
-    def crash_in(self, process: Process, operations: int, crash: Callable[[], None]) -> None:
-        """Call ``crash``, which ends the process, at its n-th file operation from now."""
-        self._crashes[process] = (operations, crash)
+    def crash_in(
+        self, process: Process, operations: int, crash: Callable[[], None], *, only: str = ""
+    ) -> None:
+        """Call ``crash``, which ends the process, at its n-th file operation from now, of those
+        that are called ``only``.
+        """
+        self._crashes[process] = (operations, only, crash)
 
     def no_more_crashes(self) -> None:
         self._crashes.clear()
@@ -223,9 +227,11 @@ class World:
             return
         process.check()
         if process in self._crashes:
-            left, crash = self._crashes[process]
+            left, only, crash = self._crashes[process]
+            if only not in {"", what}:
+                return
             if left > 0:
-                self._crashes[process] = (left - 1, crash)
+                self._crashes[process] = (left - 1, only, crash)
                 return
             del self._crashes[process]
             self.trace("crash", process.name, "before", what)
