@@ -10,6 +10,7 @@ from blockrepl.units import KIB
 from scripts.simulation.scale import REGION_BYTES
 
 ACTIVE_SECONDS = (0.3, 0.6, 1.6)  # the guest writes and faults begin within one of them
+RESTART_SHARE = 0.2  # of the runs, with a receiver that loses its power right behind a restart
 FAULT_WEIGHTS = {
     "agent killed": 3,
     "server killed": 3,
@@ -19,7 +20,6 @@ FAULT_WEIGHTS = {
     "source power behind a gap": 2,
     "receiver killed": 3,
     "receiver power": 3,
-    "receiver power behind a restart": 2,
     "receiver sync error": 1,
     "receiver full": 1,
     "store restored": 1,
@@ -85,7 +85,7 @@ def make_plan(seed: int) -> Plan:
         "services.outbox.MEMORY_FRAMES": chance.choice((1, 2, 8, 256)),
         "services.outbox.MEMORY_BYTES": chance.choice((4, 32, 1024)) * KIB,
     }
-    return Plan(
+    plan = Plan(
         active,
         disks,
         _requests(chance, disks, active),
@@ -95,6 +95,10 @@ def make_plan(seed: int) -> Plan:
         chance.choice((0.0, 1e6)),
         scale,
     )
+    if chance.random() < RESTART_SHARE:
+        at, seconds = chance.uniform(0.02, active), chance.choice((0.0, 0.1)) * chance.random()
+        plan.faults.append(Fault(at, "receiver power behind a restart", seconds))
+    return plan
 
 
 def _disk(chance: random.Random, number: int) -> DiskPlan:
