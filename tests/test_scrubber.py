@@ -15,6 +15,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -551,5 +552,50 @@ def test_a_doubt_outlives_the_acknowledgement_of_an_older_mark(source: Source) -
     disk = a_disk(source, entry)
     disk.doubt(slice(None), source.watermark + 1)
     disk.consistent_durable()
+    assert source.disks.load("root").stale_ring == known(entry).ring_id
+    disk.close()
+
+
+def test_a_mark_acknowledged_amid_a_doubt_leaves_its_note(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the look at ``_doubting`` in SourceDisk.consistent_durable: the note was overwritten
+    # before the marks were there, and a power cut took the marks.
+    entry = source.add("root", MIB)
+    disk = a_disk(source, entry)
+    note_rings = source.disks.note_rings
+
+    def acknowledged_behind_it(*arguments: Any, **changes: Any) -> DiskEntry:
+        disk.entry = note_rings(*arguments, **changes)
+        monkeypatch.undo()
+        disk.consistent_durable()
+        return disk.entry
+
+    monkeypatch.setattr(source.disks, "note_rings", acknowledged_behind_it)
+    disk.doubt(slice(None), source.watermark + 1)
+    assert source.disks.load("root").stale_ring == known(entry).ring_id
+    disk.close()
+
+
+def test_a_doubt_amid_the_acknowledgement_of_a_mark_is_noted(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards ``_doubting`` in SourceDisk.doubt: it found its ring noted, just before it was not.
+    entry = source.add("root", MIB)
+    disk = a_disk(source, entry)
+    disk.entry = source.disks.note_rings(entry, stale_ring=known(entry).ring_id, base_ring=0)
+    doubt = threading.Thread(target=disk.doubt, args=(slice(None), source.watermark + 1))
+    note_rings = source.disks.note_rings
+
+    def doubted_behind_it(*arguments: Any, **changes: Any) -> DiskEntry:
+        noted = note_rings(*arguments, **changes)
+        monkeypatch.undo()
+        doubt.start()
+        doubt.join(0.2)  # it has to wait for us
+        return noted
+
+    monkeypatch.setattr(source.disks, "note_rings", doubted_behind_it)
+    disk.consistent_durable()
+    doubt.join()
     assert source.disks.load("root").stale_ring == known(entry).ring_id
     disk.close()

@@ -18,6 +18,7 @@ record or a stale mark of its own.
 from __future__ import annotations
 
 import os
+import threading
 from uuid import UUID
 
 import numpy as np
@@ -51,6 +52,7 @@ class SourceDisk:
         self._gap_before_ring = 0  # a gap that no ring reports: history broken since this stamp
         self._known_ring = 0
         self._unsettled: frozenset[tuple[int, int]] | None = None
+        self._doubting = threading.Lock()  # from before a doubt's note until its marks are there
 
     # --- opening
 
@@ -294,6 +296,12 @@ class SourceDisk:
         ``send_all``: all that is owed is sent without asking what differs. Blocks on the disk.
         Between rounds. StateError, StorageError.
         """
+        with self._doubting:
+            self._doubt(regions, from_ns, send_all=send_all)
+
+    def _doubt(
+        self, regions: npt.NDArray[np.intp] | slice, from_ns: int, *, send_all: bool
+    ) -> None:
         with self._disks.lock(self.entry):
             self._disks.check_served_ring(self.entry, self._clock)
             self._disks.ensure_ring(self.entry, self._clock)
@@ -317,8 +325,13 @@ class SourceDisk:
 
     def consistent_durable(self) -> None:
         """All that was ever marked stale in the ring is durable, or hot since."""
-        ring = self.ring
-        if self.state == "ready" and not (ring and ring.needs_sync()):  # else doubted since
-            self.entry = self._disks.note_rings(
-                self.entry, stale_ring=0, base_ring=self.entry.base_ring, send_all=False
-            )
+        if not self._doubting.acquire(blocking=False):
+            return  # doubted just now, in another thread: its note stays, its marks are to come
+        try:
+            ring = self.ring
+            if self.state == "ready" and not (ring and ring.needs_sync()):  # else doubted since
+                self.entry = self._disks.note_rings(
+                    self.entry, stale_ring=0, base_ring=self.entry.base_ring, send_all=False
+                )
+        finally:
+            self._doubting.release()
