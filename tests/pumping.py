@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from blockrepl.services.source_disk import SourceDisk
 from blockrepl.session.known import Known
 from blockrepl.storage.clock import open_clock
 from blockrepl.storage.digests import digest_blocks
-from blockrepl.storage.home import Home
+from blockrepl.storage.home import Home, write_atomically
 from blockrepl.storage.ring import read_geometry, ring_path
 from blockrepl.storage.source import DiskEntry, SourceDisks
 from blockrepl.storage.spool import Spool, SpoolLimits
@@ -159,6 +160,11 @@ class Source:
         self.clock = open_clock(home.source_directory)
         self.guests: list[Guest] = []
         self.watermark = self.clock.now()  # durable at the receiver
+
+    def end_lease(self, left_ns: int = 0) -> None:
+        """The clock's lease runs out, or will in ``left_ns``."""
+        mark = {"high_water_ns": self.clock.now() + left_ns}
+        self.clock._content = self.clock._content.model_copy(update=mark)
 
     def add(
         self,
@@ -297,6 +303,20 @@ async def pumping(
         for disk in pump.disks:
             disk.close()
         pump.outbox.spool.close()
+
+
+class StalledWrite:
+    """In the place of `write_atomically`: a disk that stalls until told, in a worker thread."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.goes_on = threading.Event()
+
+    def __call__(self, path: Path, data: bytes, mode: int = 0o644) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        self.begun.set()
+        self.goes_on.wait(PATIENCE_SECONDS)
+        write_atomically(path, data, mode)
 
 
 async def until(happened: Callable[[], object]) -> None:

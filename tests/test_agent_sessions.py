@@ -12,15 +12,18 @@ from uuid import uuid4
 
 import pytest
 import trio
+from pumping import Source, StalledWrite, until
 from serving import Disk, blockrepl, place, wait_for
 from trio.testing import MockClock
 
 from blockrepl.channel.certificates import Authority, key_to_pem, make_key_and_request
-from blockrepl.channel.enrolment import CERTIFICATE, KEY, RECEIVER
+from blockrepl.channel.enrolment import CERTIFICATE, KEY, RECEIVER, Identity
 from blockrepl.channel.framing import MessageStream
 from blockrepl.errors import BlockreplError, PeerError, TrustError
 from blockrepl.model.backoff import FIRST_SECONDS, LAST_SECONDS
 from blockrepl.services.agent import FENCED_SECONDS, Agent
+from blockrepl.storage import clock
+from blockrepl.storage.clock import LEASE_NS
 from blockrepl.storage.home import Home
 from blockrepl.units import MIB
 from scripts.guest.pair import COMMAND, Pair
@@ -159,3 +162,25 @@ def test_a_limit_slows_data_down_and_status_says_so(place: Pair) -> None:
     assert "limited to 64 KiB/s until 00:00, data is waiting for it" in shown
     assert place.group("g")["state"] == "initial-sync"
     assert place.group("g")["disks"][0]["synced_bytes"] < 16 * MIB
+
+
+async def test_the_clocks_lease_is_renewed_ahead_of_time_in_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards Agent._keep_clock: the lease would run out, and each pump wait for the disk then.
+    source = Source(tmp_path)
+    source.end_lease(left_ns=LEASE_NS // 2)
+    write = StalledWrite()
+    monkeypatch.setattr(clock, "write_atomically", write)
+    identity = Identity("source", str(uuid4()), "1", "receiver", tmp_path)
+    agent = Agent(
+        source.disks.home, connect=trio.sleep_forever, clock=source.clock, identity=identity
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(agent.run)
+        await until(write.begun.is_set)
+        assert source.clock.covers(source.clock.now())  # while the disk stalls
+        write.goes_on.set()
+        await until(lambda: not source.clock.is_due())
+        nursery.cancel_scope.cancel()
+    source.close()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 
 from blockrepl.storage import clock as clocks
 from blockrepl.storage.clock import LEASE_NS, RENEW_NS, SourceClock, open_clock
+from blockrepl.storage.home import write_atomically
 from blockrepl.units import NANOSECONDS_PER_SECOND
 
 SECOND = NANOSECONDS_PER_SECOND
@@ -128,6 +132,52 @@ def test_renewing_often_writes_rarely(host: Host, tmp_path: Path) -> None:
         written.add((tmp_path / "clock.json").stat().st_ino)
         assert high_water(tmp_path) > clock.now()
     assert len(written) <= 100 * SECOND // RENEW_NS + 2
+
+
+def test_a_mark_counts_once_it_is_on_the_disk(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the order in SourceClock.renew: a stamp under a mark that is lost comes again.
+    clock = open_clock(tmp_path)
+    assert clock.covers(START + LEASE_NS - 1)
+    host.run(LEASE_NS)
+    assert not clock.covers(clock.now())
+
+    def full(_path: Path, _data: bytes) -> None:
+        assert not clock.covers(clock.now())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clocks, "write_atomically", full)
+        with pytest.raises(OSError, match="No space left"):
+            clock.renew()
+    assert not clock.covers(clock.now())
+    clock.renew()
+    assert clock.covers(clock.now())
+
+
+def test_of_several_that_renew_one_writes(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the lock in SourceClock.renew.
+    clock = open_clock(tmp_path)
+    host.run(LEASE_NS)
+    written: list[bytes] = []
+    others = [threading.Thread(target=clock.renew) for _ in range(2)]
+
+    def slow(path: Path, data: bytes) -> None:
+        written.append(data)
+        if len(written) == 1:
+            for other in others:
+                other.start()
+                other.join(0.1)  # it has to wait for us
+        write_atomically(path, data)
+
+    monkeypatch.setattr(clocks, "write_atomically", slow)
+    clock.renew()
+    for other in others:
+        other.join()
+    assert len(written) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff\xfe", b'{"boot_id": 1}'])

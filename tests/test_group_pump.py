@@ -20,6 +20,7 @@ from pumping import (
     Received,
     Receiver,
     Source,
+    StalledWrite,
     a_round,
     check_stream,
     known,
@@ -45,6 +46,7 @@ from blockrepl.services.group_pump import (
 )
 from blockrepl.services.group_replication import GroupReplication
 from blockrepl.services.source_disk import SourceDisk
+from blockrepl.storage import clock
 from blockrepl.storage.clock import open_clock
 from blockrepl.storage.image import lock_image
 from blockrepl.storage.pieces import Piece, read_piece
@@ -218,6 +220,49 @@ async def test_an_idle_group_moves_its_watermark_every_second(
     assert [frame.header.record_count for frame in receiver.frames] == [0, 0]
     assert receiver.watermark() >= began
     check_stream(receiver.frames, source.watermark)
+
+
+# --- the clock's lease
+
+
+async def test_a_lease_that_has_run_out_holds_up_what_is_put_and_nothing_else(
+    source: Source, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the thread in GroupPump._lease: a disk that stalled held up all groups and sessions.
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    source.end_lease()
+    write = StalledWrite()
+    monkeypatch.setattr(clock, "write_atomically", write)
+    async with pumping(source, receiver, known(entry)):
+        guest.write(0, b"x" * 512)
+        await until(write.begun.is_set)
+        assert receiver.frames == []
+        write.goes_on.set()
+        await until(lambda: receiver.records(entry.id.bytes))
+
+
+async def test_no_record_is_put_that_the_lease_does_not_cover(
+    source: Source, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the lease in GroupPump._put_records: the heads are read later than the round's clock.
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    covered: list[bool] = []
+
+    def arrived(frame: Received) -> None:
+        covered.extend(source.clock.covers(record[0]) for record in frame.records)
+
+    def refresh(disk: SourceDisk, watermark: int) -> None:
+        if not covered:
+            source.end_lease()
+            guest.write(0, b"x" * 512)
+
+    receiver.arrived = arrived
+    monkeypatch.setattr(SourceDisk, "refresh", refresh)
+    async with pumping(source, receiver, known(entry)):
+        await until(lambda: covered)
+    assert all(covered)
 
 
 # --- a writer stopped in the middle

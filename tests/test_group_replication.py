@@ -78,6 +78,7 @@ async def test_a_full_disk_at_the_source_ends_a_round_and_the_group_begins_anew(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "clock.json")
 
     async with replicating(source) as group:
+        source.end_lease()
         monkeypatch.setattr(source.clock, "renew", full)
         with pytest.raises(StorageError, match="No space left"), trio.fail_after(10):
             await serve(group, receiver, attach(source, known(entry)))

@@ -9,6 +9,7 @@ second.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 FENCED_SECONDS = 60.0  # until an agent asks again that was refused for a later one
 CONFIGURATION_SECONDS = 0.5
+CLOCK_SECONDS = 1.0  # how often the agent looks whether the clock's lease is to be renewed
 
 Connect = Callable[[], Awaitable[MessageStream]]
 
@@ -84,7 +86,16 @@ class Agent:
         """Until cancelled."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self._follow_configuration, nursery)
+            nursery.start_soon(self._keep_clock)
             nursery.start_soon(self._keep_session)
+
+    async def _keep_clock(self) -> None:
+        """Renew the clock's lease ahead of time: a disk that stalls holds up no pump for long."""
+        while True:
+            if self.clock.is_due():
+                with contextlib.suppress(OSError):  # told by a pump, once the lease has run out
+                    await trio.to_thread.run_sync(self.clock.renew)
+            await trio.sleep(CLOCK_SECONDS)
 
     # --- groups
 

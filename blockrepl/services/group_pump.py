@@ -3,7 +3,8 @@
 A round, in this order; the order is what makes watermarks and marks true:
 
 1. note which disks have settled (source_disk.py), before the clock is read
-2. read the clock: t; then look for new rings, for one that is made later holds later stamps only
+2. read the clock: t, and wait if its lease has run out (storage/clock.py); then look for new rings,
+   for one that is made later holds later stamps only
 3. say which disks have grown: a ring of the new size has been opened in 2 at the earliest. Then
    wait until appends under way are published; the watermark of the round is t - 1
 4. read each ring's gap, then its head; put what was before a new gap, and report it, so that no
@@ -265,7 +266,7 @@ class GroupPump:
         """True when something was sent."""
         settled = [disk for disk in self.disks if disk.settled()]
         now = self._clock.now()
-        self._clock.renew()
+        await self._lease()
         for disk in self.disks:
             disk.refresh(self.outbox.due.watermark)
         for disk in self.disks:
@@ -307,6 +308,11 @@ class GroupPump:
         await self._put_records([(disk, disk.ring.head())], self.outbox.due.watermark)
         return True
 
+    async def _lease(self) -> None:
+        """Wait until no stamp taken before the call can be taken again after a reboot. OSError."""
+        if not self._clock.covers(self._clock.now()):
+            await trio.to_thread.run_sync(self._clock.renew)
+
     async def _put_growths(self, disk: SourceDisk) -> None:
         """Say how the disk has grown, before any record in what is new."""
         due = self.outbox.due
@@ -336,6 +342,8 @@ class GroupPump:
         await self._put_mark(mark, disk, watermark)
 
     async def _put_records(self, heads: list[tuple[SourceDisk, int]], watermark: int) -> bool:
+        """The heads have been read before: the lease is looked at behind them."""
+        await self._lease()
         chunks = _chunks(heads)
         chunk = next(chunks, None)
         if chunk is None:

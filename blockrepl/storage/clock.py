@@ -4,10 +4,15 @@ A stamp is CLOCK_MONOTONIC plus an offset that is fixed once per boot, so a step
 changes nothing. The file ``<source>/clock.json`` holds boot id, offset and a high-water mark: a
 lease that is renewed ahead of time while the agent runs. After a reboot the offset is chosen so
 that stamps begin beyond the mark, whatever the wall clock says.
+
+So no stamp may leave the rings, which a reboot takes along, before a mark beyond it is durable
+(`covers`). The agent renews the lease in a worker thread when a third of it is gone; only when it
+has run out, for the disk has stalled or there was no agent, does a pump wait for it.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -34,6 +39,7 @@ class SourceClock:
     def __init__(self, path: Path, content: _ClockFile) -> None:
         self._path = path
         self._content = content
+        self._renewing = threading.Lock()
 
     @property
     def offset_ns(self) -> int:
@@ -42,21 +48,25 @@ class SourceClock:
     def now(self) -> int:
         return time.monotonic_ns() + self._content.offset_ns
 
-    def renew(self) -> None:
-        """Move the high-water mark ahead of now when it comes near. Called often, writes rarely.
+    def covers(self, stamp: int) -> bool:
+        """Whether no stamp of a later boot can be that stamp or one before it."""
+        return stamp < self._content.high_water_ns
 
-        OSError only when the mark is behind now: until then a full disk does no harm.
+    def is_due(self) -> bool:
+        """Whether the lease should be renewed."""
+        return self._content.high_water_ns - self.now() < LEASE_NS - RENEW_NS
+
+    def renew(self) -> None:
+        """Move the high-water mark ahead of now when it comes near. OSError.
+
+        Blocks on the disk, in any thread; of several at a time one writes, the others wait for it.
         """
-        now = self.now()
-        if self._content.high_water_ns - now < LEASE_NS - RENEW_NS:
-            content = self._content.model_copy(update={"high_water_ns": now + LEASE_NS})
-            try:
+        with self._renewing:
+            if self.is_due():
+                high_water_ns = self.now() + LEASE_NS
+                content = self._content.model_copy(update={"high_water_ns": high_water_ns})
                 write_atomically(self._path, content.model_dump_json().encode())
-            except OSError:
-                if now >= self._content.high_water_ns:
-                    raise
-                return
-            self._content = content
+                self._content = content
 
 
 def open_clock(source_directory: Path) -> SourceClock:
