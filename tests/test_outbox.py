@@ -518,6 +518,49 @@ async def test_what_was_about_to_move_when_the_pump_ended_stays_in_the_ring(
     world.outbox.spool.close()
 
 
+class StalledSync(Files):
+    """A disk that stalls in its syncs until told."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.goes_on = threading.Event()
+
+    def sync(self, descriptor: int) -> None:
+        self.begun.set()
+        assert self.goes_on.wait(20)
+        super().sync(descriptor)
+
+
+async def test_a_disk_that_stalls_while_files_are_given_back_holds_up_no_put(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the step without the lock in Outbox._give_back: the ring ran full meanwhile.
+    monkeypatch.setattr(outboxes, "READ_BYTES", 1)
+    world = World(tmp_path)
+    outbox, spool = world.outbox, world.outbox.spool
+    world.numbers = {number: number for number in range(1, 31)}
+    for number in range(1, 30):
+        await outbox.put(records(number, number - 1, 300))
+    spool._system = disk = StalledSync()
+    async with trio.open_nursery() as nursery:
+        await world.up(nursery)
+        while not disk.begun.is_set():
+            await until(lambda: world.unanswered or disk.begun.is_set())
+            world.commit(1)
+        assert spool.has_unread()
+        with trio.move_on_after(10) as scope:
+            await outbox.put(records(30, 29, 300))
+        files = len(list(spool.directory.glob("*.frames")))
+        disk.goes_on.set()
+        assert not scope.cancelled_caught
+        await until(lambda: len(list(spool.directory.glob("*.frames"))) < files)
+        while not outbox.is_drained:
+            await until(lambda: world.unanswered or outbox.is_drained)
+            world.commit(1)
+        await world.down()
+    assert world.told_durable == set(range(1, 31))
+
+
 @pytest.mark.parametrize("steps", EXAMPLES.values(), ids=EXAMPLES)
 def test_what_went_wrong_once(steps: list[tuple[str, int]]) -> None:
     run(steps)

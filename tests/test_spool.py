@@ -107,7 +107,8 @@ def test_what_is_given_back_is_gone_and_the_rest_is_read_on(tmp_path: Path) -> N
     firsts = [number for number in range(2, 31) if spool.begins_file(number)]
     while spool.read().header.number < firsts[1] - 1:
         pass
-    spool.give_back(attached(firsts[0]))
+    spool.advance(attached(firsts[0]))
+    spool.give_back()
     assert spool.unread_bytes() == sum(len(whole(number)) for number in range(firsts[1], 31))
     assert rest(reopened(spool)) == list(range(firsts[0], 31))
 
@@ -124,7 +125,8 @@ def test_a_reader_at_the_end_of_a_file_that_is_given_back_goes_on_behind_it(
     spool.append(large)  # the last file is the largest
     while spool.read().header.number < firsts[tail] - 1:
         pass
-    spool.give_back(attached(firsts[tail]))
+    spool.advance(attached(firsts[tail]))
+    spool.give_back()
     found = [spool.read().header.number for _ in range(firsts[tail], 32)]
     assert found == list(range(firsts[tail], 32))
     assert not spool.has_unread()
@@ -139,7 +141,8 @@ def test_a_crash_while_files_are_given_back_loses_nothing(
     firsts = [number for number in range(2, 31) if spool.begins_file(number)]
     rest(spool)
     kept = {path.name: path.read_bytes() for path in spool.directory.glob("*.frames")}
-    spool.give_back(attached(firsts[1]))
+    spool.advance(attached(firsts[1]))
+    spool.give_back()
     names = sorted(kept)[:2]  # what was removed, of which the crash left some
     for name in names if step == "state" else names[1:]:
         (spool.directory / name).write_bytes(kept[name])
@@ -151,13 +154,15 @@ def test_a_crash_while_files_are_given_back_loses_nothing(
 
 
 def test_what_an_earlier_spool_would_have_given_back_is_not_noted(tmp_path: Path) -> None:
-    # Guards the return in Spool.give_back: the state went back to frames that are not here, and
-    # the next start gave up all of them.
+    # Guards the look at the files in Spool.advance: the state went back to frames that are not
+    # here, and the next start gave up all of them.
     spool = begun(tmp_path, 1, 30)
     spool.clear()
-    spool.give_back(attached(20))
+    spool.advance(attached(20))
+    spool.give_back()
     spool.begin(attached(31), DISKS, [frame(31), frame(32)])
-    spool.give_back(attached(20))
+    spool.advance(attached(20))
+    spool.give_back()
     assert rest(reopened(spool)) == [31, 32]
     spool.close()
 
@@ -356,7 +361,8 @@ def test_all_that_is_synced_is_there_after_a_power_cut(tmp_path: Path) -> None:
     assert newest >= names[-1]
     rest(spool)
     files.synced.clear()
-    spool.give_back(attached(int(names[-1].partition(".")[0])))
+    spool.advance(attached(int(names[-1].partition(".")[0])))
+    spool.give_back()
     assert files.synced == [f".{STATE}.new"]
     spool.close()
 

@@ -359,13 +359,8 @@ class Outbox:
 
     async def _read_spool(self, window: SendWindow[Item]) -> None:
         """The spool's next frames; gives back what is durable, in the end the whole spool."""
+        await self._give_back()
         async with self._spool_lock:
-            if (base := self._to_give_back) is not None:
-                self._to_give_back = None
-                try:
-                    await trio.to_thread.run_sync(self.spool.give_back, base)
-                except StorageError as error:
-                    log.warning("%s", error)
             if self.spool.has_unread():
                 for found in await trio.to_thread.run_sync(self._read_ahead):
                     epoch = self._sync_epochs.get(found.header.number, 0)
@@ -378,6 +373,22 @@ class Outbox:
                     return
                 self._sync_epochs.clear()
                 self._notify()
+
+    async def _give_back(self) -> None:
+        """Without the lock while the disk syncs: the pump's frames need it, and the ring its room.
+
+        The spool stays this one meanwhile: only who reads it clears it.
+        """
+        if (base := self._to_give_back) is None:
+            return
+        self._to_give_back = None
+        try:
+            await trio.to_thread.run_sync(self.spool.advance, base)
+        except StorageError as error:
+            log.warning("%s", error)
+            return
+        async with self._spool_lock:
+            await trio.to_thread.run_sync(self.spool.give_back)
 
     def _read_ahead(self) -> list[SpooledFrame]:
         """One frame, and more as long as that is cheap."""

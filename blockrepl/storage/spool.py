@@ -22,8 +22,9 @@ Rules:
    numbers must not be used again: ``is_certain`` is False. What is here is delivered, but nothing
    is numbered before the receiver has said how far it is.
 
-One task uses a spool at a time, and one syncs it beside that. Methods block on the disk, but for
-`unsynced` and `synced`.
+One task uses a spool at a time; beside that, one syncs it, and who reads it may `advance` it. What
+waits for the disk to sync needs no hold on the spool: whoever appends would wait too. Methods block
+on the disk, but for `unsynced` and `synced`.
 """
 
 from __future__ import annotations
@@ -380,15 +381,20 @@ class Spool:
         """Whether files before that frame could be given back once it is due."""
         return any(file.first_number == number for file in self._files[1:])
 
-    def give_back(self, known: Attached) -> None:
-        """Remove the files before a frame that begins one; the receiver has them. StorageError.
+    def advance(self, known: Attached) -> None:
+        """Note, durably, that the receiver has all before a frame that begins a file. StorageError.
 
-        Does nothing when it begins none any more: this may be another spool than it was.
+        Does nothing when it begins none any more: this may be another spool than it was. Frames may
+        be appended meanwhile.
         """
-        if self.state is None or not self.begins_file(known.next_number):
+        if self.state is not None and self.begins_file(known.next_number):
+            self._write_state(self.state.model_copy(update={"attached": known}), durably=True)
+
+    def give_back(self) -> None:
+        """Remove the files before the frame that `advance` has come to."""
+        if self.state is None:
             return
-        self._write_state(self.state.model_copy(update={"attached": known}), durably=True)
-        while self._files[0].first_number < known.next_number:
+        while self._files and self._files[0].first_number < self.state.attached.next_number:
             with contextlib.suppress(OSError):  # removed at the next start, then
                 self._files[0].path.unlink()
             self.size_bytes -= self._files.pop(0).size_bytes
