@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -1154,11 +1155,15 @@ async def test_a_killed_server_that_stays_away_does_not_hold_its_group(
         killed.writer.begin_append(RecordKind.WRITE, 0, 4096, b"x" * 4096)
         stamp = other.write(0, b"y" * 512)
         async with pump.between_rounds:  # as the agent does when nobody holds the image
-            pump.disks[0].retire()
+            pump.disks[0].recover()
         await until(lambda: receiver.watermark() >= stamp)
         await until(lambda: len(receiver.marks()) == 2)
-        async with pump.between_rounds:
-            pump.disks[0].retire()
+        retirement = pump.disks[0].retirement()
+        assert retirement is not None
+        with closing(retirement):
+            assert retirement.prepare()
+            async with pump.between_rounds:
+                pump.disks[0].retire(retirement)
         assert pump.disks[0].ring is None
     assert [mark.mark for mark in receiver.marks()] == ["gap", "consistent"]
     check_stream(receiver.frames, source.watermark)
@@ -1175,7 +1180,7 @@ async def test_a_write_that_a_killed_server_left_under_way_does_not_hold_a_first
         await a_round(pump)
         assert receiver.marks() == []
         async with pump.between_rounds:
-            pump.disks[0].retire()
+            pump.disks[0].recover()
         await until(receiver.marks)
     assert replay(receiver.frames, entry.id.bytes, MIB) == entry.image.read_bytes()
 

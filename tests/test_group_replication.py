@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -33,7 +34,9 @@ from blockrepl.services import group_replication
 from blockrepl.services.group_pump import WantedCheckpoint
 from blockrepl.services.group_replication import GroupReplication, Link
 from blockrepl.services.outbox_ends import LostError
+from blockrepl.storage import retiring as retiring_module
 from blockrepl.storage.group_notes import GroupNote, write_note
+from blockrepl.storage.image import is_locked
 from blockrepl.storage.ring import RingReader, read_next_number, ring_path
 from blockrepl.storage.spool import SpoolLimits
 from blockrepl.units import MIB
@@ -281,3 +284,69 @@ async def test_frames_that_were_never_sent_begin_the_group_anew(source: Source) 
             await serve(group, receiver, attach(source, known(entry), next_number=500))
         assert group.pump is None
         assert not group.spool.is_active
+
+
+class StalledImage:
+    """In the place of `os`: an image whose sync stalls until told."""
+
+    close = staticmethod(os.close)
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.goes_on = threading.Event()
+
+    def fsync(self, descriptor: int) -> None:
+        self.begun.set()
+        assert self.goes_on.wait(20)
+        os.fsync(descriptor)
+
+
+@asynccontextmanager
+async def retiring(
+    source: Source, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[GroupReplication, StalledImage]]:
+    """A group whose first disk nobody serves any more; its image stalls."""
+    monkeypatch.setattr(group_replication, "RETIRE_SECONDS", 0.01)
+    monkeypatch.setattr(retiring_module, "os", image := StalledImage())
+    entries = [source.add(name, SIZE) for name in ("idle", "used")]
+    monkeypatch.setattr(source.disks, "is_serving", lambda entry: entry.name == "used")
+    async with replicating(source) as group, trio.open_nursery() as nursery:
+        nursery.start_soon(serve, group, receiver, attach(source, *map(known, entries)))
+        await until(lambda: group.pump)
+        receiver.pump = group.pump
+        await until(image.begun.is_set)
+        yield group, image
+        image.goes_on.set()
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_image_that_stalls_while_its_ring_is_given_back_holds_up_no_round(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards Retirement.prepare before between_rounds in GroupReplication._retire.
+    receiver = Receiver()
+    async with retiring(source, receiver, monkeypatch) as (group, image):
+        idle, used = group.disks
+        source.guest(used.entry).write(0, b"x" * 512)
+        with trio.move_on_after(10) as scope:
+            await until(lambda: receiver.records(used.id))
+        image.goes_on.set()
+        assert not scope.cancelled_caught
+        await until(lambda: idle.ring is None)
+    assert not source.disks.hot_regions(idle.entry).any()
+    assert not ring_path(idle.id).exists()
+
+
+async def test_a_round_that_does_not_end_keeps_no_server_from_starting(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the patience in GroupReplication._retire: who serves the disk waits for its lock.
+    monkeypatch.setattr(group_replication, "RETIRE_PATIENCE_SECONDS", 0.01)
+    async with retiring(source, Receiver(), monkeypatch) as (group, image):
+        idle = group.disks[0]
+        assert group.pump is not None
+        async with group.pump.between_rounds:
+            image.goes_on.set()
+            await until(lambda: not is_locked(idle.entry.image))
+        assert idle.ring is not None
+        await until(lambda: idle.ring is None)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from uuid import UUID
 
@@ -22,6 +23,7 @@ from blockrepl.formats.frame import RecordKind
 from blockrepl.storage.clock import SourceClock, open_clock
 from blockrepl.storage.home import Home
 from blockrepl.storage.image import lock_image
+from blockrepl.storage.retiring import Retirement
 from blockrepl.storage.ring import RingReader, read_geometry, ring_path
 from blockrepl.storage.source import DiskEntry, SourceDisks
 from blockrepl.units import MIB
@@ -407,6 +409,13 @@ def ring(disks: SourceDisks, entry: DiskEntry, clock: SourceClock) -> RingReader
     return found
 
 
+def retire(disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock) -> bool:
+    """As the agent does; whether the ring is gone."""
+    disks.recover_ring(entry, ring, clock)
+    with closing(Retirement(disks, entry, ring)) as retirement:
+        return retirement.prepare() and retirement.finish()
+
+
 def assert_kept(disks: SourceDisks, entry: DiskEntry, ring: RingReader) -> None:
     assert ring.is_current()
     assert disks.hot_regions(entry).tolist() == [0, 1, 0, 0, 0]
@@ -415,7 +424,7 @@ def assert_kept(disks: SourceDisks, entry: DiskEntry, ring: RingReader) -> None:
 def test_a_ring_is_given_back_when_all_is_durable(
     disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
 ) -> None:
-    assert disks.retire_ring(entry, ring, clock)
+    assert retire(disks, entry, ring, clock)
     assert read_geometry(ring_path(entry.id.bytes)) is None
     assert not disks.hot_regions(entry).any()
     os.close(lock_image(entry.image))  # nothing holds it
@@ -425,18 +434,18 @@ def test_a_ring_with_records_that_are_not_durable_is_kept(
     disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
 ) -> None:
     RingWriter(ring.path).append(RecordKind.FLUSH)
-    assert not disks.retire_ring(entry, ring, clock)
+    assert not retire(disks, entry, ring, clock)
     assert_kept(disks, entry, ring)
 
 
 def test_a_ring_whose_disk_has_failed_to_flush_is_kept(
     disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
 ) -> None:
-    """Guards flush_failed in SourceDisks.retire_ring."""
+    """Guards flush_failed in Retirement._owes."""
     with ring.path.open("r+b") as file:
         file.seek(layout.FLUSH_FAILED_AT)
         file.write(b"\1")
-    assert not disks.retire_ring(entry, ring, clock)
+    assert not retire(disks, entry, ring, clock)
     assert_kept(disks, entry, ring)
 
 
@@ -447,25 +456,39 @@ def test_a_flush_that_fails_at_the_end_is_not_forgotten(
     clock: SourceClock,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Guards retire_ring's flush_has_failed: the next fsync of the same pages succeeds.
+    # Guards flush_has_failed in Retirement.prepare: the next fsync of the same pages succeeds.
     with monkeypatch.context() as patch:
 
         def fail(_descriptor: int) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-        patch.setattr("blockrepl.storage.source.os.fsync", fail)
+        patch.setattr("blockrepl.storage.retiring.os.fsync", fail)
         with pytest.raises(OSError, match="Input/output"):
-            disks.retire_ring(entry, ring, clock)
-    assert not disks.retire_ring(entry, ring, clock)
+            retire(disks, entry, ring, clock)
+    assert not retire(disks, entry, ring, clock)
     assert_kept(disks, entry, ring)
     assert ring.flush_failed()
+
+
+def test_what_comes_while_the_image_is_synced_keeps_the_ring(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader
+) -> None:
+    # Guards the second look in Retirement.finish, and the locks that no server comes past.
+    with closing(Retirement(disks, entry, ring)) as retirement:
+        assert retirement.prepare()
+        with pytest.raises(StateError, match="in use"):
+            lock_image(entry.image)
+        ring.stale[3] = 1
+        assert not retirement.finish()
+    assert_kept(disks, entry, ring)
+    os.close(lock_image(entry.image))
 
 
 def test_a_ring_with_a_stale_region_is_kept(
     disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
 ) -> None:
     ring.stale[3] = 1
-    assert not disks.retire_ring(entry, ring, clock)
+    assert not retire(disks, entry, ring, clock)
     assert_kept(disks, entry, ring)
 
 
@@ -473,10 +496,10 @@ def test_a_ring_with_content_on_its_way_is_kept(
     disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
 ) -> None:
     ring.begin_sync(3)
-    assert not disks.retire_ring(entry, ring, clock)
+    assert not retire(disks, entry, ring, clock)
     assert_kept(disks, entry, ring)
     ring.end_sync(3)
-    assert disks.retire_ring(entry, ring, clock)
+    assert retire(disks, entry, ring, clock)
 
 
 def test_a_ring_with_an_unreported_gap_is_kept(
@@ -485,10 +508,10 @@ def test_a_ring_with_an_unreported_gap_is_kept(
     stamp = RingWriter(ring.path).drop(0, 512)
     ring.begin_sync(0)
     ring.end_sync(0)
-    assert not disks.retire_ring(entry, ring, clock)
+    assert not retire(disks, entry, ring, clock)
     assert_kept(disks, entry, ring)
     ring.clear_gap(stamp)
-    assert disks.retire_ring(entry, ring, clock)
+    assert retire(disks, entry, ring, clock)
 
 
 def test_a_ring_whose_image_is_held_by_a_server_is_kept(
@@ -497,7 +520,7 @@ def test_a_ring_whose_image_is_held_by_a_server_is_kept(
     RingWriter(ring.path).take_range(0, 0, 512)
     held = lock_image(entry.image)
     try:
-        assert not disks.retire_ring(entry, ring, clock)
+        assert not retire(disks, entry, ring, clock)
     finally:
         os.close(held)
     assert_kept(disks, entry, ring)
@@ -509,7 +532,7 @@ def test_a_ring_whose_image_is_gone_is_kept(
     disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
 ) -> None:
     entry.image.unlink()
-    assert not disks.retire_ring(entry, ring, clock)
+    assert not retire(disks, entry, ring, clock)
     assert_kept(disks, entry, ring)
 
 
@@ -520,7 +543,7 @@ def test_what_a_killed_server_had_in_flight_becomes_stale_and_a_gap(
     writer.take_range(5, 2 * MIB - 512, 2 * MIB + 512)
     writer.take_range(9, SIZE - 512, SIZE)
     before = clock.now()
-    assert not disks.retire_ring(entry, ring, clock)
+    assert not retire(disks, entry, ring, clock)
     assert_kept(disks, entry, ring)
     assert ring.stale.tolist() == [0, 1, 1, 0, 1]
     assert before <= ring.gap_from() <= clock.now()
@@ -535,7 +558,7 @@ def test_a_server_killed_inside_an_append_does_not_hold_the_group_for_ever(
     writer.take_range(0, 0, 512)
     writer.begin_append(RecordKind.WRITE, 0, 512, b"y" * 512)
     assert not ring.quiesce(patience_seconds=0)
-    assert not disks.retire_ring(entry, ring, clock)
+    assert not retire(disks, entry, ring, clock)
     assert ring.quiesce(patience_seconds=0)
     assert ring.stale.tolist() == [1, 0, 0, 0, 0]
     assert ring.head() == 1
@@ -550,7 +573,7 @@ def test_an_in_flight_range_outside_the_disk_breaks_nothing(
     table: tuple[int, int],
 ) -> None:
     RingWriter(ring.path).take_range(0, *table)
-    disks.retire_ring(entry, ring, clock)
+    retire(disks, entry, ring, clock)
     assert not ring.writes_in_flight()
 
 
@@ -571,5 +594,5 @@ def test_a_reader_of_an_old_ring_gives_no_later_one_back(
     ring.path.unlink()  # as a clean-up of /dev/shm does
     later = open_ring(disks, entry, clock)
     assert later.stale.tolist() == [0, 1, 0, 0, 0]
-    assert not disks.retire_ring(entry, ring, clock)
+    assert not retire(disks, entry, ring, clock)
     assert_kept(disks, entry, later)

@@ -167,7 +167,7 @@ async def _resync(agent: Agent, name: str, full: bool) -> dict[str, Any]:
     pump = replication.pump
     assert pump is not None
     disk = next((one for one in pump.disks if one.id == entry.id.bytes), None)
-    async with pump.between_rounds:
+    async with pump.retiring, pump.between_rounds:
         if disk is None or replication.pump is not pump:
             raise replication.errors.get(name) or StateError(
                 f"disk {name!r} is not taken up yet", hint="try again in a moment"

@@ -120,6 +120,8 @@ class GroupPump:
         }
         self.comparers: list[Comparer] = list(self.syncs.values())
         self.between_rounds = trio.StrictFIFOLock()
+        # Whoever wants the lock of a disk takes this one first: a retirement holds both, for long.
+        self.retiring = trio.Lock()
         self._by_id = {disk.id: disk for disk in disks}
         self._wanted: list[WantedCheckpoint] = []
         self._awaited: dict[str, WantedCheckpoint] = {}

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from contextlib import closing
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -45,6 +46,7 @@ from blockrepl.storage.spool import Spool, SpoolLimits
 log = logging.getLogger(__name__)
 
 RETIRE_SECONDS = 1.0
+RETIRE_PATIENCE_SECONDS = 0.5  # for a round to end, while a server that starts waits for us
 NOTE_SECONDS = 2.0
 RETRY_SECONDS = 5.0  # a group that was refused, or a disk whose image was missing
 DRAIN_SAMPLES = 10  # one a second
@@ -179,11 +181,23 @@ class GroupReplication:
             pump = self.pump
             for disk in self.disks:
                 if pump and disk.ring and not self._source_disks.is_serving(disk.entry):
-                    async with pump.between_rounds:
-                        try:
-                            await trio.to_thread.run_sync(disk.retire)
-                        except (BlockreplError, OSError) as error:
-                            log.error("disk %s: %s", disk.entry.name, error)
+                    try:
+                        async with pump.retiring:
+                            await self._retire(disk, pump)
+                    except (BlockreplError, OSError) as error:
+                        log.error("disk %s: %s", disk.entry.name, error)
+
+    async def _retire(self, disk: SourceDisk, pump: GroupPump) -> None:
+        async with pump.between_rounds:
+            await trio.to_thread.run_sync(disk.recover)
+        if (retirement := disk.retirement()) is None:
+            return
+        with closing(retirement):
+            if not await trio.to_thread.run_sync(retirement.prepare):  # no round waits for this
+                return
+            with trio.move_on_after(RETIRE_PATIENCE_SECONDS):
+                async with pump.between_rounds:
+                    await trio.to_thread.run_sync(disk.retire, retirement)
 
     async def _keep_note(self) -> None:
         """Remember how far the receiver is; only then may regions cool on the strength of it."""
@@ -305,12 +319,13 @@ class GroupReplication:
         self.disks.append(disk)
 
     async def _stop_running(self) -> None:
-        if self.pump is not None:
-            await self.pump.abandon()
-        self.pump = None
-        self.scrub.follow(None)
-        self._failed = False
-        self._close_disks()
+        async with self.pump.retiring if self.pump is not None else trio.Lock():
+            if self.pump is not None:
+                await self.pump.abandon()
+            self.pump = None
+            self.scrub.follow(None)
+            self._failed = False
+            self._close_disks()
         self._notify()
 
     def _close_disks(self) -> None:
@@ -430,7 +445,10 @@ class GroupReplication:
         Blocks for as long as it takes to copy a ring: no task may touch it meanwhile.
         """
         pump = self.pump
-        async with pump.between_rounds if pump is not None else trio.Lock():
+        async with (
+            pump.retiring if pump is not None else trio.Lock(),
+            pump.between_rounds if pump is not None else trio.Lock(),
+        ):
             grown = grow_disk(self._source_disks, entry.name, size_bytes, self._clock)
             self.entries = [grown if one.id == grown.id else one for one in self.entries]
             for disk in self.disks:

@@ -359,7 +359,7 @@ class GroupScrub:
     async def _heal(self, pump: GroupPump, disk: SourceDisk, scrub: DiskScrub) -> None:
         if trio.current_time() < scrub.doubted_since + HEAL_SECONDS:
             return
-        async with pump.between_rounds:
+        async with pump.retiring, pump.between_rounds:
             if pump is not self._pump:
                 return
             regions = np.array(sorted(scrub.doubted), np.intp)

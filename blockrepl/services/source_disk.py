@@ -28,6 +28,7 @@ from blockrepl.errors import StateError
 from blockrepl.formats.messages import AttachedDisk
 from blockrepl.session.sender import DiskState, RingState, resume
 from blockrepl.storage.clock import SourceClock
+from blockrepl.storage.retiring import Retirement
 from blockrepl.storage.ring import RingReader, read_geometry, ring_path
 from blockrepl.storage.source import DiskEntry, Growth, SourceDisks
 
@@ -191,20 +192,32 @@ class SourceDisk:
         self.image = None
         self.ring = None
 
-    def retire(self) -> None:
-        """Give the ring back when no server runs and nothing is left in it. Blocks on the disk.
+    def recover(self) -> None:
+        """Clean up what a killed server left in the ring: the group would wait for it for ever.
 
-        What a killed server left is cleaned up in any case: the group would wait for it for ever.
+        Between rounds, while no server runs: its gap begins now. Blocks on the disk.
         """
         ring = self.ring
-        if ring is None:
-            return
-        if self.state != "ready" or self.cursor != ring.head() or self.entry.stale_ring:
-            if ring.writes_in_flight() or not ring.quiesce():
-                self._disks.recover_ring(self.entry, ring, self._clock)
-        elif self._disks.retire_ring(self.entry, ring, self._clock):
+        if ring is not None and (ring.writes_in_flight() or not ring.quiesce()):
+            self._disks.recover_ring(self.entry, ring, self._clock)
+
+    def retirement(self) -> Retirement | None:
+        """Of a ring that nothing is left in, for `retire`."""
+        ring = self.ring
+        if ring is None or not self._is_done_with(ring):
+            return None
+        return Retirement(self._disks, self.entry, ring)
+
+    def retire(self, prepared: Retirement) -> None:
+        """Give the ring back, unless something has come since. Between rounds. OSError."""
+        ring = self.ring
+        if ring is prepared.ring and self._is_done_with(ring) and prepared.finish():
             self.close()
             self._known_ring = ring.geometry.ring_id
+
+    def _is_done_with(self, ring: RingReader) -> bool:
+        has_note = self.entry.stale_ring or self.entry.send_all  # whose end is yet to be noted
+        return self.state == "ready" and self.cursor == ring.head() and not has_note
 
     def growths_after(self, size_bytes: int | None) -> list[Growth]:
         """What a receiver that knows of so many bytes must hear of; None: it knows no growing."""

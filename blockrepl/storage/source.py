@@ -2,8 +2,8 @@
 
 Rings live in shared memory (ring.py). Whoever needs a disk's ring first, server or agent, makes
 it, under the disk's lock: every hot region is stale in a new ring, for a new ring covers nothing
-of what was written before. A ring is retired when all of it is durable at the receiver and no
-server holds the image: then nothing is hot, and the shared memory is given back.
+of what was written before. A ring is retired (retiring.py) when all of it is durable at the
+receiver and no server holds the image: then nothing is hot, and the shared memory is given back.
 """
 
 from __future__ import annotations
@@ -239,7 +239,10 @@ class SourceDisks:
             )
 
     def lock(self, entry: DiskEntry) -> ExclusiveLock:
-        """Between processes that make or retire the disk's ring; held for moments only."""
+        """Between processes that make or retire the disk's ring.
+
+        Held for moments only, but for a retirement's sync of the image.
+        """
         return exclusive_lock_wait(self.directory / f".{entry.name}.lock")
 
     # --- the ring's life
@@ -305,35 +308,6 @@ class SourceDisks:
                 stale=self.hot_regions(entry),
             )
         return path
-
-    def retire_ring(self, entry: DiskEntry, ring: RingReader, clock: SourceClock) -> bool:
-        """Give the ring back if no server runs and all of it is durable. True when it is gone."""
-        with self.lock(entry):
-            try:
-                descriptor = lock_image(entry.image)
-            except StateError:
-                return False
-            try:
-                ring.recover_in_flight(clock.now())
-                if not ring.is_current():
-                    return False  # what another ring holds is not known here
-                if ring.needs_sync() or ring.is_syncing() or ring.gap_from():
-                    return False
-                if ring.head() != ring.durable() or ring.flush_failed():
-                    return False
-                try:
-                    os.fsync(descriptor)
-                except OSError:
-                    ring.flush_has_failed()  # the system tells it once, and calls the pages clean
-                    raise
-                cold = hot_map.encode(
-                    entry.id.bytes, entry.size_bytes, limits.REGION_BYTES, hot=False
-                )
-                write_atomically(self.hot_map_path(entry), cold)
-                ring.path.unlink(missing_ok=True)
-                return True
-            finally:
-                os.close(descriptor)
 
     def recover_ring(self, entry: DiskEntry, ring: RingReader, clock: SourceClock) -> None:
         """Clean up what a killed server left in the ring. Does nothing while a server runs."""

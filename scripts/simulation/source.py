@@ -22,9 +22,10 @@ from blockrepl.formats.messages import AGENT_ACCEPTS, RECEIVER_ACCEPTS, MessageT
 from blockrepl.services import disk_sync, scrubber, source_disk
 from blockrepl.services.agent import Agent, AgentOptions
 from blockrepl.services.group_replication import GroupReplication
-from blockrepl.storage import clock, group_notes, ring, source, spool
+from blockrepl.storage import clock, group_notes, retiring, ring, source, spool
 from blockrepl.storage.clock import open_clock
 from blockrepl.storage.home import Home, write_atomically
+from blockrepl.storage.image import is_locked
 from blockrepl.storage.ring import RingReader
 from blockrepl.storage.source import DiskEntry, SourceDisks
 from blockrepl.storage.spool import Spool, SpoolLimits
@@ -188,13 +189,13 @@ class SourceMachine:
     # --- what the product's files at the source go through
 
     def replacements(self) -> Iterator[tuple[object, str, object]]:
-        for module in (source, clock, group_notes):
+        for module in (source, retiring, clock, group_notes):
             yield module, "write_atomically", self._write_atomically
         yield spool, "Files", lambda: SimulatedFiles(self.spool_machine)
         yield Spool, "_write_state", self._crashing("spool state", Spool._write_state)
         yield Spool, "_add_file", self._crashing("spool file", Spool._add_file)
         yield source_disk, "RingReader", _Reader
-        yield source, "os", _System(self.machine)
+        yield retiring, "os", _System(self.machine)
 
     def _write_atomically(self, path: Path, data: bytes, mode: int = 0o644) -> None:
         self.world.operation(f"write of {path.name}")
@@ -289,6 +290,10 @@ class SourceMachine:
             await trio.sleep_until(until)
             if trio.current_time() < self.server_down_until[entry.name]:
                 continue
+            while is_locked(
+                entry.image
+            ):  # by the agent, with the disk's lock; no thread waits here
+                await trio.sleep(0.001)
             model = self.model.disks[entry.name]
             server = Server(self.world, self.machine, self.disks, entry, model)
             self.world.trace("start", server.process.name, server.geometry.ring_id)
