@@ -211,12 +211,16 @@ class Journal:
     def late(self, record: Record) -> None:
         """Send a resync's record, stamped with an earlier instant. The next commit has it.
 
-        Its gap is of no length, so no instant is hidden.
+        Its gap is of no length, so no instant is hidden. No mark of a source could say that: they
+        are bounded by the watermark.
         """
         self.model.records.append(record)
-        self.mark(GapMark(disk=self.ids[record.disk], from_ns=record.stamp))
+        disk = self.ids[record.disk].bytes
+        self.replica.catalog.begin_gap(disk, record.stamp)
+        self.replica._reload()
         self._frame(FrameKind.SYNC, record.disk, [record])
-        self.mark(ConsistentMark(disk=self.ids[record.disk], at_ns=record.stamp))
+        self.replica.catalog.set_consistent(disk, record.stamp)
+        self.replica._reload()
 
     def mark(self, mark: Mark) -> None:
         self._frame(FrameKind.MARK, None, [], payload=encode_mark(mark))

@@ -35,7 +35,8 @@ from blockrepl import limits
 from blockrepl.errors import DamageError, PeerError, StateError, StorageError
 from blockrepl.formats import frame as frames
 from blockrepl.formats.frame import Buffer, FrameKind, RecordKind
-from blockrepl.formats.marks import GrowMark, encode_mark
+from blockrepl.formats.marks import ConsistentMark, GapMark, GrowMark, encode_mark
+from blockrepl.formats.messages import AttachDisk
 from blockrepl.formats.segment import file_name
 from blockrepl.model.retention import Kept
 from blockrepl.model.retention_plan import Decision
@@ -352,6 +353,43 @@ def test_content_of_a_resync_is_taken_for_a_gap_only(opened: tuple[Replica, Agen
         replica.append(SOURCE, *resync(agent.stamp))
 
 
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_gap_takes_no_instant_that_can_be_reached(tmp_path: Path, replayed: bool) -> None:
+    # Guards rule 8 of admission.py: the marks of a source that was taken over hid all there was.
+    replica, agent = start(tmp_path / "web")
+    put(replica, agent.consistent(), agent.writes())
+    shutil.copytree(tmp_path / "web", tmp_path / "old")
+    reached = agent.stamp
+    put(replica, agent._mark(encode_mark(GapMark(disk=DISK, from_ns=0))))
+    agent.stamp += 5
+    put(replica, agent._mark(encode_mark(ConsistentMark(disk=DISK, at_ns=1 << 62))))
+    end = agent.stamp
+    agent.stamp += 5
+    put(replica, agent._mark(encode_mark(GapMark(disk=DISK, from_ns=START))))
+    put(replica, agent._mark(encode_mark(ConsistentMark(disk=DISK, at_ns=START))))
+    if replayed:
+        _crash(replica)
+        shutil.copytree(tmp_path / "web" / "segments", tmp_path / "old" / "segments",
+                        dirs_exist_ok=True)  # fmt: skip
+        replica, _ = start(tmp_path / "old")
+    gaps = [GapRow(DISK.bytes, reached + 1, end), GapRow(DISK.bytes, end + 1, end + 5)]
+    assert replica.catalog.gaps() == gaps
+    replica.close()
+
+
+def test_a_source_that_joins_takes_no_instant_of_the_others(opened: tuple[Replica, Agent]) -> None:
+    # Guards `bounded` and begin_gap: a floor and a gap in the past hid what others had long before.
+    replica, agent = opened
+    put(replica, agent.consistent(), agent.writes())
+    reached = replica.status().watermark
+    joined, disk = bytes([1] * 16), UUID(int=8)
+    replica.attach(joined, [AttachDisk(id=disk, name="data", size_bytes=DISK_BYTES)])
+    other = Agent(agent.group, joined, disk, stamp=5)
+    put(replica, other.consistent(), other.gap())
+    assert replica.catalog.gaps() == [GapRow(disk.bytes, reached + 1, None)]
+    assert [row.ready_ns for row in replica.catalog.disks()] == [reached, START]
+
+
 def test_a_disk_that_grows_waits_for_the_proofs_before_it_takes_the_catalog(
     opened: tuple[Replica, Agent],
 ) -> None:
@@ -376,8 +414,8 @@ def test_marks_are_applied_once_although_they_are_replayed(tmp_path: Path) -> No
     replica, agent = start(tmp_path / "web")
     put(replica, agent.consistent(), agent.checkpoint("a"), agent.checkpoint("b"))
     older = agent.stamp
-    agent.stamp += 5
     put(replica, agent.checkpoint("a", kept=True))
+    agent.stamp += 5
     put(replica, agent.gap())
     assert replica.catalog.remove_checkpoint("b")
     _crash(replica)

@@ -1,4 +1,5 @@
 """What a frame must be before it may be journaled. Anything else is its sender's fault: PeerError.
+But for rule 8: a mark that says too much stands for what its source may say.
 
 1. Of this group, of the source whose session it came through, and as long as its message.
 2. Numbers that the catalog can hold (below 2^63 - 1); number 0 for base frames, and only for them.
@@ -9,6 +10,10 @@
    a point up to that may be mounted already.
 7. Content of a resync: of a disk whose first sync is not done, or in a gap of it that is open. Its
    stamps lie in the past, and would show in every point behind them.
+8. A gap begins after the watermark: from the instants up to that, which can be reached, nothing is
+   taken. A disk is consistent from an instant on between the watermark of before, of its source and
+   of the group, and the frame's own. (The pump reports a gap before a watermark passes it, and says
+   that a disk is consistent in a frame with that watermark.)
 """
 
 from __future__ import annotations
@@ -25,7 +30,14 @@ from blockrepl.formats.frame import (
     decode_payload,
     parse_columns,
 )
-from blockrepl.formats.marks import CheckpointMark, GrowMark, Mark, decode_mark
+from blockrepl.formats.marks import (
+    CheckpointMark,
+    ConsistentMark,
+    GapMark,
+    GrowMark,
+    Mark,
+    decode_mark,
+)
 from blockrepl.limits import DISK_BYTES_MAX, DISK_GROWTHS_MAX
 from blockrepl.storage.catalog import DiskRow
 
@@ -83,6 +95,20 @@ def read_mark(header: FrameHeader, body: memoryview, disks: Mapping[bytes, DiskR
     mark = decode_mark(decode_payload(header, body))
     if not isinstance(mark, CheckpointMark):
         _own_disk(disks, mark.disk.bytes, header.source)
+    return mark
+
+
+def bounded(mark: Mark, header: FrameHeader, watermark: int, group_watermark: int) -> Mark:
+    """What a mark stands for by rule 8. ``watermark``: of its source, before this frame.
+
+    Bounded, not refused: a source whose clock went back would be stopped for good.
+    """
+    if isinstance(mark, GapMark):
+        return mark.model_copy(update={"from_ns": max(mark.from_ns, watermark + 1)})
+    if isinstance(mark, ConsistentMark):
+        least = max(watermark, group_watermark)
+        at_ns = min(max(mark.at_ns, least), max(header.watermark, least))
+        return mark.model_copy(update={"at_ns": at_ns})
     return mark
 
 

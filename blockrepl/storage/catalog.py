@@ -300,7 +300,10 @@ class Catalog:
         return [GapRow(bytes.fromhex(disk), begin, end) for disk, begin, end in rows]
 
     def begin_gap(self, disk: bytes, from_ns: int) -> bool:
-        """Open a gap and an epoch, unless one is open or there is no history to interrupt."""
+        """Open a gap and an epoch, unless one is open or there is no history to interrupt.
+
+        Never at the disk's floor or before it: there it has no history.
+        """
         with self.transaction():
             changed = self.change(
                 "UPDATE disks SET epoch = epoch + 1 WHERE id = ?1 AND ready_ns IS NOT NULL "
@@ -310,8 +313,8 @@ class Catalog:
             if changed:
                 # The same instant twice is one gap that has not ended after all.
                 self.change(
-                    "INSERT INTO gaps VALUES (?, ?, NULL) "
-                    "ON CONFLICT (disk, from_ns) DO UPDATE SET to_ns = NULL",
+                    "INSERT INTO gaps SELECT id, max(?2, ready_ns + 1), NULL FROM disks "
+                    "WHERE id = ?1 ON CONFLICT (disk, from_ns) DO UPDATE SET to_ns = NULL",
                     disk.hex(),
                     from_ns,
                 )

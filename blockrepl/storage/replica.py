@@ -51,6 +51,7 @@ from blockrepl.storage import catalog as catalogs
 from blockrepl.storage import catalog_file, retained
 from blockrepl.storage import durable as durables
 from blockrepl.storage.admission import (
+    bounded,
     check_content,
     check_growth,
     check_header,
@@ -172,7 +173,7 @@ class Replica:
             raise DamageError(f"the journal of {self.name} lacks frames before {header.number}")
         if header.kind == FrameKind.MARK and body is not None:
             try:
-                self._marks.append(read_mark(header, body, self._disks))
+                self._marks.append(self._read_mark(header, body))
             except PeerError as error:
                 logger.warning("group %s: a mark was not applied: %s", self.name, error)
         self._stage(header)
@@ -239,13 +240,17 @@ class Replica:
             self._staged_base.append((header, body))
             return Admission.STAGED
         if header.kind == FrameKind.MARK:
-            mark = read_mark(header, body, self._disks)
+            mark = self._read_mark(header, body)
             if isinstance(mark, GrowMark):
                 self._check_growth(source, mark)
             self._marks.append(mark)
         self._staged.append((header, frame))
         self._stage(header)
         return Admission.STAGED
+
+    def _read_mark(self, header: FrameHeader, body: memoryview) -> Mark:
+        mark = read_mark(header, body, self._disks)
+        return bounded(mark, header, self._watermarks[header.source], self._watermark)
 
     def _check_news(self, source: bytes, header: FrameHeader) -> None:
         """A point up to the watermark may be mounted already: nothing may be added to it, but the
