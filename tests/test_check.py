@@ -553,6 +553,7 @@ LEFT: dict[str, tuple[str, Callable[[Journal], object]]] = {
     ),
     "a fork being made": ("unfinished", lambda j: _file(j, "forks/.new-abc/fork.json")),
     "a pin of nobody": ("void-pin", lambda j: _file(j, "pins/0011")),
+    "a pin that was being made": ("void-pin", lambda j: _file(j, "pins/.0011")),
 }
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 from journal_model import GROUP, Journal, Record, small_segments
@@ -23,6 +24,7 @@ from test_fuse import Mounted, digests, expected, serving_process
 from test_view import SIZES
 
 from blockrepl.cli.main import run
+from blockrepl.errors import StorageError
 from blockrepl.formats.frame import RecordKind
 from blockrepl.limits import FORK_BLOCK_BYTES
 from blockrepl.storage import forks, pins
@@ -438,6 +440,49 @@ def test_pins_are_of_living_processes_only(journal: Journal, tmp_path: Path) -> 
         (mounted / "at" / format_instant(stamp)).stat()
         assert pinned(journal) == [(stamp, "mount")]
     assert pinned(journal) == []
+
+
+def test_who_looks_without_the_lock_finds_a_whole_pin_or_none(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the rename in pins._make: `status` met a pin that was not written yet, and failed.
+    directory = journal.directory / "pins"
+    directory.mkdir(exist_ok=True)
+    (directory / ".of-a-crash").touch()
+    seen = []
+    write_all = pins.write_all
+
+    def watched(*arguments: Any) -> int:
+        seen.append(pins.held(journal.directory))
+        return write_all(*arguments)
+
+    monkeypatch.setattr(pins, "write_all", watched)
+    stamp, _ = at(journal, 10)
+    with (
+        ReplicaHistory(journal.directory) as history,
+        pins.holding(history, stamp, stamp, "a test"),
+    ):
+        assert seen == [[]]
+        assert [pin.what for pin in pins.held(journal.directory)] == ["a test"]
+        assert len(list(directory.iterdir())) == 1
+    assert list(directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
+def test_a_pin_that_cannot_be_made_is_an_error_of_one_line(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    # Guards "except OSError" in pins.hold: the mount or the session ended with a traceback.
+    def refused(*_arguments: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(pins, "write_all", refused)
+    stamp, _ = at(journal, 10)
+    with ReplicaHistory(journal.directory) as history:
+        with pytest.raises(StorageError, match=os.strerror(number)) as caught:
+            pins.hold(history, stamp, stamp, "a test")
+        assert "\n" not in str(caught.value)
+    assert list((journal.directory / "pins").iterdir()) == []
 
 
 def test_an_expired_fork_is_refused_pins_nothing_and_is_swept(journal: Journal) -> None:

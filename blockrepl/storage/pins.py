@@ -15,7 +15,9 @@ Rules:
 1. Who pins holds ``pins.lock`` while it looks whether the instant can still be reached and makes
    its file. Who shortens history holds it from the reading of ``pins`` until what it has decided
    is in the catalog. So an instant that was pinned stays reachable.
-2. The kernel drops a process's locks with the process: a pin whose file is not locked is void, and
+2. A pin's file is locked and written under a name with a dot, and renamed then: whoever looks
+   without ``pins.lock`` finds a whole pin or none. The next to pin removes what a crash left so.
+3. The kernel drops a process's locks with the process: a pin whose file is not locked is void, and
    its file is removed by whoever meets it. Nothing here need survive a power cut.
 
 They are files and not rows of the catalog because the kernel's word on who is alive is better than
@@ -31,17 +33,20 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from blockrepl.errors import StorageError
 from blockrepl.model.points import Instant, Point
+from blockrepl.storage.files import Files, failure, is_full, write_all
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.home import ExclusiveLock, exclusive_lock_wait
 from blockrepl.units import format_instant
 
 LOCK_NAME = "pins.lock"
 DIRECTORY_NAME = "pins"
+_UNFINISHED = "."
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,24 +82,48 @@ class HeldPin:
 def hold(history: ReplicaHistory, first_ns: int, last_ns: int, what: str) -> HeldPin | None:
     """Pin an interval whose ends can be reached. PointError when they cannot (any more).
 
-    None on a read-only file system, where nobody shortens history.
+    None on a read-only file system, where nobody shortens history. StorageError.
     """
-    directory = history.directory / DIRECTORY_NAME
+    pin = Pin(first_ns, last_ns, what, os.getpid(), time.time_ns())
     try:
         with lock(history.directory):
             check_reachable(history, first_ns, last_ns)
-            directory.mkdir(mode=0o700, exist_ok=True)
-            path = directory / secrets.token_hex(8)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            pin = Pin(first_ns, last_ns, what, os.getpid(), time.time_ns())
-            os.write(descriptor, json.dumps(asdict(pin)).encode())
-            return HeldPin(path, descriptor)
+            return _make(history.directory / DIRECTORY_NAME, pin)
     except OSError as error:
-        if error.errno != errno.EROFS:
-            raise
-        check_reachable(history, first_ns, last_ns)
-        return None
+        if error.errno == errno.EROFS:
+            check_reachable(history, first_ns, last_ns)
+            return None
+        problem = f"cannot pin {format_instant(first_ns)} in {history.directory}"
+        if is_full(error):
+            raise failure(error, problem) from error
+        raise StorageError(
+            f"{problem}: {error.strerror}", hint="run it as the user that the replica belongs to"
+        ) from error
+
+
+def _make(directory: Path, pin: Pin) -> HeldPin:
+    """Rule 2. Under `lock`. OSError."""
+    directory.mkdir(mode=0o700, exist_ok=True)
+    remove_unfinished(directory.parent)
+    name = secrets.token_hex(8)
+    unfinished, path = directory / f"{_UNFINISHED}{name}", directory / name
+    descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        write_all(Files(), descriptor, [json.dumps(asdict(pin)).encode()], 0)
+        unfinished.rename(path)
+    except BaseException:
+        os.close(descriptor)
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+    return HeldPin(path, descriptor)
+
+
+def remove_unfinished(replica: Path) -> None:
+    """Remove what a crash left of pins being made. Under `lock`. OSError."""
+    for path in (replica / DIRECTORY_NAME).glob(f"{_UNFINISHED}*"):
+        path.unlink(missing_ok=True)
 
 
 def check_reachable(history: ReplicaHistory, *instants: int) -> None:
@@ -141,6 +170,6 @@ def held(replica: Path) -> list[Pin]:
 
 def _files(directory: Path) -> list[Path]:
     try:
-        return list(directory.iterdir())
+        return [path for path in directory.iterdir() if not path.name.startswith(_UNFINISHED)]
     except FileNotFoundError:
         return []

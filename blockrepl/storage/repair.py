@@ -62,6 +62,7 @@ def repair(directory: Path, findings: Sequence[Finding]) -> None:
         retained.remove_leftovers(catalog, directory / DIRECTORY_NAME)
     with pins.lock(directory):
         pins.held(directory)
+        pins.remove_unfinished(directory)
         forks.sweep(directory)
     _reopen(directory, findings)
 
