@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from journal_model import GROUP, START, Journal, small_segments
+from journal_model import GROUP, START, Journal, Record, small_segments
 
 from blockrepl.errors import PointError
+from blockrepl.formats.frame import RecordKind
 from blockrepl.model.points import Instant, Point
 from blockrepl.model.retention import Kept, Stretch, advance
 from blockrepl.storage import retained
@@ -135,6 +136,22 @@ def test_thinned_history_shows_the_same_at_every_point_that_is_left(journal: Jou
     assert shown > 15
     assert refused > 200
     assert read_kept(journal.replica.catalog) == kept
+
+
+def test_a_disk_whose_records_are_all_empty_is_thinned_like_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards "max(1," in _survivors: a guest's empty trim at 0 ended all thinning of the group.
+    small_segments(monkeypatch)
+    journal = Journal(tmp_path / "home", SIZES)
+    journal.put([Record(journal.tick(), "data", 0, 0, RecordKind.TRIM)])
+    for _ in range(200):
+        journal.write("root", journal.random.randrange(64) * 4096, journal.random.randbytes(4096))
+    stamps = [stamp for stamp, _ in journal.model.states()]
+    kept = Kept((Stretch(START, stamps[len(stamps) * 3 // 4], STEP),))
+    thin_all(journal, kept)
+    assert check(journal, kept)[0] > 0
+    journal.close()
 
 
 def test_what_was_thinned_is_thinned_again_for_a_coarser_rung(journal: Journal) -> None:

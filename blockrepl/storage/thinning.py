@@ -162,7 +162,7 @@ def _survivors(run: Run, kept: Kept) -> _Survivors:
     """What of a disk's records any point can show."""
     run = run.oldest_first()
     answers = asked_at(kept, run.stamps)
-    span = int((run.starts + run.lengths).max())
+    span = max(1, int((run.starts + run.lengths).max()))  # 0: empty records at 0, and no others
     found: list[_Survivors] = []
     intervals = np.unique(answers)
     count = max(1, _ADDRESSES // span)
