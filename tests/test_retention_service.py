@@ -7,6 +7,8 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import trio
@@ -17,8 +19,10 @@ from blockrepl.errors import DamageError, PointError
 from blockrepl.formats.marks import ConsistentMark, GapMark
 from blockrepl.model.points import Instant, Point
 from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
+from blockrepl.services.receiver import Receiver
+from blockrepl.services.receiver_status import facts_of
 from blockrepl.services.retention import Retention
-from blockrepl.services.retention_status import describe_retention
+from blockrepl.services.retention_status import HistoryOutlook, describe_retention
 from blockrepl.storage import pins
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.retained import Policy, fold_due, read_kept, write_policy
@@ -155,6 +159,14 @@ async def test_a_source_whose_clock_is_ahead_makes_no_history_old(
         await Retention().run_pass(committer)
         assert floor_of(journal) == before
         assert check(journal, read_kept(journal.replica.catalog), before)[0] > 40
+        # Guards `newest_ns` at the others: `retention set` refused what lets go of nothing.
+        receiver = object.__new__(Receiver)
+        receiver.groups = cast(Any, SimpleNamespace(find=lambda _group: committer))
+        receiver._retention = Retention()
+        policy = Policy(ladder="all:20s,5s:60s,20s:90s")
+        told = await receiver.set_retention("web", policy, shorten=False)
+        assert told.latest_ns == honest
+        assert facts_of(journal.replica).outlook == HistoryOutlook.of(told)
 
 
 async def test_what_cannot_be_folded_holds_up_no_thinning(

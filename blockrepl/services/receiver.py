@@ -284,7 +284,7 @@ class Receiver:
             describe_retention,
             replica.directory,
             replica.catalog,
-            replica.status().watermark,
+            replica.newest_ns(),
             known.problem if known and policy is None else "",
             policy,
         )

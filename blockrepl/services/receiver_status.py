@@ -73,7 +73,7 @@ def facts_of(
     """
     status, now = replica.status(), time.time_ns()
     proven: dict[bytes, Proven] = {}
-    seen = _outlook(replica.directory, replica.catalog, status.watermark, problem)
+    seen = _outlook(replica.directory, replica.catalog, replica.newest_ns(), problem)
     with suppress(BlockreplError):  # the group's error says it
         proven = {row.id: replica.proofs.proven(row.id, row.size_bytes) for row in status.disks}
     return GroupFacts(
@@ -242,7 +242,7 @@ def _facts_at_rest(directory: Path) -> GroupFacts:
                 history.history(state).floor_ns,
                 state.gaps,
                 proven={row.id: proofs.proven(row.id, row.size_bytes) for row in state.disks},
-                outlook=_outlook(directory, history.catalog, state.latest_ns, ""),
+                outlook=_outlook(directory, history.catalog, min(state.latest_ns, now), ""),
             )
     except BlockreplError as error:
         return GroupFacts(directory.name, error=error)

@@ -145,8 +145,7 @@ def _decide(replica: Replica) -> tuple[list[str], str]:
     """Step 1, in the committer's turn: checkpoints that are gone, and what could not be done."""
     catalog = replica.catalog
     status = replica.status()
-    # A source whose clock is ahead must not make everybody's history old.
-    now_ns = min(status.watermark, replica.now())
+    now_ns = replica.newest_ns()
     if status.floor_ns is None or now_ns <= status.floor_ns:
         return [], ""
     policy = read_policy(catalog)

@@ -108,7 +108,7 @@ def describe_retention(
 ) -> RetentionStatus:
     """The state of a group's retention, or what it were with another ``policy``. Blocks.
 
-    StorageError.
+    ``latest_ns``: as `Replica.newest_ns` has it, for age is measured from there. StorageError.
     """
     policy = policy or read_policy(catalog)
     kept = read_kept(catalog)

@@ -316,6 +316,12 @@ class Replica:
         """What time it is here, in ns since 1970."""
         return self._clock()
 
+    def newest_ns(self) -> int:
+        """From where the age of history is measured: the watermark, but never after our now. A
+        source whose clock is ahead must not make everybody's history old.
+        """
+        return min(self._watermark, self.now())
+
     # Commit
 
     def commit(self) -> Commit:
