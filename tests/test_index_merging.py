@@ -146,3 +146,30 @@ async def test_what_cannot_be_written_is_told_once_and_tried_again(
     assert [record.message for record in caplog.records] == [
         "group web: its index is not merged: no room for the index"
     ]
+
+
+async def test_a_defect_is_told_once_with_its_traceback_and_tried_again(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Guards "except Exception" in _look: it ended the receiver, for all its groups.
+    enough = trio.Event()
+    tries = 0
+
+    def step(*_arguments: object) -> bool:
+        nonlocal tries
+        tries += 1
+        if tries == 3:
+            trio.from_thread.run_sync(enough.set)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Merger, "step", step)
+    monkeypatch.setattr(index_merging, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(index_merging, "LOOK_ANYWAY_SECONDS", 0.001)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(merging_of(journal).run)
+            await enough.wait()
+            nursery.cancel_scope.cancel()
+    (record,) = caplog.records
+    assert record.message == "group web: its index is not merged: a defect of ours"
+    assert record.exc_info

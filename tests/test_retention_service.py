@@ -206,7 +206,7 @@ async def test_a_fold_that_a_crash_cut_off_is_done_by_the_next_pass(
         assert check(journal, read_kept(journal.replica.catalog), floor_of(journal))[0] > 40
 
 
-class _Crashed(Exception):
+class _Crashed(BaseException):
     pass
 
 
@@ -238,6 +238,29 @@ async def test_what_the_system_refuses_is_a_problem_and_not_the_receivers_end(
         monkeypatch.undo()
         await retention.run_pass(committer)
         assert retention.groups["web"].problem == ""
+
+
+async def test_a_defect_in_a_pass_is_told_once_with_its_traceback_and_tried_again(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Guards "except Exception" in Retention.run_pass: it ended the receiver, for all its groups.
+    journal.run(60)
+    async with committing(journal) as committer:
+        retention = Retention()
+        with monkeypatch.context() as patched:
+            patched.setattr(retention, "_fold", _Defect())
+            for _ in range(2):
+                await retention.run_pass(committer)
+        assert "ZeroDivisionError" in retention.groups["web"].problem
+        (record,) = [one for one in caplog.records if "defect" in one.message]
+        assert record.exc_info
+        await retention.run_pass(committer)
+        assert retention.groups["web"].problem == ""
+
+
+class _Defect:
+    async def __call__(self, _committer: GroupCommitter) -> None:
+        raise ZeroDivisionError
 
 
 async def test_the_floor_is_a_point_though_the_gaps_of_two_disks_overlap(

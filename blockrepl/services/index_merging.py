@@ -3,6 +3,7 @@
 One thread for all groups. It works for at most MERGE_SHARE of the time, in pieces of some
 milliseconds: a merge of ten million records takes about 3 s of a core in all, per level. A merge
 that finds no room, or cannot be written, is tried again later: lookups use smaller runs meanwhile.
+So is one that met a defect of ours, LOOK_ANYWAY_SECONDS later.
 When all is merged, what statistics are missing is made (storage/statistics.py): some 50 ms each.
 """
 
@@ -35,6 +36,7 @@ class _Group:
     seen: object = None  # the sealed segments when all was merged
     seen_at: float = 0.0
     told: str = ""
+    not_before: float = 0.0
 
 
 class IndexMerging:
@@ -56,9 +58,11 @@ class IndexMerging:
         if group is None:
             of = replica.directory, replica.group_id
             group = self._groups[name] = _Group(Merger(*of), StatisticsMaker(*of))
+        now = trio.from_thread.run_sync(trio.current_time)
         try:
+            if now < group.not_before:
+                return
             state = replica.catalog.sealed_state()
-            now = trio.from_thread.run_sync(trio.current_time)
             if state == group.seen and now < group.seen_at + LOOK_ANYWAY_SECONDS:
                 return
             while group.merger.step(
@@ -71,6 +75,11 @@ class IndexMerging:
             if str(error) != group.told:
                 logger.warning("group %s: its index is not merged: %s", name, error)
                 group.told = str(error)
+        except Exception as error:
+            group.not_before = now + LOOK_ANYWAY_SECONDS
+            if repr(error) != group.told:
+                logger.exception("group %s: its index is not merged: a defect of ours", name)
+                group.told = repr(error)
 
 
 def _pause(worked_seconds: float) -> None:

@@ -65,6 +65,7 @@ class Retention:
         """Everything that is due in a group. Failures are logged, and shown as its problem."""
         replica = committer.replica
         known = self.groups.setdefault(replica.name, GroupRetention())
+        defect: Exception | None = None
         async with self._lock:
             try:
                 gone, problem = await committer.perform(lambda: _decide(replica))
@@ -77,8 +78,11 @@ class Retention:
                 await self._thin(committer, known)
             except (BlockreplError, OSError) as error:
                 problem = str(error)
+            except Exception as error:
+                problem = f"a defect of ours, {error!r}; it is tried again"
+                defect = error
         if problem and problem != known.problem:
-            logger.error("group %s: retention: %s", replica.name, problem)
+            logger.error("group %s: retention: %s", replica.name, problem, exc_info=defect)
         known.problem = problem
 
     async def _fold(self, committer: GroupCommitter) -> None:
