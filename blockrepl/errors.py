@@ -50,6 +50,7 @@ class StateError(BlockreplError):
 
 class StorageError(BlockreplError):
     code = "storage"
+    segment: int | None = None  # of a journal, that could not be read; where that is known
 
 
 class DamageError(StorageError):

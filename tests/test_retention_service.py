@@ -14,6 +14,7 @@ import pytest
 import trio
 from journal_model import Journal, small_segments
 from test_thinning import SIZES, check
+from test_view import flip
 
 from blockrepl.errors import DamageError, PointError
 from blockrepl.formats.marks import ConsistentMark, GapMark
@@ -186,6 +187,24 @@ async def test_what_cannot_be_folded_holds_up_no_thinning(
 class _Damaged:
     async def __call__(self, _committer: GroupCommitter) -> None:
         raise DamageError("a block is damaged")
+
+
+async def test_what_lies_before_damage_is_folded_and_the_damage_stays_told(
+    journal: Journal,
+) -> None:
+    # Guards "failure" in Outcome: nothing was folded any more, behind a single frame.
+    journal.run(600)
+    async with committing(journal) as committer:
+        sealed = segments_of(journal)
+        path = journal.directory / "segments" / sealed[3]
+        flip(path, path.read_bytes().rfind(b"BRF1") + 70)
+        retention = Retention()
+        for _ in range(2):
+            await retention.run_pass(committer)
+            assert path.name in retention.groups["web"].problem
+            assert not set(segments_of(journal)) & set(sealed[:3])
+            assert path.name in segments_of(journal)
+            assert fold_due(journal.replica.catalog) == floor_of(journal)
 
 
 async def test_a_fold_that_a_crash_cut_off_is_done_by_the_next_pass(

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from journal_model import GROUP, START, Journal, Record, small_segments
+from test_view import find, flip
 
-from blockrepl.errors import PointError
+from blockrepl.errors import DamageError, PointError
 from blockrepl.formats.frame import RecordKind
+from blockrepl.formats.segment import file_name
 from blockrepl.model.points import Instant, Point
 from blockrepl.model.retention import Kept, Stretch, advance
 from blockrepl.storage import retained
 from blockrepl.storage.catalog import Catalog, SegmentRow
-from blockrepl.storage.folding import fold, foldable
+from blockrepl.storage.folding import fold, fold_most, foldable
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.retained import (
     fold_due,
@@ -311,6 +313,51 @@ def test_a_segment_with_records_older_than_those_before_it_is_not_folded_without
         found = foldable(history, history.state(), rows[-1].last_stamp)
     assert len(rows) > len(found)
     assert all(row.last_stamp <= late.stamp for row in found)
+
+
+@pytest.mark.parametrize("damage", ["block", "frame", "file"])
+def test_what_lies_before_damage_is_folded_and_the_damage_is_told(
+    journal: Journal, damage: str
+) -> None:
+    # Guards fold_most: a block that could not be read ended all folding of its group, for good.
+    for number in range(160):
+        data = journal.random.randbytes(4096)
+        journal.write(list(SIZES)[number % 2], number // 2 * 4096, data)
+    records = journal.model.records
+    floor_ns, bad = records[150].stamp, records[80]
+    rows = sealed(journal)
+    (row,) = [one for one in rows if one.first_stamp <= bad.stamp <= one.last_stamp]
+    path = journal.directory / "segments" / file_name(row.number, 0)
+    place = find(path, bad.data)
+    assert rows.index(row) > 1
+    if damage == "file":
+        path.unlink()
+    else:
+        header = path.read_bytes().rfind(b"BRF1", 0, place)
+        flip(path, place + 100 if damage == "block" else header + 70)
+    catalog = journal.replica.catalog
+    raise_floor(catalog, floor_ns)
+    for expected in (rows.index(row), 0):
+        with ReplicaHistory(journal.directory) as history:
+            found, error = fold_most(history, history.state(), floor_ns)
+        assert isinstance(error, DamageError)
+        assert path.name in str(error)
+        assert len(found) == expected
+        assert found == rows[: len(found)]
+        replace(catalog, found, [], None)
+        remove_leftovers(catalog, journal.directory / "segments")
+        assert fold_due(catalog) == floor_ns
+    with ReplicaHistory(journal.directory) as history:
+        for one in records[150:]:
+            view = View(history, one.stamp, history.state())
+            content = journal.model.at(one.stamp)
+            if damage == "block":
+                for disk, size in SIZES.items():
+                    begin, end = (bad.offset, bad.offset + 4096) if disk == bad.disk else (0, 0)
+                    assert view.read(disk, 0, begin) == content[disk][:begin]
+                    assert view.read(disk, end, size - end) == content[disk][end:]
+            with pytest.raises(DamageError):
+                view.read(bad.disk, bad.offset, 4096)
 
 
 def test_an_older_catalog_has_nothing_thinned(journal: Journal) -> None:

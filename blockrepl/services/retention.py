@@ -5,7 +5,7 @@ A pass, in this order (storage/retained.py says why a crash in between does no h
 1. with the lock of the pins held, for a moment: what can be reached from now on is decided
    (model/retention_plan.py) and catalogued. Pinned are what mounts, servers and forks use, and the
    checkpoints that are kept
-2. a fold that is due is done
+2. a fold that is due is done, as far as the journal can be read
 3. segments that lie within what was thinned are written anew, a batch at a time
 
 2 and 3 happen in a process of their own, at `RATE`; what they made is catalogued between two
@@ -93,8 +93,9 @@ class Retention:
         outcome = await self._work(
             Order(directory=replica.directory, operation="fold", floor_ns=floor_ns)
         )
+        folded_ns = floor_ns if outcome.failure is None else None  # else it stays due
         await committer.perform(
-            lambda: replica.replace_segments(outcome.old, outcome.rows(), floor_ns)
+            lambda: replica.replace_segments(outcome.old, outcome.rows(), folded_ns)
         )
         if outcome.old:
             logger.info(
@@ -103,6 +104,8 @@ class Retention:
                 len(outcome.old),
                 format_instant(floor_ns),
             )
+        if outcome.failure is not None:
+            raise outcome.failure.as_error()
 
     async def _thin(self, committer: GroupCommitter, known: GroupRetention) -> None:
         replica = committer.replica
@@ -141,8 +144,7 @@ class Retention:
                 f"{order.operation} ended with {done.returncode}",
                 hint="see the receiver's log; it is tried again",
             ) from None
-        kind = DamageError if failure.code == "damage" else StorageError
-        raise kind(failure.error, hint=failure.hint)
+        raise failure.as_error()
 
 
 def _decide(replica: Replica) -> tuple[list[str], str]:

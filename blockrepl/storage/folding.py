@@ -10,6 +10,9 @@ of a disk that is not synced by the floor waits: its base is being written by ot
 the folded segments are gone, views find these records in the journal still, so it does not matter
 to them what the base holds there. A fold that broke off is done again, from the beginning.
 
+Where a segment cannot be read, `fold_most` folds those before it: it writes what each disk shows at
+its newest record in them. What is younger up to the floor stays in the journal, over the base.
+
 `grow_images` comes first, whether there is something to fold or not: the images get the size that
 their disks have at the floor. Views do not care: what lies beyond an image's end reads as zeros.
 """
@@ -17,15 +20,16 @@ their disks have at the floor. Views do not care: what lies beyond an image's en
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from blockrepl.errors import DamageError, StorageError
 from blockrepl.storage.base import clear
 from blockrepl.storage.catalog import SegmentRow
 from blockrepl.storage.content import ContentReader, Window
 from blockrepl.storage.files import Files, failure, write_all
 from blockrepl.storage.history import ReplicaHistory, State
-from blockrepl.storage.index import SHOWS_BASE, SHOWS_DATA
+from blockrepl.storage.index import SHOWS_BASE, SHOWS_DATA, STAMP_MAX
 from blockrepl.units import MIB
 
 WINDOW_BYTES = 64 * MIB  # of a disk, resolved at once
@@ -35,25 +39,43 @@ Pace = Callable[[int], None]  # called with the bytes written; may wait
 
 def foldable(history: ReplicaHistory, state: State, floor_ns: int) -> list[SegmentRow]:
     """The segments that a fold up to the floor makes needless, oldest first."""
+    return _foldable(history, state, floor_ns)[0]
+
+
+def _foldable(
+    history: ReplicaHistory, state: State, floor_ns: int
+) -> tuple[list[SegmentRow], StorageError | None]:
+    """With what is wrong with the oldest segment of up to the floor that cannot be read."""
     history.refresh(state)
     rows = [state.segments[number] for number in sorted(state.segments)]
     synced = {disk.id for disk in state.disks_at(floor_ns)}
     waiting = {disk.id for disk in state.disks if disk.id not in synced}
     oldest_behind: dict[bytes, int] = {}
+    oldest_unknown = STAMP_MAX  # of segments behind that cannot be read: of any disk
+    damage: StorageError | None = None
     fits = []
     for row in reversed(rows):
-        spans = history.index.spans(row.number)
+        try:
+            spans = history.index.spans(row.number)
+        except DamageError as error:
+            oldest_unknown = min(oldest_unknown, row.first_stamp)
+            damage = error if row.first_stamp <= floor_ns else damage
+            fits.append(False)
+            continue
         fits.append(
             row.sealed
             and row.last_stamp <= floor_ns
             and not waiting & spans.keys()
-            and all(last <= oldest_behind.get(disk, last) for disk, (_, last) in spans.items())
+            and all(
+                last <= oldest_behind.get(disk, last) and last < oldest_unknown
+                for disk, (_, last) in spans.items()
+            )
         )
         for disk, (first, _) in spans.items():
             oldest_behind[disk] = min(first, oldest_behind.get(disk, first))
     fits.reverse()
     count = fits.index(False) if False in fits else len(fits)
-    return rows[:count]
+    return rows[:count], damage
 
 
 def grow_images(
@@ -79,14 +101,22 @@ def fold(
     history: ReplicaHistory,
     state: State,
     floor_ns: int,
+    rows: Sequence[SegmentRow] | None = None,
     *,
     files: Files | None = None,
     pace: Pace = lambda _size_bytes: None,
 ) -> None:
-    """Bring the base images up to the floor. DamageError, StorageError."""
+    """Bring the base images up to the floor, or no further than ``rows``, the oldest segments.
+
+    DamageError, StorageError.
+    """
     history.refresh(state)
     content = ContentReader(history.index, history.payload, history.files)
-    for disk in state.disks_at(floor_ns):
+    disks = [(disk, floor_ns) for disk in state.disks_at(floor_ns)]
+    if rows is not None:
+        newest = _newest(history, rows)
+        disks = [(disk, newest[disk.id]) for disk, _ in disks if disk.id in newest]
+    for disk, at_ns in disks:
         path = history.image_path(disk)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -95,13 +125,60 @@ def fold(
         try:
             for first in range(0, disk.size_bytes, WINDOW_BYTES):
                 last = min(first + WINDOW_BYTES, disk.size_bytes)
-                window = content.resolve(disk.id, first, last, floor_ns)
+                window = content.resolve(disk.id, first, last, at_ns)
                 _fold_window(descriptor, content, path, window, files or Files(), pace)
             (files or Files()).sync(descriptor)
         except OSError as error:
             raise failure(error, f"cannot write {path}") from error
         finally:
             os.close(descriptor)
+
+
+def _newest(history: ReplicaHistory, rows: Sequence[SegmentRow]) -> dict[bytes, int]:
+    """The newest stamp of each disk's records in some segments."""
+    newest: dict[bytes, int] = {}
+    for row in rows:
+        for disk, (_, last) in history.index.spans(row.number).items():
+            newest[disk] = max(last, newest.get(disk, last))
+    return newest
+
+
+def fold_most(
+    history: ReplicaHistory,
+    state: State,
+    floor_ns: int,
+    *,
+    files: Files | None = None,
+    pace: Pace = lambda _size_bytes: None,
+) -> tuple[list[SegmentRow], StorageError | None]:
+    """Fold up to the floor, or as far as the journal can be read.
+
+    The segments that are needless now, and what keeps it from the floor. StorageError.
+    """
+    rows, damage = _foldable(history, state, floor_ns)
+    is_cut = damage is not None
+    while rows:
+        try:
+            fold(history, state, floor_ns, rows if is_cut else None, files=files, pace=pace)
+            break
+        except StorageError as error:
+            if error.segment is None and not isinstance(error, DamageError):
+                raise
+            damage = damage or error
+            rows = _before(rows, error, is_cut=is_cut)
+            is_cut = True
+    return rows, damage
+
+
+def _before(rows: list[SegmentRow], error: StorageError, *, is_cut: bool) -> list[SegmentRow]:
+    """The segments that may be folded without what cannot be read; fewer if they were cut before.
+
+    It may lie behind them all: of the instant of their newest record, or, uncut, up to the floor.
+    """
+    for place, row in enumerate(rows):
+        if row.number == error.segment:
+            return rows[:place]
+    return rows[:-1] if is_cut else rows
 
 
 def _fold_window(

@@ -244,6 +244,8 @@ class JournalIndex:
 
     def spans(self, number: int) -> dict[bytes, tuple[int, int]]:
         """The oldest and the newest stamp of each disk's records in a segment. DamageError."""
+        if number in self._lost:
+            raise self._lost[number].error
         segment = self._segments[number]
         for damage in segment.damage:
             raise damage.error

@@ -21,7 +21,7 @@ from array import array
 from pathlib import Path
 from typing import Protocol
 
-from blockrepl.errors import DamageError, PeerError
+from blockrepl.errors import DamageError, PeerError, StorageError
 from blockrepl.formats.frame import parse_blocks
 from blockrepl.limits import BLOCK_BYTES, FRAME_PAYLOAD_BYTES_MAX, SEGMENT_FRAMES_MAX
 from blockrepl.storage import _gather
@@ -93,7 +93,11 @@ class PayloadReader:
         failure = gather.read(self.kept, opened, target, wait, INLINE_BLOCKS)
         if failure is not None:
             reason, number, frame, _block, offset = failure
-            raise self._failure(gather.files[number], image, frame, offset, reason)
+            place = gather.files[number]
+            error = self._failure(place, image, frame, offset, reason)
+            if isinstance(error, StorageError) and place != IMAGE:
+                error.segment = self._index.segment(place).number
+            raise error
 
     def _failure(
         self, place: int, image: Path | None, frame: int, offset: int, reason: int

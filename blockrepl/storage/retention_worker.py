@@ -17,9 +17,9 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from blockrepl.errors import BlockreplError
+from blockrepl.errors import BlockreplError, DamageError, StorageError
 from blockrepl.storage.catalog import SegmentRow
-from blockrepl.storage.folding import fold, foldable, grow_images
+from blockrepl.storage.folding import fold_most, grow_images
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.thinning import fitting, thin
 
@@ -35,20 +35,29 @@ class Order(BaseModel):
     bytes_per_second: float = float("inf")
 
 
-class Outcome(BaseModel):
-    """Segments ``old`` may be replaced by rows ``new``."""
-
-    old: list[int]
-    new: list[dict[str, int | bool]]
-
-    def rows(self) -> list[SegmentRow]:
-        return [SegmentRow(**row) for row in self.new]  # type: ignore[arg-type]
-
-
 class Failure(BaseModel):
     error: str
     hint: str
     code: str
+
+    @classmethod
+    def of(cls, error: BlockreplError) -> Failure:
+        return cls(error=str(error), hint=error.hint, code=error.code)
+
+    def as_error(self) -> StorageError:
+        kind = DamageError if self.code == DamageError.code else StorageError
+        return kind(self.error, hint=self.hint)
+
+
+class Outcome(BaseModel):
+    """Segments ``old`` may be replaced by rows ``new``. ``failure``: why they are not all."""
+
+    old: list[int]
+    new: list[dict[str, int | bool]]
+    failure: Failure | None = None
+
+    def rows(self) -> list[SegmentRow]:
+        return [SegmentRow(**row) for row in self.new]  # type: ignore[arg-type]
 
 
 class _Pace:
@@ -73,10 +82,12 @@ def work(order: Order) -> Outcome:
         state = history.state()
         if order.operation == "fold":
             grow_images(history, state, order.floor_ns)
-            rows = foldable(history, state, order.floor_ns)
-            if rows:
-                fold(history, state, order.floor_ns, pace=pace)
-            return Outcome(old=[row.number for row in rows], new=[])
+            rows, error = fold_most(history, state, order.floor_ns, pace=pace)
+            return Outcome(
+                old=[row.number for row in rows],
+                new=[],
+                failure=Failure.of(error) if error is not None else None,
+            )
         directory = order.directory / "segments"
         group = history.catalog.group_id
         rows = [state.segments[number] for number in order.numbers]
@@ -91,7 +102,7 @@ def main() -> int:
     try:
         answer: BaseModel = work(order)
     except BlockreplError as error:
-        answer = Failure(error=str(error), hint=error.hint, code=error.code)
+        answer = Failure.of(error)
     print(answer.model_dump_json())
     return 0 if isinstance(answer, Outcome) else 1
 
