@@ -27,7 +27,7 @@ from blockrepl.cli.main import run
 from blockrepl.errors import StorageError
 from blockrepl.formats.frame import RecordKind
 from blockrepl.limits import FORK_BLOCK_BYTES
-from blockrepl.storage import forks, pins
+from blockrepl.storage import files, forks, pins
 from blockrepl.storage.files import Files
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.units import KIB, MIB, format_instant
@@ -450,11 +450,10 @@ def test_who_looks_without_the_lock_finds_a_whole_pin_or_none(
     directory.mkdir(exist_ok=True)
     (directory / ".of-a-crash").touch()
     seen = []
-    write_all = pins.write_all
 
     def watched(*arguments: Any) -> int:
         seen.append(pins.held(journal.directory))
-        return write_all(*arguments)
+        return files.write_all(*arguments)
 
     monkeypatch.setattr(pins, "write_all", watched)
     stamp, _ = at(journal, 10)
