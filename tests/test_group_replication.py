@@ -350,3 +350,25 @@ async def test_a_round_that_does_not_end_keeps_no_server_from_starting(
             await until(lambda: not is_locked(idle.entry.image))
         assert idle.ring is not None
         await until(lambda: idle.ring is None)
+
+
+async def test_a_group_stops_although_its_round_never_ends_and_a_retirement_waits_for_that(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the order in _stop_running: a full spool without a link is such a round. Found by the
+    # simulation (seed 3000565).
+    monkeypatch.setattr(group_replication, "RETIRE_SECONDS", 0.01)
+    entry = source.add("idle", SIZE)
+    monkeypatch.setattr(source.disks, "is_serving", lambda entry: False)
+    async with replicating(source) as group, trio.open_nursery() as nursery:
+        nursery.start_soon(serve, group, Receiver(), attach(source, known(entry)))
+        await until(lambda: group.pump)
+        pump = group.pump
+        assert pump is not None
+        monkeypatch.setattr(pump, "_round", trio.sleep_forever)
+        await until(lambda: pump.retiring.locked() and pump.between_rounds.locked())
+        await trio.sleep(0.05)
+        assert pump.retiring.locked()
+        with trio.fail_after(5):
+            await group._stop_running()
+        nursery.cancel_scope.cancel()

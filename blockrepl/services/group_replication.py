@@ -319,9 +319,12 @@ class GroupReplication:
         self.disks.append(disk)
 
     async def _stop_running(self) -> None:
-        async with self.pump.retiring if self.pump is not None else trio.Lock():
-            if self.pump is not None:
-                await self.pump.abandon()
+        pump = self.pump
+        if pump is not None:
+            await pump.abandon()  # first: who retires a ring may wait for a round that has no end
+        async with pump.retiring if pump is not None else trio.Lock():
+            if self.pump is not pump:
+                return  # another task was faster
             self.pump = None
             self.scrub.follow(None)
             self._failed = False
