@@ -15,6 +15,7 @@ from blockrepl.formats.segment import file_name
 from blockrepl.model import points
 from blockrepl.storage.durable import FILE_NAME as DURABLE_NAME
 from blockrepl.storage.history import ReplicaHistory
+from blockrepl.storage.segment_reader import Known
 from blockrepl.units import KIB, MIB
 from blockrepl.views import view as views
 from blockrepl.views.view import View
@@ -188,6 +189,105 @@ def test_segments_being_sealed_in_the_background_are_read_as_open_ones(
     view = view_at(replica, journal.stamp)
     assert content(view) == journal.model.at(journal.stamp)
     assert not any(segment.sealed for segment in replica.index.segments())
+
+
+def begin_segment(journal: Journal) -> int:
+    """Write elsewhere until a segment is begun; the number of the one before."""
+    number = journal.replica._journal.segment_number
+    while journal.replica._journal.segment_number == number:
+        journal.write("data", 64 * KIB, journal.random.randbytes(16 * KIB))
+    return number
+
+
+@pytest.mark.parametrize("is_read_first", [False, True])
+def test_an_older_state_that_is_taken_up_later_hides_nothing_newer(
+    journal: Journal, replica: ReplicaHistory, is_read_first: bool
+) -> None:
+    # Guards JournalIndex against going back: the newest segment was dropped, so another thread's
+    # view showed older bytes, which stayed in the cache of windows.
+    journal.write("root", 0, b"old!" * KIB)
+    older = replica.state()
+    replica.refresh(older)
+    begin_segment(journal)
+    journal.write("root", 0, b"new!" * KIB)
+    newer = replica.state()
+    view = View(replica, newer.latest_ns, newer)
+    if is_read_first:
+        assert view.read("root", 0, 4) == b"new!"
+    View(replica, older.latest_ns, older)
+    assert view.read("root", 0, 4 * KIB) == b"new!" * KIB
+    assert content(view) == journal.model.at(newer.latest_ns)
+    assert older.segments.keys() == newer.segments.keys()  # read anew
+
+
+def test_what_a_later_durable_record_says_is_there_under_an_earlier_reading_of_the_catalog(
+    journal: Journal, replica: ReplicaHistory
+) -> None:
+    # Guards JournalIndex._position: the record is read first, so another thread's catalog may be
+    # newer although its record is older.
+    journal.write("root", 0, b"old!" * KIB)
+    early = replica.state().durable
+    begin_segment(journal)
+    journal.write("root", 0, b"new!" * KIB)
+    one, other = replica.state(), replica.state()
+    other.durable = early
+    view = View(replica, one.latest_ns, one)
+    replica.refresh(other)
+    assert content(view) == journal.model.at(one.latest_ns)
+
+
+def test_an_older_record_after_a_look_without_one_hides_nothing(
+    journal: Journal, replica: ReplicaHistory
+) -> None:
+    # Guards _position's second half: a reader without a record has looked at all there is.
+    journal.write("root", 0, b"old!" * KIB)
+    older = replica.state()
+    begin_segment(journal)
+    journal.write("root", 0, b"new!" * KIB)
+    (journal.directory / DURABLE_NAME).unlink()
+    newer = replica.state()
+    view = View(replica, newer.latest_ns, newer)
+    older.reading = newer.reading
+    replica.refresh(older)
+    assert content(view) == journal.model.at(newer.latest_ns)
+
+
+@pytest.mark.timeout(20)
+def test_a_segment_known_to_be_sealed_may_be_met_again_as_an_open_one(
+    journal: Journal, replica: ReplicaHistory
+) -> None:
+    # Guards SegmentReader.refresh: what had been put off was taken up under its own lock twice.
+    journal.write("root", 0, b"old!" * KIB)
+    older = replica.state()
+    number = begin_segment(journal)
+    journal.replica._journal._collect(wait=True)
+    journal.write("root", 0, b"new!" * KIB)
+    newer = replica.state()
+    assert newer.segments[number].sealed
+    assert not older.segments[number].sealed
+    view = View(replica, newer.latest_ns, newer)
+    known = Known.of(older.segments[number])
+    replica.index.segment(number).refresh(known, limit=known.bytes)
+    View(replica, older.latest_ns, older)
+    assert content(view) == journal.model.at(newer.latest_ns)
+
+
+def test_what_is_sealed_is_read_although_the_durable_record_is_older(
+    journal: Journal, replica: ReplicaHistory
+) -> None:
+    # A sealed segment is durable, and retention may put what the record's segment had into it.
+    journal.write("root", 0, b"old!" * KIB)
+    early = replica.state().durable
+    begin_segment(journal)
+    sealed = begin_segment(journal)
+    journal.replica._journal._collect(wait=True)
+    journal.write("root", 0, b"new!" * KIB)
+    state = replica.state()
+    state.durable = early
+    assert state.segments[sealed].sealed
+    replica.refresh(state)
+    assert sealed in replica.index
+    assert sealed + 1 not in replica.index
 
 
 @pytest.mark.parametrize("how", ["missing", "garbled", "contradicting"])

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import numpy as np
 from blockrepl.errors import StateError, StorageError
 from blockrepl.formats.frame import KIND_MASK, U64, Columns, FrameHeader, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, GrowMark, Mark
-from blockrepl.formats.segment import file_name
+from blockrepl.formats.segment import file_name, place
 from blockrepl.model.points import Gap, History, Point, Resolved, resolve, union
 from blockrepl.model.retention import Kept
 from blockrepl.storage import catalog as catalogs
@@ -61,6 +62,7 @@ class State:
     segments: dict[int, SegmentRow]
     kept: Kept = field(default_factory=Kept)
     growths: list[GrowthRow] = field(default_factory=list)
+    reading: int = 0  # of the catalog, that ``segments`` are of; later ones are higher
 
     def disks_at(self, at_ns: int) -> list[DiskRow]:
         """The disks that a view of an instant has, with the size they had: synced by then, and not
@@ -84,6 +86,7 @@ class ReplicaHistory:
         self.catalog = Catalog.open_readonly(directory / catalogs.FILE_NAME)
         self.group = self.catalog.group_name
         self._seen: Durable | None = None
+        self._readings = 0  # of the catalog
         self.index = JournalIndex(directory, self.catalog.group_id, self.files)
         self.payload = PayloadReader(self.index, self.files, block_cache_bytes)
 
@@ -115,7 +118,7 @@ class ReplicaHistory:
 
     def state(self) -> State:
         durable = durables.read_durable(self.directory / durables.FILE_NAME)
-        with self.catalog.snapshot():
+        with self._reading() as reading:
             sources = {row.id: row for row in self.catalog.sources()}
             state = State(
                 durable=durable,
@@ -126,6 +129,7 @@ class ReplicaHistory:
                 segments={row.number: row for row in self.catalog.segments()},
                 kept=read_kept(self.catalog),
                 growths=self.catalog.growths(),
+                reading=reading,
             )
         if durable is not None and self._holds(durable):
             state.latest_ns = durable.watermark
@@ -145,6 +149,15 @@ class ReplicaHistory:
         state.latest_ns = min((watermarks.get(source, 0) for source in live), default=0)
         return state
 
+    @contextmanager
+    def _reading(self) -> Iterator[int]:
+        """One state of the catalog, and a number for it. Snapshots wait for each other, so the
+        higher number is never of an older state, whichever thread goes on first.
+        """
+        with self.catalog.snapshot():
+            self._readings += 1
+            yield self._readings
+
     def _holds(self, durable: Durable) -> bool:
         if durable.boot != durables.this_boot():
             return False
@@ -155,11 +168,13 @@ class ReplicaHistory:
             return False
 
     def refresh(self, state: State) -> None:
-        """Make all that is durable as of ``state`` visible to lookups."""
-        if not self._refresh(state.segments.values(), state.durable):
+        """Make all that is durable as of ``state`` visible to lookups, and hide nothing newer."""
+        if not self._refresh(state.segments.values(), state.durable, state.reading):
             # Retention may have replaced segments since the state was read.
-            state.segments = {row.number: row for row in self.catalog.segments()}
-            self._refresh(state.segments.values(), state.durable)
+            with self._reading() as reading:
+                state.segments = {row.number: row for row in self.catalog.segments()}
+                state.reading = reading
+            self._refresh(state.segments.values(), state.durable, state.reading)
 
     def refresh_beside_receiver(self) -> None:
         """The same, as of now, in the receiver itself: it keeps a true durable record."""
@@ -167,19 +182,22 @@ class ReplicaHistory:
         if durable is None:
             raise StorageError(f"the durable record of {self.group} cannot be read")
         if durable != self._seen:
-            self._refresh(self.catalog.segments(), durable)
+            with self._reading() as reading:
+                rows = self.catalog.segments()
+            self._refresh(rows, durable, reading)
             self._seen = durable
 
     def look_again(self) -> None:
         """Segments have been replaced: the next look is at all of them."""
         self._seen = None
 
-    def _refresh(self, rows: Iterable[SegmentRow], durable: Durable | None) -> bool:
+    def _refresh(self, rows: Iterable[SegmentRow], durable: Durable | None, reading: int) -> bool:
         known = {row.number: Known.of(row) for row in rows}
         return self.index.refresh(
             known,
             None if durable is None else (durable.segment_number, durable.segment_bytes),
             leftovers(self.catalog),
+            reading,
         )
 
     def history(self, state: State | None = None) -> History:
@@ -212,7 +230,7 @@ class ReplicaHistory:
     def _last_flush(self, state: State, at_ns: int) -> int | None:
         best = 0
         for segment in self._segments_back(state, at_ns):
-            row = state.segments.get(segment.number)
+            row = _row(state, segment)
             if row is not None and row.sealed and row.last_stamp <= best:
                 continue
             for header, ordinal in _headers_back(segment, state, at_ns):
@@ -225,7 +243,7 @@ class ReplicaHistory:
         """The (count + 1)-th newest stamp up to ``at_ns``."""
         newest = np.zeros(0, np.uint64)  # the count + 1 newest so far, ascending
         for segment in self._segments_back(state, at_ns):
-            row = state.segments.get(segment.number)
+            row = _row(state, segment)
             full = len(newest) > count
             if full and row is not None and row.sealed and row.last_stamp <= int(newest[0]):
                 continue
@@ -241,7 +259,7 @@ class ReplicaHistory:
         """Segments that may have a record up to an instant, newest first."""
         self.refresh(state)
         for segment in reversed(self.index.segments()):
-            row = state.segments.get(segment.number)
+            row = _row(state, segment)
             if row is None or not row.sealed or 0 < row.first_stamp <= at_ns:
                 yield segment
 
@@ -254,6 +272,12 @@ def groups(home: Path) -> list[str]:
         for name in place.groups()
         if (place.replica_directory(name) / catalogs.FILE_NAME).exists()
     ]
+
+
+def _row(state: State, segment: SegmentReader) -> SegmentRow | None:
+    """What the state says of a segment; None: the index has it from a later reading."""
+    row = state.segments.get(segment.number)
+    return row if row and place(row.number, row.generation) == segment.place else None
 
 
 def _headers_back(

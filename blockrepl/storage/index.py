@@ -10,9 +10,11 @@ Algorithm of ``resolve``, for one window of a disk:
 
 Entries of one instant are ordered by (stamp, segment, frame, position). A segment that retention
 has written anew is another *place* (formats/segment.py) with the same number: what was resolved
-before finds the old place or nothing, never the new one. The cost of a window is
-bounded by what it shows plus a lookup per run, of which there are logarithmically many; memory by
-CHUNK_ENTRIES plus what shows.
+before finds the old place or nothing, never the new one. The index never goes back: what one
+thread has read of the catalog may reach ``refresh`` after what another has read later.
+
+The cost of a window is bounded by what it shows plus a lookup per run, of which there are
+logarithmically many; memory by CHUNK_ENTRIES plus what shows.
 """
 
 from __future__ import annotations
@@ -115,6 +117,9 @@ class JournalIndex:
         self._places: dict[int, SegmentReader] = {}
         self._known: dict[int, Known] = {}
         self._lost: dict[int, Damage] = {}
+        self._leftovers: Set[str] = frozenset()
+        self._reading = 0  # of the catalog, that ``_known`` and ``_leftovers`` are of
+        self._position = (0, 0)  # number and bytes of the newest segment, durable as far as seen
         self._given_up: set[MergedName] = set()
         self._merged_files: dict[MergedName, MergedFile] = {}
         self._sources = _Sources()
@@ -125,14 +130,28 @@ class JournalIndex:
         known: Mapping[int, Known],
         durable: tuple[int, int] | None = None,
         leftovers: Set[str] = frozenset(),
+        reading: int | None = None,
     ) -> bool:
-        """Take up new segments and new frames; whether all that is known is there. StorageError.
+        """Take up new segments and new frames. StorageError.
+
+        False: not all that is known is there, or it is older than what is in use; then the latter
+        stays, and the catalog is to be read again.
 
         ``known`` is what the catalog says of each segment; ``durable`` the number and the durable
-        bytes of the newest: nothing beyond it is looked at. ``leftovers`` are names of files that
-        are no part of the history any more.
+        bytes of the newest: nothing beyond it is looked at, but what is sealed is durable.
+        ``leftovers`` are names of files that are no part of the history any more. ``reading``
+        numbers the readings of the catalog, later ones higher; None: later than all before.
         """
         with self._lock:
+            is_newest = reading is None or reading >= self._reading
+            if not is_newest:
+                known, leftovers = self._known, self._leftovers
+            elif reading is not None:
+                self._reading = reading
+            if durable is not None:
+                # Whichever was read later, both were written, and a journal only grows.
+                durable = max(durable, self._position)
+                self._position = durable
             segments: dict[int, SegmentReader] = {}
             present = self._files_present(known, leftovers)
             lost = {
@@ -142,11 +161,12 @@ class JournalIndex:
             }
             is_whole = not lost
             for number, path in sorted(present.items()):
-                if durable is not None and number > durable[0]:
-                    continue
                 said, limit = known.get(number, Known()), None
-                if durable is not None and number == durable[0]:
-                    said, limit = Known(durable[1], 0, said.first_stamp), durable[1]
+                if durable is not None and not said.sealed:
+                    if number > durable[0]:
+                        continue
+                    if number == durable[0]:
+                        said, limit = Known(durable[1], 0, said.first_stamp), durable[1]
                 segment = self._places.get(place(number, said.generation))
                 if segment is None:
                     segment = self._reader(path, number, said.generation)
@@ -161,10 +181,19 @@ class JournalIndex:
             self._segments = segments
             self._places = {segment.place: segment for segment in segments.values()}
             self._known = dict(known)
+            self._leftovers = leftovers
             self._lost = lost
+            if durable is None and segments:
+                # All there is has been looked at: a record of before must not hide it again.
+                newest = max(segments)
+                self._position = max(self._position, (newest, segments[newest].end))
             self._tell(lost.values())
             self._choose()
-            return is_whole
+            return is_whole and is_newest
+
+    def __contains__(self, number: object) -> bool:
+        """Whether a segment is one of those that lookups know, be it lost."""
+        return number in self._segments or number in self._lost
 
     def _reader(self, path: Path, number: int, generation: int) -> SegmentReader:
         return SegmentReader(path, number, self._group, self._files, self._directories, generation)

@@ -147,14 +147,19 @@ class SegmentReader:
             for disk, runs in self._runs.items()
         }
 
+    @property
+    def end(self) -> int:
+        """Up to where its frames have been taken up, without a look."""
+        return self._end
+
     def refresh(self, known: Known, *, limit: int | None = None) -> None:
         """See what has been appended, or that the file has been sealed. DamageError, StorageError.
 
         Nothing beyond ``limit`` bytes is looked at, all of it is known then.
         """
         with self._lock:
-            if self._sealed:
-                return
+            if self._sealed or self._put_off is not None:
+                return  # once it is known to be sealed, an older word does not change that
             if known.sealed and not self._checked_header:
                 self._put_off = known
                 return
@@ -182,25 +187,39 @@ class SegmentReader:
 
     def frame_count(self) -> int:
         self._look()
+        return self._frame_count()
+
+    def _frame_count(self) -> int:
         return self._table.frame_count if self._table is not None else len(self._offsets)
 
     def frame_table(self) -> tuple[array[int], int]:
         """Where each frame begins in the file, and where the last one ends. DamageError."""
         self._look()
+        return self._frame_table()
+
+    def _frame_table(self) -> tuple[array[int], int]:
         if self._table is not None and len(self._offsets) < self._table.frame_count:
             self._offsets = self._read_frame_table(self._table)
         return self._offsets, self._end
 
     def frame_offset(self, ordinal: int) -> int:
         """Where a frame begins in the file. DamageError."""
-        self.frame_table()
+        self._look()
+        return self._frame_offset(ordinal)
+
+    def _frame_offset(self, ordinal: int) -> int:
+        self._frame_table()
         if ordinal >= len(self._offsets):
             raise self._damaged(0, f"an index entry leads to frame {ordinal}, which it has not")
         return int(self._offsets[ordinal])
 
     def header(self, ordinal: int) -> FrameHeader:
         """A frame's header. DamageError."""
-        offset = self.frame_offset(ordinal)
+        self._look()
+        return self._header(ordinal)
+
+    def _header(self, ordinal: int) -> FrameHeader:
+        offset = self._frame_offset(ordinal)
         try:
             return frames.decode_header(self._files.read(self.path, HEADER_BYTES, offset))
         except PeerError as error:
@@ -267,17 +286,20 @@ class SegmentReader:
         return MendedRun(run, partial(self._rebuilt, entry.disk.bytes))
 
     def _survey(self, frame_count: int) -> None:
-        """Sealed, but the catalog does not know it: it may lack the frames' marks, too."""
+        """Sealed, but the catalog does not know it: it may lack the frames' marks, too.
+
+        Under the lock, as all that takes up: nothing here may ``_look``.
+        """
         self.marks = []
         for ordinal in range(frame_count):
             try:
-                header = self.header(ordinal)
+                header = self._header(ordinal)
             except DamageError as error:
                 log.error("%s", error)
                 continue
             self.watermarks[header.source] = header.watermark
             if header.kind == FrameKind.MARK:
-                self._note_mark(header, self.frame_offset(ordinal))
+                self._note_mark(header, self._frame_offset(ordinal))
 
     def _rebuilt(self, disk: bytes, error: DamageError) -> Run:
         """The entries of a disk from the frames, where the index run is damaged."""
