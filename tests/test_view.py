@@ -14,6 +14,7 @@ from blockrepl.formats.frame import RecordKind
 from blockrepl.formats.segment import file_name
 from blockrepl.model import points
 from blockrepl.storage.durable import FILE_NAME as DURABLE_NAME
+from blockrepl.storage.folding import foldable
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.segment_reader import Known
 from blockrepl.units import KIB, MIB
@@ -288,6 +289,7 @@ def test_what_is_sealed_is_read_although_the_durable_record_is_older(
     replica.refresh(state)
     assert sealed in replica.index
     assert sealed + 1 not in replica.index
+    assert not foldable(replica, state, 0)  # nor does a fold trip over the newest
 
 
 @pytest.mark.parametrize("how", ["missing", "garbled", "contradicting"])

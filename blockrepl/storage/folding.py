@@ -55,6 +55,10 @@ def _foldable(
     damage: StorageError | None = None
     fits = []
     for row in reversed(rows):
+        if row.number not in history.index:  # begun after the durable record was read
+            oldest_unknown = min(oldest_unknown, row.first_stamp)
+            fits.append(False)
+            continue
         try:
             spans = history.index.spans(row.number)
         except DamageError as error:
