@@ -26,7 +26,7 @@ from blockrepl.formats.segment import file_name
 from blockrepl.storage import catalog as catalogs
 from blockrepl.storage import durable as durables
 from blockrepl.storage import merged_runs
-from blockrepl.storage.catalog import Catalog, SegmentRow
+from blockrepl.storage.catalog import Catalog, SegmentRow, sources_shown
 from blockrepl.storage.check_catalog import Numbers, check_catalog
 from blockrepl.storage.check_files import check_files, true_runs
 from blockrepl.storage.check_findings import Finding, Lost
@@ -109,6 +109,7 @@ class _Check:
         durable = durables.read_durable(self._directory / durables.FILE_NAME)
         numbers = Numbers(self._group, self._lose)
         before = 0
+        watermarks = sources_shown(self._catalog.disks(removed=True))
         for row in rows:
             name = file_name(row.number, row.generation)
             path = self._directory / DIRECTORY_NAME / name
@@ -119,7 +120,9 @@ class _Check:
             known_bytes = row.bytes
             if durable is not None and durable.segment_number == row.number:
                 known_bytes = max(known_bytes, durable.segment_bytes)
-            check = SegmentCheck(path, row, self._group, self._catalog.group_id, known_bytes)
+            check = SegmentCheck(
+                path, row, self._group, self._catalog.group_id, known_bytes, watermarks
+            )
             try:
                 report = check.run(self._tell, numbers.note)
             except FileNotFoundError:

@@ -45,16 +45,25 @@ class SegmentReport:
 
 
 class SegmentCheck:
-    """``known_bytes``: what must be there of a segment that is not sealed."""
+    """``known_bytes``: what must be there of a segment that is not sealed. ``watermarks``: up to
+    where views lack nothing of each source, before it; brought up to date.
+    """
 
     def __init__(
-        self, path: Path, row: SegmentRow, group: str, group_id: bytes, known_bytes: int
+        self,
+        path: Path,
+        row: SegmentRow,
+        group: str,
+        group_id: bytes,
+        known_bytes: int,
+        watermarks: dict[bytes, int],
     ) -> None:
         self._path = path
         self._row = row
         self._group = group
         self._group_id = group_id
         self._known_bytes = known_bytes
+        self._watermarks = watermarks
         self.place = segments.place(row.number, row.generation)
         self._file = f"{path.parent.name}/{path.name}"
         self._report = SegmentReport()
@@ -177,7 +186,7 @@ class SegmentCheck:
             end, count = self._end, row.frames
         else:
             end, count = self._end, 1 << 32
-        at, ordinal, watermarks = SEGMENT_HEADER_BYTES, 0, dict[bytes, int]()
+        at, ordinal = SEGMENT_HEADER_BYTES, 0
         tell(at)
         while at < end and ordinal < count:
             must_be = row.sealed or contents is not None or at < self._known_bytes
@@ -189,7 +198,7 @@ class SegmentCheck:
             if header is None:
                 note(None)
                 self._report.is_whole = False
-                oldest = self._oldest(watermarks)
+                oldest = self._oldest(size_bytes)
                 if table is None:
                     what = f"{why}; the frames from here on cannot be found"
                     # A reader of a sealed file wants its whole frame table.
@@ -209,7 +218,9 @@ class SegmentCheck:
                     return
                 note(header)
                 self._frame(header, body, at, ordinal)
-                watermarks[header.source] = header.watermark
+                if header.source != frames.NO_ID:  # thinned: it has no watermark
+                    least = self._watermarks.get(header.source, 0)
+                    self._watermarks[header.source] = max(header.watermark, least)
                 following = at + header.frame_bytes
             tell(following - at)
             at, ordinal = following, ordinal + 1
@@ -218,13 +229,17 @@ class SegmentCheck:
             note(None)
             self._report.is_whole = False
             what = f"the file ends here; frames from number {ordinal} of it on are missing"
-            oldest = self._oldest(watermarks)
+            oldest = self._oldest(size_bytes)
             self._lose("frames", what, at, None, oldest, (ordinal, ALL_FRAMES[1]))
         tell(max(0, size_bytes - at))
 
-    def _oldest(self, watermarks: dict[bytes, int]) -> int:
-        """The oldest stamp that a record behind frames with these watermarks may have."""
-        return min((each + 1 for each in watermarks.values()), default=self._row.first_stamp)
+    def _oldest(self, size_bytes: int) -> int:
+        """The oldest stamp that a record behind the frames so far may have, of any source."""
+        row = self._row
+        # What came into an open segment after its row was written may be older.
+        first_stamp = row.first_stamp if row.sealed or size_bytes <= row.bytes else 0
+        oldest = min((each + 1 for each in self._watermarks.values()), default=0)
+        return max(first_stamp, oldest)
 
     def _header(self, descriptor: int, at: int, end: int) -> tuple[FrameHeader | None, str]:
         try:

@@ -87,7 +87,7 @@ class ReplicaHistory:
         self.group = self.catalog.group_name
         self._seen: Durable | None = None
         self._readings = 0  # of the catalog
-        self.index = JournalIndex(directory, self.catalog.group_id, self.files)
+        self.index = JournalIndex(directory, self.catalog.group_id, self.files, self._sources_shown)
         self.payload = PayloadReader(self.index, self.files, block_cache_bytes)
 
     @classmethod
@@ -148,6 +148,9 @@ class ReplicaHistory:
         live = {disk.source for disk in state.disks if disk.removed_ns is None}
         state.latest_ns = min((watermarks.get(source, 0) for source in live), default=0)
         return state
+
+    def _sources_shown(self) -> dict[bytes, int]:
+        return catalogs.sources_shown(self.catalog.disks(removed=True))
 
     @contextmanager
     def _reading(self) -> Iterator[int]:

@@ -24,7 +24,9 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -51,6 +53,7 @@ SHOWS_BASE = 255  # kind of an extent that no record covers
 SHOWS_ZERO = int(RecordKind.ZERO)
 SHOWS_DATA = int(RecordKind.WRITE)
 assert (SHOWS_DATA, SHOWS_ZERO, SHOWS_BASE) == (0, 1, 255)  # as _sweep.places says
+WALK_FRAMES_MAX = 64 * 1024  # headers read for a source's watermark: at most a second or so
 STAMP_MAX = (1 << 64) - 1
 Result = TypeVar("Result")
 _SEGMENT_NAME = re.compile(r"(\d{12})\.seg")
@@ -105,15 +108,25 @@ class Shown:
 class JournalIndex:
     """All segments of a replica. ``refresh`` sees what is new; lookups run in any thread."""
 
-    def __init__(self, directory: Path, group: bytes, files: ReadFiles) -> None:
-        """``directory``: the replica's."""
+    def __init__(
+        self,
+        directory: Path,
+        group: bytes,
+        files: ReadFiles,
+        sources: Callable[[], Mapping[bytes, int]],
+    ) -> None:
+        """``directory``: the replica's. ``sources``: who has disks in views, and up to which
+        instant in none.
+        """
         self._directory = directory / SEGMENTS_NAME
         self._merged_directory = directory / merged_runs.DIRECTORY_NAME
         self._group = group
         self._files = files
+        self._sources_shown = sources
         self._directories = directory_cache()
         self._lock = threading.RLock()
         self._segments: dict[int, SegmentReader] = {}  # by number
+        self._taken_up: dict[int, SegmentReader] = {}  # the same, or as far as a refresh has come
         self._places: dict[int, SegmentReader] = {}
         self._known: dict[int, Known] = {}
         self._lost: dict[int, Damage] = {}
@@ -152,7 +165,7 @@ class JournalIndex:
                 # Whichever was read later, both were written, and a journal only grows.
                 durable = max(durable, self._position)
                 self._position = durable
-            segments: dict[int, SegmentReader] = {}
+            self._taken_up = segments = {}
             present = self._files_present(known, leftovers)
             lost = {
                 number: Damage(None, known[number].first_stamp, self._missing(number))
@@ -162,6 +175,7 @@ class JournalIndex:
             is_whole = not lost
             for number, path in sorted(present.items()):
                 said, limit = known.get(number, Known()), None
+                known_bytes = said.bytes
                 if durable is not None and not said.sealed:
                     if number > durable[0]:
                         continue
@@ -171,6 +185,8 @@ class JournalIndex:
                 if segment is None:
                     segment = self._reader(path, number, said.generation)
                 try:
+                    if not said.sealed and (limit or self._files.size(path)) > known_bytes:
+                        said = replace(said, first_stamp=0)  # what came later may be older
                     segment.refresh(said, limit=limit)
                     segments[number] = segment
                 except DamageError as error:
@@ -196,7 +212,34 @@ class JournalIndex:
         return number in self._segments or number in self._lost
 
     def _reader(self, path: Path, number: int, generation: int) -> SegmentReader:
-        return SegmentReader(path, number, self._group, self._files, self._directories, generation)
+        return SegmentReader(
+            path,
+            number,
+            self._group,
+            self._files,
+            self._directories,
+            generation,
+            partial(self._watermarks_before, number),
+        )
+
+    def _watermarks_before(self, number: int, seen: Set[bytes]) -> dict[bytes, int]:
+        """Up to where views lack nothing, before a segment, of each source but the ``seen``."""
+        found = {source: at for source, at in self._sources_shown().items() if source not in seen}
+        missing, left = set(found), WALK_FRAMES_MAX
+        for each in sorted(self._taken_up, reverse=True):
+            segment = self._taken_up[each]
+            if each >= number:
+                continue
+            with suppress(DamageError):
+                for ordinal in range(segment.frame_count() - 1, -1, -1):
+                    if not missing or not left:
+                        return found
+                    left -= 1
+                    header = segment.header(ordinal)
+                    if header.source in missing:
+                        found[header.source] = max(header.watermark, found[header.source])
+                        missing.discard(header.source)
+        return found
 
     def _choose(self) -> None:
         """Decide which runs lookups use: merged ones, else the segments' own."""

@@ -135,7 +135,7 @@ def _write_anew(directory: Path, catalog: Catalog, row: SegmentRow) -> SegmentRo
     finally:
         os.close(source)
         segment.close()
-    report = SegmentCheck(path, new, catalog.group_name, catalog.group_id, 0).run(
+    report = SegmentCheck(path, new, catalog.group_name, catalog.group_id, 0, {}).run(
         lambda _size: None, lambda _header: None
     )
     if report.findings:

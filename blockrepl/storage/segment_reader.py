@@ -13,8 +13,10 @@ is sealed; the reader then lets go of the entries it held in memory.
 
 *Known* is what was durable when somebody said so (the durable record, the catalog). Within it a
 frame must be whole and true. What is not is damage, kept with the oldest stamp it may concern:
-lookups from that stamp on must fail, older points stay readable. Beyond what is known, the file
-ends at the first frame that is cut short or does not match its digests, payload included.
+lookups from that stamp on must fail, older points stay readable. Behind a header that is not true
+there may be frames of any source, also of one that lags and of which this segment has shown none
+yet. Beyond what is known, the file ends at the first frame that is cut short or does not match its
+digests, payload included.
 
 A segment that is known to be sealed is not looked at before it is asked for something: a long
 journal has thousands, and their index is in merged runs.
@@ -25,7 +27,7 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,7 +100,11 @@ class SegmentReader:
         files: ReadFiles,
         directories: DirectoryCache,
         generation: int = 0,
+        watermarks_before: Callable[[Set[bytes]], Mapping[bytes, int]] | None = None,
     ) -> None:
+        """``watermarks_before``: what the segments before this one say of all sources but some;
+        without it, only what is known of this one bounds what damage may hide.
+        """
         self.path = path
         self.number = number
         self.place = segments.place(number, generation)
@@ -110,6 +116,7 @@ class SegmentReader:
         self._group = group
         self._files = files
         self._directories = directories
+        self._watermarks_before = watermarks_before
         self._put_off: Known | None = None
         self._lock = threading.Lock()
         self._offsets: array[int] = array("Q")
@@ -379,10 +386,7 @@ class SegmentReader:
                     raise PeerError("frame is cut short")
             except PeerError as error:
                 if is_known:
-                    oldest = min(
-                        (w + 1 for w in self.watermarks.values()), default=known.first_stamp
-                    )
-                    damage.append(Damage(None, oldest, self._damaged(offset, error)))
+                    damage.append(Damage(None, self._oldest(known), self._damaged(offset, error)))
                 return
             body = window.read(offset + HEADER_BYTES, header.blocks_offset)
             try:
@@ -397,6 +401,14 @@ class SegmentReader:
                 yield header, None
             else:
                 yield header, body
+
+    def _oldest(self, known: Known) -> int:
+        """The oldest stamp that a record behind the frames seen may have."""
+        if self._watermarks_before is None:
+            return known.first_stamp
+        before = self._watermarks_before(self.watermarks.keys())
+        watermarks = [*before.values(), *self.watermarks.values()]
+        return max(known.first_stamp, min((each + 1 for each in watermarks), default=0))
 
     def _damaged(self, offset: int, why: PeerError | str) -> DamageError:
         return damaged(self.path, offset, why)
