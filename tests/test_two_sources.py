@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import UUID
 
@@ -15,6 +15,7 @@ from blockrepl.errors import DamageError
 from blockrepl.formats.frame import RecordKind
 from blockrepl.formats.messages import AttachDisk
 from blockrepl.formats.segment import file_name
+from blockrepl.storage import durable as durables
 from blockrepl.storage.check import check_replica
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.replica import open_replica
@@ -119,3 +120,90 @@ def test_a_damaged_header_refuses_nothing_of_before_another_source_was_there(
     for disk in ("root", "data"):
         with pytest.raises(DamageError):
             group.read(disk, 60)
+
+
+def latest(group: Group) -> int:
+    with ReplicaHistory(group.directory) as history:
+        return (history.state().latest_ns - START) // SECOND
+
+
+def lose_record(group: Group) -> None:
+    group.replica.close()
+    (group.directory / durables.FILE_NAME).unlink()
+
+
+def all_removed(group: Group) -> None:
+    group.replica.attach(SOURCE, [])
+
+
+def joining(group: Group) -> None:
+    group.join()
+
+
+def all_removed_and_joining(group: Group) -> None:
+    all_removed(group)
+    joining(group)
+
+
+def one_removed(group: Group) -> None:
+    """The one whose source is behind: it holds up nobody any more."""
+    other = group.join()
+    group.put(OTHER, write(other, 12, b"data"))
+    group.put(OTHER, other.consistent())
+    group.put(OTHER, write(other, 15, b"data"))
+    group.replica.attach(OTHER, [])
+
+
+@pytest.mark.parametrize("what", [all_removed, joining, all_removed_and_joining, one_removed])
+def test_without_a_durable_record_all_that_could_be_reached_still_can(
+    group: Group, what: Callable[[Group], None]
+) -> None:
+    # Guards newest_instant: a group without disks, or with a source of no watermark yet, could
+    # not be reached at any instant once its record was lost.
+    group.put(SOURCE, group.agent.consistent())
+    group.put(SOURCE, write(group.agent, 10, b"data"))
+    what(group)
+    group.replica.commit()
+    assert latest(group) == 10
+    lose_record(group)
+    assert latest(group) == 10
+    assert group.read("root", 10) == b"data"
+    group.replica = open_replica(group.directory)
+    assert group.replica.status().watermark == START + 10 * SECOND
+    assert latest(group) == 10
+
+
+def test_without_a_durable_record_no_instant_is_offered_that_a_disk_may_lack_records_of(
+    group: Group,
+) -> None:
+    agent = group.agent
+    group.put(SOURCE, agent.consistent())
+    other = group.join()
+    group.put(OTHER, other.consistent())
+    group.put(SOURCE, write(agent, 10, b"data"))
+    group.put(OTHER, write(other, 5, b"data"))
+    lose_record(group)
+    assert latest(group) == 5
+    group.replica = open_replica(group.directory)
+    assert group.replica.status().watermark == START + 5 * SECOND
+    all_removed(group)
+    lose_record(group)
+    assert latest(group) == 5
+    group.replica = open_replica(group.directory)
+    assert group.replica.status().watermark == START + 5 * SECOND
+
+
+def test_a_disk_that_is_synced_late_hides_nothing_of_before_when_the_record_is_lost(
+    group: Group,
+) -> None:
+    # Its mark is bounded by the group's watermark, which its source's own may be far behind.
+    agent = group.agent
+    group.put(SOURCE, agent.consistent())
+    group.put(SOURCE, write(agent, 10, b"data"))
+    other = group.join()
+    other.stamp = START + 3 * SECOND
+    group.put(OTHER, other.consistent())
+    lose_record(group)
+    with ReplicaHistory(group.directory) as history:
+        assert history.state().latest_ns == START + 10 * SECOND - 1
+    group.replica = open_replica(group.directory)

@@ -413,20 +413,6 @@ def no_checkpoint(group: str, name: str) -> StateError:
     )
 
 
-def sources_shown(disks: Iterable[DiskRow]) -> dict[bytes, int]:
-    """The sources that views have disks of, and up to which instant they have none of them.
-
-    Not those whose disks are all still to be synced: these will not be in a view of before the
-    group's watermark.
-    """
-    found: dict[bytes, int] = {}
-    for disk in disks:
-        if disk.ready_ns is not None:
-            before_ns = disk.ready_ns - 1
-            found[disk.source] = min(before_ns, found.get(disk.source, before_ns))
-    return found
-
-
 def sized_at(disk: DiskRow, at_ns: int, growths: Iterable[GrowthRow]) -> DiskRow:
     """The disk with the size it had at an instant. ``growths``: as `Catalog.growths` has them."""
     for growth in growths:

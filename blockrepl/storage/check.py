@@ -26,7 +26,7 @@ from blockrepl.formats.segment import file_name
 from blockrepl.storage import catalog as catalogs
 from blockrepl.storage import durable as durables
 from blockrepl.storage import merged_runs
-from blockrepl.storage.catalog import Catalog, SegmentRow, sources_shown
+from blockrepl.storage.catalog import Catalog, SegmentRow
 from blockrepl.storage.check_catalog import Numbers, check_catalog
 from blockrepl.storage.check_files import check_files, true_runs
 from blockrepl.storage.check_findings import Finding, Lost
@@ -37,6 +37,7 @@ from blockrepl.storage.merged_runs import MergedFile, MergedRunError
 from blockrepl.storage.merging import Account
 from blockrepl.storage.reading import ReadFiles
 from blockrepl.storage.runs import directory_cache
+from blockrepl.storage.watermarks import sources_shown
 
 Progress = Callable[[int], None]  # called with the bytes examined so far
 

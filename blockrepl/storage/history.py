@@ -8,8 +8,8 @@ What is there, in the order in which it is read, so that no step can miss what a
 
 Without a durable record of this boot, or when it contradicts the files (a power cut: it is never
 synced, so it may be an old one), the open segments are read to their last whole frame, marks the
-catalog does not know yet are applied, and the newest instant is the least of the sources'
-watermarks.
+catalog does not know yet are applied, and the newest instant is what the sources' watermarks allow
+(storage/watermarks.py).
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from blockrepl.storage.payload import PayloadReader
 from blockrepl.storage.reading import GoneError, ReadFiles
 from blockrepl.storage.retained import leftovers, read_kept
 from blockrepl.storage.segment_reader import Known, SegmentReader
+from blockrepl.storage.watermarks import newest_instant, sources_shown
 
 log = logging.getLogger(__name__)
 
@@ -145,12 +146,11 @@ class ReplicaHistory:
             for source, number, mark in segment.marks:
                 if number > numbers.get(source, 0):
                     _apply(state, mark)
-        live = {disk.source for disk in state.disks if disk.removed_ns is None}
-        state.latest_ns = min((watermarks.get(source, 0) for source in live), default=0)
+        state.latest_ns = newest_instant(state.disks, watermarks)
         return state
 
     def _sources_shown(self) -> dict[bytes, int]:
-        return catalogs.sources_shown(self.catalog.disks(removed=True))
+        return sources_shown(self.catalog.disks(removed=True))
 
     @contextmanager
     def _reading(self) -> Iterator[int]:

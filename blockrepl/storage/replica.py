@@ -74,6 +74,7 @@ from blockrepl.storage.files import Files, fail_stop, failure, failures
 from blockrepl.storage.home import make_directory
 from blockrepl.storage.journal import DIRECTORY_NAME, Journal
 from blockrepl.storage.proofs import Proofs
+from blockrepl.storage.watermarks import newest_instant
 from blockrepl.units import format_instant
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ class Replica:
         durable = read_durable(directory / durables.FILE_NAME)
         self._boot = durables.this_boot()
         self._watermark = durable.watermark if durable else 0
+        self._recall_watermark()  # what is replayed is bounded by it
         with ExitStack() as opened:
             self._journal = Journal(
                 directory / DIRECTORY_NAME,
@@ -151,6 +153,7 @@ class Replica:
                     image.settle()
             self._take_staged()
             self._write_catalog()
+            self._recall_watermark()
             self._publish()
             opened.pop_all()
         recovered = self._journal.recovered
@@ -471,6 +474,12 @@ class Replica:
             self._durable_file.write(record)
         except OSError as error:
             raise failure(error, f"cannot write the durable record of {self.name}") from error
+
+    def _recall_watermark(self) -> None:
+        """The durable record is never synced: a power cut or a move may have lost what it said."""
+        watermarks = {row.id: row.watermark for row in self._sources.values()}
+        newest_ns = newest_instant(self.catalog.disks(removed=True), watermarks)
+        self._watermark = max(self._watermark, newest_ns)
 
     def _check_working(self) -> None:
         if self.error is not None and self.error.code == "fail-stop":
