@@ -220,8 +220,9 @@ def exclusive_lock(path: Path, what: str = "") -> ExclusiveLock:
     except OSError:
         os.close(descriptor)
         raise
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # a full file system: the lock holds without the name
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return ExclusiveLock(descriptor)
 
 
