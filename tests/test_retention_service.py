@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import select
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,9 +28,10 @@ from blockrepl.services.receiver import Receiver
 from blockrepl.services.receiver_status import facts_of
 from blockrepl.services.retention import Retention
 from blockrepl.services.retention_status import HistoryOutlook, describe_retention
-from blockrepl.storage import pins
+from blockrepl.storage import pins, retained
 from blockrepl.storage.history import ReplicaHistory
-from blockrepl.storage.retained import Policy, fold_due, read_kept, write_policy
+from blockrepl.storage.retained import Policy, fold_due, raise_floor, read_kept, write_policy
+from blockrepl.storage.retention_worker import Order
 from blockrepl.units import KIB, MIB, NANOSECONDS_PER_SECOND
 
 SECOND = NANOSECONDS_PER_SECOND
@@ -185,7 +190,7 @@ async def test_what_cannot_be_folded_holds_up_no_thinning(
 
 
 class _Damaged:
-    async def __call__(self, _committer: GroupCommitter) -> None:
+    async def __call__(self, *_order: object) -> None:
         raise DamageError("a block is damaged")
 
 
@@ -230,7 +235,7 @@ class _Crashed(BaseException):
 
 
 class _Crash:
-    async def __call__(self, _committer: GroupCommitter) -> None:
+    async def __call__(self, *_order: object) -> None:
         raise _Crashed
 
 
@@ -278,7 +283,7 @@ async def test_a_defect_in_a_pass_is_told_once_with_its_traceback_and_tried_agai
 
 
 class _Defect:
-    async def __call__(self, _committer: GroupCommitter) -> None:
+    async def __call__(self, *_order: object) -> None:
         raise ZeroDivisionError
 
 
@@ -306,3 +311,95 @@ async def test_the_floor_is_a_point_though_the_gaps_of_two_disks_overlap(
         assert floor_ns < begin.from_ns
         with ReplicaHistory(journal.directory) as history:
             assert history.resolve(Point("x", Instant(floor_ns)), journal.stamp).at_ns == floor_ns
+
+
+RECEIVER = """
+import sys, trio
+from pathlib import Path
+from blockrepl.services import retention
+from blockrepl.storage import retained
+from blockrepl.storage.retention_worker import Order
+directory, floor_ns, program = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+retention.sys = type("sys", (), {"executable": program})
+order = Order(directory=directory, operation="fold", floor_ns=floor_ns)
+trio.run(retention.Retention(rate=1.0)._work, order, retained.lock(directory))
+"""
+
+
+def receiver(journal: Journal, program: str, errors: int | None = None) -> subprocess.Popen[bytes]:
+    """One that has a fold done, to be killed."""
+    raise_floor(journal.replica.catalog, journal.stamp)
+    words = [str(journal.directory), str(journal.stamp), program]
+    return subprocess.Popen([sys.executable, "-c", RECEIVER, *words], stderr=errors)
+
+
+def test_a_worker_whose_receiver_died_before_it_had_begun_does_nothing(journal: Journal) -> None:
+    # Guards "parent" in main: the worker took the process it had fallen to for its receiver.
+    journal.run(100)
+    journal.close()
+    journal.open()  # seals what is full
+    raise_floor(journal.replica.catalog, journal.stamp)
+    image = journal.directory / "base" / "root.img"
+    before = image.read_bytes()
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    order = Order(
+        directory=journal.directory,
+        operation="fold",
+        floor_ns=journal.stamp,
+        bytes_per_second=1e9,
+    )
+    for parent, status in ((gone.pid, 1), (os.getpid(), 0)):
+        done = subprocess.run(
+            [sys.executable, "-m", "blockrepl.storage.retention_worker"],
+            input=order.model_copy(update={"parent": parent}).model_dump_json().encode(),
+            stdout=subprocess.PIPE,
+            check=False,
+        )
+        assert done.returncode == status
+        assert (image.read_bytes() == before, not done.stdout) == (status == 1, status == 1)
+
+
+def test_a_worker_at_work_ends_with_its_receiver(journal: Journal) -> None:
+    # Guards _end_with: it would go on up to its next write, or for good where there is none.
+    journal.run(100)
+    journal.close()
+    journal.open()
+    image = journal.directory / "base" / f"{min(SIZES)}.img"  # the first that is folded
+    before = image.read_bytes()
+    alive, theirs = os.pipe()  # it ends when the last process that has it ends
+    with receiver(journal, sys.executable, theirs) as killed:
+        os.close(theirs)
+        while image.read_bytes() == before:
+            assert killed.poll() is None
+        killed.kill()
+    ended, _, _ = select.select([alive], [], [], 30)
+    os.close(alive)
+    assert ended
+
+
+async def test_no_worker_begins_beside_one_that_a_killed_receiver_has_left(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards pass_fds in Retention._work: both would write the base, the older one last.
+    journal.run(450)
+    script, begun, going_on = (journal.home / name for name in ("worker", "begun", "going_on"))
+    script.write_text(f"#!/bin/sh\necho > {begun}\nread line < {going_on}\n")
+    script.chmod(0o755)
+    os.mkfifo(begun)
+    os.mkfifo(going_on)
+    async with committing(journal) as committer:
+        with receiver(journal, str(script)) as killed:
+            await trio.to_thread.run_sync(begun.read_text)
+            killed.send_signal(signal.SIGKILL)
+        before, floor_ns = segments_of(journal), floor_of(journal)
+        retention = Retention()
+        with monkeypatch.context() as patched:
+            patched.setattr(retained, "LOCK_WAIT_SECONDS", 0.0)
+            await retention.run_pass(committer)
+        assert "still at work" in retention.groups["web"].problem
+        assert (segments_of(journal), floor_of(journal)) == (before, floor_ns)
+        going_on.write_text("\n")
+        await retention.run_pass(committer)
+        assert retention.groups["web"].problem == ""
+        assert segments_of(journal) != before

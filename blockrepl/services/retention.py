@@ -1,6 +1,7 @@
 """Retention at the receiver: a pass over every group now and then.
 
-A pass, in this order (storage/retained.py says why a crash in between does no harm):
+A pass, in this order (storage/retained.py says why a crash in between does no harm), under a lock
+that a worker left behind by a killed receiver still holds:
 
 1. with the lock of the pins held, for a moment: what can be reached from now on is decided
    (model/retention_plan.py) and catalogued. Pinned are what mounts, servers and forks use, and the
@@ -34,8 +35,9 @@ from blockrepl.errors import BlockreplError, DamageError, StorageError
 from blockrepl.model.points import Gap, union
 from blockrepl.model.retention_plan import Pinned, decide, floor_for_room, next_batch
 from blockrepl.services.group_committer import GroupCommitter
-from blockrepl.storage import pins
+from blockrepl.storage import pins, retained
 from blockrepl.storage.forks import all_pins
+from blockrepl.storage.home import ExclusiveLock
 from blockrepl.storage.replica import Replica
 from blockrepl.storage.retained import Policy, fold_due, forget_retired, read_kept, read_policy
 from blockrepl.storage.retention_worker import Failure, Order, Outcome
@@ -68,14 +70,8 @@ class Retention:
         defect: Exception | None = None
         async with self._lock:
             try:
-                gone, problem = await committer.perform(lambda: _decide(replica))
-                for name in gone:
-                    logger.info("group %s: checkpoint %s was thinned", replica.name, name)
-                try:
-                    await self._fold(committer)
-                except (BlockreplError, OSError) as error:  # a damaged block holds up no thinning
-                    problem = str(error)
-                await self._thin(committer, known)
+                with await trio.to_thread.run_sync(retained.lock, replica.directory) as lock:
+                    problem = await self._run(committer, known, lock)
             except (BlockreplError, OSError) as error:
                 problem = str(error)
             except Exception as error:
@@ -85,13 +81,28 @@ class Retention:
             logger.error("group %s: retention: %s", replica.name, problem, exc_info=defect)
         known.problem = problem
 
-    async def _fold(self, committer: GroupCommitter) -> None:
+    async def _run(
+        self, committer: GroupCommitter, known: GroupRetention, lock: ExclusiveLock
+    ) -> str:
+        """The steps; what could not be done."""
+        replica = committer.replica
+        gone, problem = await committer.perform(lambda: _decide(replica))
+        for name in gone:
+            logger.info("group %s: checkpoint %s was thinned", replica.name, name)
+        try:
+            await self._fold(committer, lock)
+        except (BlockreplError, OSError) as error:  # a damaged block holds up no thinning
+            problem = str(error)
+        await self._thin(committer, known, lock)
+        return problem
+
+    async def _fold(self, committer: GroupCommitter, lock: ExclusiveLock) -> None:
         replica = committer.replica
         floor_ns = await trio.to_thread.run_sync(fold_due, replica.catalog)
         if floor_ns is None:
             return
         outcome = await self._work(
-            Order(directory=replica.directory, operation="fold", floor_ns=floor_ns)
+            Order(directory=replica.directory, operation="fold", floor_ns=floor_ns), lock
         )
         folded_ns = floor_ns if outcome.failure is None else None  # else it stays due
         await committer.perform(
@@ -107,7 +118,9 @@ class Retention:
         if outcome.failure is not None:
             raise outcome.failure.as_error()
 
-    async def _thin(self, committer: GroupCommitter, known: GroupRetention) -> None:
+    async def _thin(
+        self, committer: GroupCommitter, known: GroupRetention, lock: ExclusiveLock
+    ) -> None:
         replica = committer.replica
         while True:
             rows = await trio.to_thread.run_sync(replica.catalog.segments)
@@ -119,21 +132,22 @@ class Retention:
                 directory=replica.directory, operation="thin", numbers=numbers, step_ns=step_ns
             )
             try:
-                outcome = await self._work(order)
+                outcome = await self._work(order, lock)
             except DamageError as error:
                 known.failed.update(numbers)
                 logger.error("group %s: not thinned: %s", replica.name, error)
                 continue
             await committer.perform(partial(replica.replace_segments, outcome.old, outcome.rows()))
 
-    async def _work(self, order: Order) -> Outcome:
-        """Have an order carried out. DamageError, StorageError."""
+    async def _work(self, order: Order, lock: ExclusiveLock) -> Outcome:
+        """Have an order carried out, under the lock. DamageError, StorageError."""
         order = order.model_copy(update={"bytes_per_second": self._rate})
         done = await trio.run_process(
             [sys.executable, "-m", "blockrepl.storage.retention_worker"],
             stdin=order.model_dump_json().encode(),
             capture_stdout=True,
             check=False,
+            pass_fds=(lock.fileno(),),
         )
         try:
             if done.returncode == 0:

@@ -27,7 +27,7 @@ from blockrepl.storage.catalog import Catalog, DiskRow, SegmentRow, sized_at
 from blockrepl.storage.check_findings import Finding
 from blockrepl.storage.journal import DIRECTORY_NAME
 from blockrepl.storage.merging import TEMPORARY
-from blockrepl.storage.retained import fold_due, leftovers
+from blockrepl.storage.retained import LOCK_NAME, fold_due, leftovers
 from blockrepl.storage.seed import SEEDS
 from blockrepl.storage.segment_reader import Known
 
@@ -38,6 +38,7 @@ _KNOWN = {
     durables.FILE_NAME,
     pins.LOCK_NAME,
     pins.DIRECTORY_NAME,
+    LOCK_NAME,
     forks.DIRECTORY_NAME,
     merged_runs.DIRECTORY_NAME,
     statistics.DIRECTORY_NAME,

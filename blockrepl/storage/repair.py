@@ -48,7 +48,10 @@ def repair(directory: Path, findings: Sequence[Finding]) -> None:
     """Repair what can be, and mark it so; ``what`` says why something was not. StorageError."""
     if any(finding.file == catalogs.FILE_NAME for finding in findings):
         return  # without a true catalog nobody knows what is derived
-    with closing(Catalog.open(directory / catalogs.FILE_NAME)) as catalog:
+    with (
+        retained.lock(directory),
+        closing(Catalog.open(directory / catalogs.FILE_NAME)) as catalog,
+    ):
         _rewrite_segments(directory, catalog, findings)
         true = true_runs(directory, catalog.segments())
         for finding in findings:

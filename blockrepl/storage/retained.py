@@ -19,22 +19,29 @@ reached, and leaves nothing that cannot be finished:
    floor. Views read either: what the base gains, the journal still covers.
 3. The catalog says which segments there are, and which are left over (`replace`); then these are
    removed. What a crash leaves of them goes at the next start (`remove_leftovers`).
+
+Whoever does any of this holds ``retention.lock``, and so does the worker that it starts, by the same
+open file: a worker whose receiver was killed keeps out the next one for as long as it lives.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from blockrepl.errors import DamageError
+from blockrepl.errors import DamageError, StateError, StorageError
 from blockrepl.formats.segment import file_name
 from blockrepl.model.retention import DEFAULT, Kept, Ladder, Stretch, parse_age, parse_ladder
 from blockrepl.storage.catalog import Catalog, SegmentRow
 from blockrepl.storage.files import failure
-from blockrepl.storage.home import sync_directory
+from blockrepl.storage.home import ExclusiveLock, exclusive_lock, sync_directory
 
+LOCK_NAME = "retention.lock"
+LOCK_WAIT_SECONDS = 2.0  # a worker ends much sooner after its receiver (retention_worker.py)
+_LOCK_POLL_SECONDS = 0.05
 _VERSION = 3  # of the catalog that has these tables
 
 
@@ -82,6 +89,21 @@ def read_kept(catalog: Catalog) -> Kept:
     stretches = catalog.rows("SELECT from_ns, to_ns, step_ns FROM thinned ORDER BY from_ns")
     instants = catalog.rows("SELECT at_ns FROM kept_instants ORDER BY at_ns")
     return Kept(tuple(Stretch(*row) for row in stretches), tuple(at_ns for (at_ns,) in instants))
+
+
+def lock(replica: Path) -> ExclusiveLock:
+    """Keep everybody else from shortening a replica's history. Blocks; StorageError."""
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    while True:
+        try:
+            return exclusive_lock(replica / LOCK_NAME)
+        except StateError as error:
+            if time.monotonic() >= deadline:
+                raise StorageError(
+                    f"a retention worker of an earlier receiver is still at work in {replica}",
+                    hint=f"it ends by itself; fuser -v {replica / LOCK_NAME} names it",
+                ) from error
+        time.sleep(_LOCK_POLL_SECONDS)
 
 
 # --- step 1

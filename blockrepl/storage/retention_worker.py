@@ -3,25 +3,29 @@
 An `Order` on standard input, an `Outcome` or a `Failure` on standard output. It reads the catalog
 and never writes to it: what it has made counts when the receiver has catalogued it
 (storage/retained.py, step 3). In a process of its own it takes no time from the receiver's tasks,
-and it may be killed at any instant; it ends by itself when the receiver does.
+and it may be killed at any instant; it ends by itself when the receiver does. It is born with the
+receiver's lock of the replica's retention, so none of the next receiver's works beside it.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from blockrepl.errors import BlockreplError, DamageError, StorageError
 from blockrepl.storage.catalog import SegmentRow
 from blockrepl.storage.folding import fold_most, grow_images
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.thinning import fitting, thin
+
+PARENT_POLL_SECONDS = 0.2  # how long a worker may outlive its receiver
 
 
 class Order(BaseModel):
@@ -33,6 +37,7 @@ class Order(BaseModel):
     step_ns: int = 0
     floor_ns: int = 0
     bytes_per_second: float = float("inf")
+    parent: int = Field(default_factory=os.getpid)  # who ordered; without it, nobody wants it
 
 
 class Failure(BaseModel):
@@ -61,16 +66,13 @@ class Outcome(BaseModel):
 
 
 class _Pace:
-    """Keeps what is written under a rate; ends the process when its parent has ended."""
+    """Keeps what is written under a rate."""
 
     def __init__(self, bytes_per_second: float) -> None:
         self._rate = bytes_per_second
-        self._parent = os.getppid()
         self._due = time.monotonic()
 
     def __call__(self, size_bytes: int) -> None:
-        if os.getppid() != self._parent:
-            sys.exit(1)
         self._due = max(self._due, time.monotonic() - 0.1) + size_bytes / self._rate
         time.sleep(max(0.0, self._due - time.monotonic()))
 
@@ -96,9 +98,22 @@ def work(order: Order) -> Outcome:
         return Outcome(old=[row.number for row in rows], new=[asdict(row) for row in new])
 
 
+def _end_with(parent: int) -> None:
+    """End when the parent has: at any step, for a large disk's lookups take long between writes.
+
+    Not by PR_SET_PDEATHSIG: it is sent when the parent's *thread* ends that started the process.
+    """
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_SECONDS)
+    os._exit(1)
+
+
 def main() -> int:
     os.nice(10)
     order = Order.model_validate_json(sys.stdin.read())
+    if os.getppid() != order.parent:
+        return 1
+    threading.Thread(target=_end_with, args=(order.parent,), daemon=True).start()
     try:
         answer: BaseModel = work(order)
     except BlockreplError as error:
