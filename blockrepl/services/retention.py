@@ -32,11 +32,11 @@ import trio
 from pydantic import ValidationError
 
 from blockrepl.errors import BlockreplError, DamageError, StorageError
-from blockrepl.model.points import Gap, union
 from blockrepl.model.retention_plan import Pinned, decide, floor_for_room, next_batch
 from blockrepl.services.group_committer import GroupCommitter
 from blockrepl.storage import pins, retained
 from blockrepl.storage.forks import all_pins
+from blockrepl.storage.history import union_of
 from blockrepl.storage.home import ExclusiveLock
 from blockrepl.storage.replica import Replica
 from blockrepl.storage.retained import Policy, fold_due, forget_retired, read_kept, read_policy
@@ -177,7 +177,7 @@ def _decide(replica: Replica) -> tuple[list[str], str]:
         found += [Pinned(one.at_ns, one.at_ns) for one in catalog.checkpoints() if one.kept]
         kept = read_kept(catalog)
         decision = decide(policy.rungs(), now_ns, kept, found, status.floor_ns, room_ns)
-        for gap in union(Gap(gap.from_ns, gap.to_ns) for gap in status.gaps):
+        for gap in union_of(status.gaps, catalog.disks(removed=True)):
             if gap.from_ns <= decision.floor_ns and (gap.to_ns or now_ns + 1) > decision.floor_ns:
                 # The floor must be a point: it waits for the end of the gap.
                 found.append(Pinned(gap.from_ns - 1, gap.from_ns - 1))

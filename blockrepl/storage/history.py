@@ -207,15 +207,10 @@ class ReplicaHistory:
         """The value that points are resolved against."""
         now = state or self.state()
         floors = [disk.ready_ns for disk in now.disks if disk.ready_ns is not None]
-        removed = {disk.id: disk.removed_ns for disk in now.disks}
-        gaps = [
-            Gap(gap.from_ns, removed.get(gap.disk) if gap.to_ns is None else gap.to_ns)
-            for gap in now.gaps
-        ]
         return History(
             floor_ns=min(floors, default=None),
             latest_ns=now.latest_ns,
-            gaps=union(gaps),
+            gaps=union_of(now.gaps, now.disks),
             checkpoints={row.name: row.at_ns for row in now.checkpoints.values()},
             last_flush=lambda at_ns: self._last_flush(now, at_ns),
             records_back=lambda at_ns, count: self._records_back(now, at_ns, count),
@@ -265,6 +260,14 @@ class ReplicaHistory:
             row = _row(state, segment)
             if row is None or not row.sealed or 0 < row.first_stamp <= at_ns:
                 yield segment
+
+
+def union_of(gaps: Iterable[GapRow], disks: Iterable[DiskRow]) -> tuple[Gap, ...]:
+    """The group's gaps. One that is open ends where its disk was retired: no view has it then."""
+    removed = {disk.id: disk.removed_ns for disk in disks}
+    return union(
+        Gap(gap.from_ns, removed.get(gap.disk) if gap.to_ns is None else gap.to_ns) for gap in gaps
+    )
 
 
 def groups(home: Path) -> list[str]:
