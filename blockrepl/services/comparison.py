@@ -38,7 +38,7 @@ from blockrepl.errors import PeerError, StorageError, explain
 from blockrepl.formats.comparison import DIGEST_BYTES, Compare, Purpose, Verdict
 from blockrepl.limits import COMPARE_BLOCK_BYTES, REGION_BYTES
 from blockrepl.services.group_committer import GroupCommitter
-from blockrepl.storage.attachment import image_path
+from blockrepl.storage.base import image_path
 from blockrepl.storage.catalog import DiskRow
 from blockrepl.storage.content import ContentReader, Extent
 from blockrepl.storage.digests import digest_blocks, zero_digests

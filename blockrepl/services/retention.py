@@ -39,7 +39,7 @@ from blockrepl.storage.forks import all_pins
 from blockrepl.storage.history import union_of
 from blockrepl.storage.home import ExclusiveLock
 from blockrepl.storage.replica import Replica
-from blockrepl.storage.retained import Policy, fold_due, forget_retired, read_kept, read_policy
+from blockrepl.storage.retained import Policy, fold_due, read_kept, read_policy
 from blockrepl.storage.retention_worker import Failure, Order, Outcome
 from blockrepl.units import format_instant
 
@@ -185,8 +185,6 @@ def _decide(replica: Replica) -> tuple[list[str], str]:
         gone = replica.shorten(decision)
     if decision.floor_ns < room_ns:
         problem = "what is pinned holds back what should go to make room; see `retention plan`"
-    for name in forget_retired(catalog, decision.floor_ns):
-        (replica.directory / "base" / f"{name}.img").unlink(missing_ok=True)
     return gone, problem
 
 

@@ -25,14 +25,10 @@ from pathlib import Path
 
 from blockrepl.errors import StateError
 from blockrepl.formats.messages import AttachDisk
-from blockrepl.storage.base import create_image
+from blockrepl.storage import retained
+from blockrepl.storage.base import create_image, image_path
 from blockrepl.storage.catalog import Catalog, DiskRow, SourceRow
 from blockrepl.storage.files import failure
-
-
-def image_path(directory: Path, disk_name: str) -> Path:
-    """The base image of a disk in a replica's directory."""
-    return directory / "base" / f"{disk_name}.img"
 
 
 def attach_disks(
@@ -65,6 +61,7 @@ def _add(directory: Path, catalog: Catalog, source: bytes, disk: AttachDisk) -> 
             hint=f"at the source: blockrepl disk remove {disk.name}, then add it by another name",
             code="disk-name-taken",
         )
+    retained.remove_images(catalog, directory)  # of another that had the name: it is no seed
     image = image_path(directory, disk.name)
     seeded = image.stat().st_size if image.exists() else 0  # 0: making one broke off
     if seeded not in (0, disk.size_bytes):

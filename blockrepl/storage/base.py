@@ -34,6 +34,11 @@ from blockrepl.units import MIB
 CHUNK_BYTES = 1 * MIB  # zeros written at once
 
 
+def image_path(directory: Path, disk_name: str) -> Path:
+    """The base image of a disk in a replica's directory."""
+    return directory / "base" / f"{disk_name}.img"
+
+
 def create_image(path: Path, size_bytes: int) -> None:
     """Make the image of a disk where there is none; durable on return. OSError."""
     make_directory(path.parent)

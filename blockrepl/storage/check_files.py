@@ -22,7 +22,7 @@ from blockrepl.limits import FORK_BLOCK_BYTES
 from blockrepl.storage import catalog as catalogs
 from blockrepl.storage import durable as durables
 from blockrepl.storage import forks, merged_runs, pins, statistics
-from blockrepl.storage.attachment import image_path
+from blockrepl.storage.base import image_path
 from blockrepl.storage.catalog import Catalog, DiskRow, SegmentRow, sized_at
 from blockrepl.storage.check_findings import Finding
 from blockrepl.storage.journal import DIRECTORY_NAME

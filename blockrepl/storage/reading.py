@@ -81,14 +81,20 @@ def damaged(path: Path, offset: int, why: object) -> DamageError:
 class OpenFile:
     """Closed when the last reader lets go of it."""
 
-    __slots__ = ("descriptor",)
+    __slots__ = ("descriptor", "is_image")
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if path.suffix != IMAGE_SUFFIX:
+        self.is_image = path.suffix == IMAGE_SUFFIX
+        if not self.is_image:
             # Only the index knows what is read next: reading on from here would be for nothing.
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it is an image that was removed: another disk may have its name by now."""
+        return self.is_image and os.fstat(self.descriptor).st_nlink == 0
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -151,7 +157,7 @@ class ReadFiles:
     def file(self, path: Path) -> OpenFile:
         """Open as long as it is held. OSError."""
         file = self._open.get(path)
-        if file is None:
+        if file is None or file.is_gone:
             file = OpenFile(path)
             self._open.put(path, file)
         return file

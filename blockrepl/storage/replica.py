@@ -58,8 +58,8 @@ from blockrepl.storage.admission import (
     check_resync,
     read_mark,
 )
-from blockrepl.storage.attachment import attach_disks, image_path
-from blockrepl.storage.base import BaseImage, is_blank
+from blockrepl.storage.attachment import attach_disks
+from blockrepl.storage.base import BaseImage, image_path, is_blank
 from blockrepl.storage.catalog import (
     Catalog,
     CheckpointRow,
@@ -129,6 +129,7 @@ class Replica:
         self._reload()
         self._forget_staged()
         retained.remove_leftovers(catalog, directory / DIRECTORY_NAME)
+        retained.remove_images(catalog, directory)
         durable = read_durable(directory / durables.FILE_NAME)
         self._boot = durables.this_boot()
         self._watermark = durable.watermark if durable else 0
@@ -505,7 +506,13 @@ class Replica:
                 retained.raise_floor(self.catalog, decision.floor_ns)
             if decision.kept != retained.read_kept(self.catalog):
                 gone = retained.thin_to(self.catalog, decision.kept)
+            forgotten = retained.forget_retired(self.catalog, decision.floor_ns)
+        for disk in forgotten:  # should it return, it gets another image
+            self._base_bytes.pop(disk, None)
+            if disk in self._images:
+                self._images.pop(disk).close()
         self._reload()
+        retained.remove_images(self.catalog, self.directory)
         return gone
 
     def replace_segments(

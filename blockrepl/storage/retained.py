@@ -3,7 +3,9 @@
 =============  ===================================================================================
 table          a row is
 =============  ===================================================================================
-meta           ``retention``: the policy, as JSON; none: the default
+meta           ``retention``: the policy, as JSON; none: the default. ``image NAME``: the base
+               image of a disk that was forgotten may still be there; what lies under another
+               name beside the known disks' is a seed (storage/seed.py)
 thinned        a stretch of history of which only the multiples of ``step_ns`` can be reached
 kept_instants  an instant in such a stretch that was pinned when it was thinned
 folds          a floor that has been raised; the journal up to it is being folded into the base
@@ -13,8 +15,9 @@ leftovers      a segment file that is not part of the history any more, and may 
 History is shortened in this order, so that a crash between any two steps loses nothing that can be
 reached, and leaves nothing that cannot be finished:
 
-1. The catalog says what can be reached from now on (`thin_to`, `raise_floor`). Whoever pins an
-   instant does so before this, or is refused (storage/pins.py).
+1. The catalog says what can be reached from now on (`thin_to`, `raise_floor`, `forget_retired`),
+   in one transaction: the floor is the oldest of any disk that it knows. Whoever pins an instant
+   does so before this, or is refused (storage/pins.py).
 2. Files are made: segments written anew under names of their own, base images brought up to the
    floor. Views read either: what the base gains, the journal still covers.
 3. The catalog says which segments there are, and which are left over (`replace`); then these are
@@ -35,6 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from blockrepl.errors import DamageError, StateError, StorageError
 from blockrepl.formats.segment import file_name
 from blockrepl.model.retention import DEFAULT, Kept, Ladder, Stretch, parse_age, parse_ladder
+from blockrepl.storage.base import image_path
 from blockrepl.storage.catalog import Catalog, SegmentRow
 from blockrepl.storage.files import failure
 from blockrepl.storage.home import ExclusiveLock, exclusive_lock, sync_directory
@@ -42,6 +46,7 @@ from blockrepl.storage.home import ExclusiveLock, exclusive_lock, sync_directory
 LOCK_NAME = "retention.lock"
 LOCK_WAIT_SECONDS = 2.0  # a worker ends much sooner after its receiver (retention_worker.py)
 _LOCK_POLL_SECONDS = 0.05
+_IMAGE = "image "  # and a disk's name: a key in meta
 _VERSION = 3  # of the catalog that has these tables
 
 
@@ -189,8 +194,8 @@ def remove_leftovers(catalog: Catalog, directory: Path) -> None:
     catalog.change("DELETE FROM leftovers")
 
 
-def forget_retired(catalog: Catalog, floor_ns: int) -> list[str]:
-    """Forget the disks that were retired before the floor; their names."""
+def forget_retired(catalog: Catalog, floor_ns: int) -> list[bytes]:
+    """Forget the disks that were retired before the floor; their ids. Then `remove_images`."""
     gone = [
         row
         for row in catalog.disks(removed=True)
@@ -201,4 +206,22 @@ def forget_retired(catalog: Catalog, floor_ns: int) -> list[str]:
             for table in ("gaps", "growths", "proofs", "mismatches"):
                 catalog.change(f"DELETE FROM {table} WHERE disk = ?", row.id.hex())
             catalog.change("DELETE FROM disks WHERE id = ?", row.id.hex())
-    return [row.name for row in gone]
+            catalog.change("INSERT OR REPLACE INTO meta VALUES (?, '')", f"{_IMAGE}{row.name}")
+    return [row.id for row in gone]
+
+
+def remove_images(catalog: Catalog, directory: Path) -> None:
+    """Remove the base images of disks that were forgotten from a replica. StorageError."""
+    rows = catalog.rows("SELECT key FROM meta WHERE substr(key, 1, ?) = ?", len(_IMAGE), _IMAGE)
+    if not rows:
+        return
+    try:
+        for (key,) in rows:
+            path = image_path(directory, key.removeprefix(_IMAGE))
+            path.unlink(missing_ok=True)
+            sync_directory(path.parent)
+    except OSError as error:
+        raise failure(error, f"cannot remove a base image in {directory}") from error
+    with catalog.transaction():
+        for (key,) in rows:
+            catalog.change("DELETE FROM meta WHERE key = ?", key)

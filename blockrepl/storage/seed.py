@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from blockrepl.errors import StateError
-from blockrepl.storage.attachment import image_path
+from blockrepl.storage import retained
+from blockrepl.storage.base import image_path
 from blockrepl.storage.catalog import Catalog
 from blockrepl.storage.files import failure
 from blockrepl.storage.home import Home, make_directory, sync_directory
@@ -122,6 +123,7 @@ def check_free(catalog: Catalog, disk: str) -> None:
 def place_seed(directory: Path, catalog: Catalog, seed: Path, disk: str) -> None:
     """Make a durable copy the base image of a disk to come; durable on return. StateError."""
     check_free(catalog, disk)
+    retained.remove_images(catalog, directory)  # later, it would be taken for one of these
     image = image_path(directory, disk)
     try:
         make_directory(image.parent)
