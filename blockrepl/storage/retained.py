@@ -23,8 +23,8 @@ reached, and leaves nothing that cannot be finished:
 3. The catalog says which segments there are, and which are left over (`replace`); then these are
    removed. What a crash leaves of them goes at the next start (`remove_leftovers`).
 
-Whoever does any of this holds ``retention.lock``, and so does the worker that it starts, by the same
-open file: a worker whose receiver was killed keeps out the next one for as long as it lives.
+Whoever does any of this holds ``retention.lock``, and so does the worker that it starts, by the
+same open file: a worker whose receiver was killed keeps out the next one for as long as it lives.
 """
 
 from __future__ import annotations
