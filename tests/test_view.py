@@ -10,13 +10,13 @@ import pytest
 from journal_model import GROUP, START, Journal, Record, small_segments
 
 from blockrepl.errors import DamageError, PointError, StateError, StorageError, UsageError
-from blockrepl.formats.frame import RecordKind
+from blockrepl.formats.frame import Columns, RecordKind
 from blockrepl.formats.segment import file_name
 from blockrepl.model import points
 from blockrepl.storage.durable import FILE_NAME as DURABLE_NAME
 from blockrepl.storage.folding import foldable
 from blockrepl.storage.history import ReplicaHistory
-from blockrepl.storage.segment_reader import Known
+from blockrepl.storage.segment_reader import Known, SegmentReader
 from blockrepl.units import KIB, MIB
 from blockrepl.views import view as views
 from blockrepl.views.view import View
@@ -409,6 +409,34 @@ def test_flush_and_records_back_are_read_from_the_journal(
     history = replica.history()
     for at in stamps[::10]:
         assert history.last_flush(at) == max((f for f in flushes if f <= at), default=None)
+
+
+def test_records_back_reads_the_columns_of_few_frames(
+    journal: Journal, replica: ReplicaHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards _NewestFrames: all stamps that had been found were sorted anew with each frame, so that
+    # a point some millions of records back took hours.
+    journal.run(600)
+    stamps = sorted(record.stamp for record in journal.model.records)
+    read: list[int] = []
+    columns = SegmentReader.columns
+
+    def counted(segment: SegmentReader, ordinal: int) -> Columns:
+        read.append(ordinal)
+        return columns(segment, ordinal)
+
+    monkeypatch.setattr(SegmentReader, "columns", counted)
+    history = replica.history()
+    for place in (*range(0, 600, 29), 599):
+        for at in (stamps[place], stamps[place] + 1):  # inside a frame, as a rule
+            for count in {1, 2, place // 3, place - 1, place}:
+                if 0 < count <= place:
+                    read.clear()
+                    assert history.records_back(at, count) == stamps[place - count]
+                    assert len(read) <= 8
+            read.clear()
+            assert history.records_back(at, place + 5_000_000) is None
+            assert not read
 
 
 def test_a_damaged_block_is_an_error_that_names_segment_and_offset(

@@ -15,6 +15,7 @@ catalog does not know yet are applied, and the newest instant is what the source
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -239,19 +240,16 @@ class ReplicaHistory:
 
     def _records_back(self, state: State, at_ns: int, count: int) -> int | None:
         """The (count + 1)-th newest stamp up to ``at_ns``."""
-        newest = np.zeros(0, np.uint64)  # the count + 1 newest so far, ascending
+        found = _NewestFrames(count + 1, at_ns)
         for segment in self._segments_back(state, at_ns):
             row = _row(state, segment)
-            full = len(newest) > count
-            if full and row is not None and row.sealed and row.last_stamp <= int(newest[0]):
+            if row is not None and row.sealed and row.last_stamp < found.least:
                 continue
             for header, ordinal in _headers_back(segment, state, at_ns):
-                if len(newest) > count and header.last_stamp <= int(newest[0]):
-                    continue
-                stamps = segment.columns(ordinal).stamps
-                stamps = stamps[stamps <= np.uint64(at_ns)]
-                newest = np.sort(np.concatenate((newest, stamps)))[-1 - count :]
-        return int(newest[0]) if len(newest) > count else None
+                if header.last_stamp >= found.least:
+                    found.add(header, segment, ordinal)
+            found.count()
+        return found.stamp()
 
     def _segments_back(self, state: State, at_ns: int) -> Iterator[SegmentReader]:
         """Segments that may have a record up to an instant, newest first."""
@@ -260,6 +258,66 @@ class ReplicaHistory:
             row = _row(state, segment)
             if row is None or not row.sealed or 0 < row.first_stamp <= at_ns:
                 yield segment
+
+
+class _NewestFrames:
+    """Where the ``wanted``-th newest stamp up to an instant is, by the frames' headers.
+
+    Of a frame that lies all on one side of it only the count matters. So the columns that are read
+    are those of the few frames that it may be in: ten million records are no more than their
+    40 000 headers.
+    """
+
+    def __init__(self, wanted: int, at_ns: int) -> None:
+        self.least = 0  # the stamp that is asked for is not older
+        self._wanted = wanted
+        self._at_ns = at_ns
+        self._records = 0
+        self._rows = array("Q")  # first stamp, last stamp, records
+        self._places: list[tuple[SegmentReader, int]] = []
+
+    def add(self, header: FrameHeader, segment: SegmentReader, ordinal: int) -> None:
+        self._rows.extend((header.first_stamp, header.last_stamp, header.record_count))
+        self._places.append((segment, ordinal))
+        self._records += header.record_count
+
+    def count(self) -> None:
+        """Bring ``least`` up to date."""
+        if self._records >= self._wanted:
+            first, last, records = self._columns()
+            whole = last <= np.uint64(self._at_ns)  # of the others only some are
+            self.least = _reached(first[whole], records[whole], self._wanted)
+
+    def stamp(self) -> int | None:
+        """None where there are not so many. DamageError."""
+        if self._records < self._wanted:
+            return None
+        first, last, records = self._columns()
+        at = np.uint64(self._at_ns)
+        most = np.uint64(_reached(np.minimum(last, at), records, self._wanted))
+        newer = (first > most) & (last <= at)
+        wanted = self._wanted - int(records[newer].sum())
+        read = np.flatnonzero(~newer & (last >= np.uint64(self.least)))
+        stamps = np.concatenate([self._stamps(place) for place in read.tolist()])
+        if len(stamps) < wanted:
+            return None
+        return int(np.partition(stamps, len(stamps) - wanted)[len(stamps) - wanted])
+
+    def _columns(self) -> tuple[U64, U64, U64]:
+        table = np.frombuffer(self._rows, np.uint64).reshape(-1, 3)
+        return table[:, 0], table[:, 1], table[:, 2]
+
+    def _stamps(self, place: int) -> U64:
+        segment, ordinal = self._places[place]
+        stamps = segment.columns(ordinal).stamps
+        return stamps[stamps <= np.uint64(self._at_ns)]
+
+
+def _reached(stamps: U64, records: U64, wanted: int) -> int:
+    """The stamp at which so many records are reached, newest first; 0 where they are fewer."""
+    order = np.argsort(stamps)[::-1]
+    place = int(np.searchsorted(np.cumsum(records[order]), np.uint64(wanted)))
+    return int(stamps[order[place]]) if place < len(order) else 0
 
 
 def union_of(gaps: Iterable[GapRow], disks: Iterable[DiskRow]) -> tuple[Gap, ...]:
