@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -10,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from blockrepl.errors import StateError, UsageError
-from blockrepl.storage.home import Home, exclusive_lock, write_atomically
+from blockrepl.storage.home import (
+    Home,
+    exclusive_lock,
+    exclusive_lock_wait,
+    is_locked,
+    write_atomically,
+)
 
 
 def test_a_made_home_opens_and_is_private(tmp_path: Path) -> None:
@@ -76,3 +83,20 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
     with exclusive_lock(path), pytest.raises(StateError, match=str(os.getpid())):
         exclusive_lock(path)
     exclusive_lock(path).close()
+
+
+def test_a_lock_whose_file_is_removed_while_somebody_waits_is_taken_on_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the look at the path in exclusive_lock_wait: two would hold what they call one lock.
+    path, real = tmp_path / "lock", fcntl.flock
+
+    def removed_meanwhile(descriptor: int, operation: int) -> None:
+        monkeypatch.undo()
+        path.unlink()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    with exclusive_lock_wait(path):
+        assert is_locked(path)
+    assert not is_locked(path)

@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from uuid import UUID
@@ -20,8 +20,11 @@ from blockrepl.errors import StateError, UsageError
 from blockrepl.formats import hot_map
 from blockrepl.formats import ring as layout
 from blockrepl.formats.frame import RecordKind
+from blockrepl.services import disk_server
+from blockrepl.services.disk_server import exec_server
 from blockrepl.storage.clock import SourceClock, open_clock
-from blockrepl.storage.home import Home
+from blockrepl.storage.growing import grow_disk, grow_image
+from blockrepl.storage.home import Home, is_locked
 from blockrepl.storage.image import lock_image
 from blockrepl.storage.retiring import Retirement
 from blockrepl.storage.ring import RingReader, read_geometry, ring_path
@@ -291,6 +294,89 @@ def test_a_disk_whose_image_is_gone_can_be_removed(disks: SourceDisks, image: Pa
     image.unlink()
     disks.remove(entry)
     assert disks.all() == []
+
+
+def test_a_disk_removed_by_another_meanwhile_is_no_disk(disks: SourceDisks, image: Path) -> None:
+    entry = add(disks, image)
+    disks.remove(entry)
+    with pytest.raises(StateError) as caught:
+        disks.remove(entry)
+    assert caught.value.code == "unknown-disk"
+
+
+def test_the_lock_of_a_removed_disk_goes_while_it_is_held(
+    disks: SourceDisks, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards its place in SourceDisks.remove: behind it, the file is another's lock already.
+    entry, real, held = add(disks, image), Path.unlink, []
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == ".root.lock":
+            held.append(is_locked(path))
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    disks.remove(entry)
+    assert held == [True]
+
+
+# --- serving
+
+
+def test_a_disk_removed_just_before_it_is_served_is_not_served(
+    disks: SourceDisks, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the second load in exec_server: its map and ring were made anew, for no disk.
+    entry = add(disks, image)
+    served = serves_after(monkeypatch, lambda: disks.remove(entry))
+    with pytest.raises(StateError) as caught:
+        exec_server(disks, "root")
+    assert caught.value.code == "unknown-disk"
+    assert served == []
+    assert left(disks) == [".root.lock"]
+    assert not ring_path(entry.id.bytes).exists()
+    os.close(lock_image(image))  # nothing holds it
+
+
+def test_a_disk_that_grows_just_before_it_is_served_is_served(
+    disks: SourceDisks, image: Path, clock: SourceClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the same: the image was said to have been enlarged behind the disk's back.
+    entry = add(disks, image)
+
+    def grow() -> None:
+        grow_image(entry, SIZE + MIB, lambda reached: None)
+        grow_disk(disks, "root", SIZE + MIB, clock)
+
+    served = serves_after(monkeypatch, grow)
+    exec_server(disks, "root")
+    [command] = served
+    assert f"size={SIZE + MIB}" in command
+
+
+def serves_after(
+    monkeypatch: pytest.MonkeyPatch, happens: Callable[[], None]
+) -> list[Sequence[str]]:
+    """What happens between a starting server's look at its disk and its lock on it.
+
+    The command that this process would become goes to the list.
+    """
+    served: list[Sequence[str]] = []
+
+    def opened(directory: Path) -> SourceClock:
+        happens()
+        return open_clock(directory)
+
+    def execve(_program: str, command: Sequence[str], _environment: object) -> None:
+        served.append(command)
+        for word in command:
+            if "_fd=" in word:
+                os.close(int(word.partition("=")[2]))
+
+    monkeypatch.setattr(disk_server, "open_clock", opened)
+    monkeypatch.setattr(disk_server, "_listen", lambda path: None)
+    monkeypatch.setattr(os, "execve", execve)
+    return served
 
 
 # --- the ring's life

@@ -49,6 +49,7 @@ def exec_server(disks: SourceDisks, name: str) -> None:
     version = nbdkit_version(program)
     clock = open_clock(disks.home.source_directory)
     with disks.lock(entry):
+        entry = disks.load(name)  # it may have been removed meanwhile, or have grown
         image = lock_image(entry.image, inheritable=True)
         size_bytes = image_size(entry.image)
         if size_bytes != entry.size_bytes:

@@ -239,11 +239,19 @@ def is_locked(path: Path) -> bool:
 
 
 def exclusive_lock_wait(path: Path) -> ExclusiveLock:
-    """Lock a file, made where it is missing; waits. For locks that are held for moments only."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except BaseException:
+    """Lock a file, made where it is missing; waits. For locks that are held for moments only.
+
+    Who holds the lock may remove its file: those that wait lock the next one, for a lock on a file
+    without a name excludes nobody.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return ExclusiveLock(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
-        raise
-    return ExclusiveLock(descriptor)

@@ -183,6 +183,7 @@ class SourceDisks:
     def remove(self, entry: DiskEntry) -> None:
         """Take a disk out of protection. The image stays, and so does the replica's history."""
         with self.lock(entry):
+            entry = self.load(entry.name)  # it may have been removed meanwhile
             descriptor = lock_image(entry.image) if entry.image.exists() else None
             try:
                 (self.directory / f"{entry.name}.json").unlink()
@@ -193,7 +194,7 @@ class SourceDisks:
             finally:
                 if descriptor is not None:
                     os.close(descriptor)
-        (self.directory / f".{entry.name}.lock").unlink(missing_ok=True)
+            self._lock_path(entry.name).unlink(missing_ok=True)  # while it is held: see there
 
     def bind_replica(self, entry: DiskEntry, replica: UUID | None) -> DiskEntry:
         """Note which replica the hot map speaks about, durably; None: of no known one."""
@@ -243,7 +244,10 @@ class SourceDisks:
 
         Held for moments only, but for a retirement's sync of the image.
         """
-        return exclusive_lock_wait(self.directory / f".{entry.name}.lock")
+        return exclusive_lock_wait(self._lock_path(entry.name))
+
+    def _lock_path(self, name: str) -> Path:
+        return self.directory / f".{name}.lock"
 
     # --- the ring's life
 
