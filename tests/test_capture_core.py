@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import json
 import os
 import random
 import re
@@ -193,9 +194,10 @@ def test_a_ring_full_of_small_records_drops_too(place: Pair) -> None:
 
 
 @contextmanager
-def traced(disk: Disk, log: Path) -> Iterator[None]:
-    """Note the writes and flushes of a disk's server, with the files they are for."""
-    calls = "trace=pwrite64,fdatasync,fallocate"
+def traced(
+    disk: Disk, log: Path, calls: str = "trace=pwrite64,fdatasync,fallocate"
+) -> Iterator[None]:
+    """Note a disk's server's calls, with the files they are for: its writes and flushes."""
     command = ["strace", "-f", "-y", "-e", calls, "-o", str(log), "-p", str(disk.process())]
     tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -255,6 +257,21 @@ def test_fua_is_durable_before_it_is_acknowledged(place: Pair) -> None:
         client.flush()
     found = [step for step in steps(log, disk) if step.startswith("image")]  # the map was read
     assert found == ["image write", "image flush", "image write", "image flush"]
+
+
+def test_a_range_trimmed_as_its_extent_is_looked_up_has_a_length(place: Pair) -> None:
+    # Guards ``end > offset`` in device_extent: an extent of no length is an error to the guest.
+    # Every second seek, SEEK_HOLE, finds a hole right where SEEK_DATA has found data.
+    disk = Disk(place)
+    disk.start()
+    tool("qemu-io", "-f", "raw", "-c", f"write -P 1 0 {disk.size_bytes}", disk.uri)
+    log = place.directory / "lseek.log"
+    with traced(disk, log, "inject=lseek:retval=0:when=2+2"):
+        found = json.loads(tool("nbdinfo", "--map", "--json", disk.uri))
+    assert "SEEK_HOLE) = 0 (INJECTED)" in log.read_text()
+    assert [(row["offset"], row["length"], row["type"]) for row in found] == [
+        (0, disk.size_bytes, 0)
+    ]
 
 
 def test_no_local_write_where_the_hot_map_cannot_be_written(place: Pair) -> None:

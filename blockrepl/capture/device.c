@@ -34,6 +34,7 @@
 
 #define ZERO_CHUNK (1u << 20)
 #define RECORD_BYTES_MAX (4u << 20) /* limits.REQUEST_BYTES_MAX */
+#define EXTENT_LOOKS 4              /* at a range that is trimmed and written meanwhile */
 
 struct device {
     int image_fd;
@@ -327,24 +328,30 @@ int device_extent(struct device *d, uint64_t offset, uint64_t length, uint64_t *
     *extent_length = length;
     if (d->is_block)
         return 0;
-    data = lseek(d->image_fd, (off_t)offset, SEEK_DATA);
-    if (data < 0) {
-        if (errno != ENXIO)
-            return errno == EINVAL ? 0 : -errno;
-        *hole = 1;
-        return 0;
+    for (int look = 0; look < EXTENT_LOOKS; look++) {
+        data = lseek(d->image_fd, (off_t)offset, SEEK_DATA);
+        if (data < 0) {
+            if (errno != ENXIO)
+                return errno == EINVAL ? 0 : -errno;
+            *hole = 1;
+            return 0;
+        }
+        if ((uint64_t)data > offset) {
+            *hole = 1;
+            end = data;
+        } else {
+            end = lseek(d->image_fd, (off_t)offset, SEEK_HOLE);
+            if (end < 0)
+                return -errno;
+        }
+        if ((uint64_t)end > offset) {
+            if ((uint64_t)end - offset < length)
+                *extent_length = (uint64_t)end - offset;
+            return 0;
+        }
+        /* a trim has come between the two: an extent of no length is an error to the guest */
     }
-    if ((uint64_t)data > offset) {
-        *hole = 1;
-        end = data;
-    } else {
-        end = lseek(d->image_fd, (off_t)offset, SEEK_HOLE);
-        if (end < 0)
-            return -errno;
-    }
-    if ((uint64_t)end - offset < length)
-        *extent_length = (uint64_t)end - offset;
-    return 0;
+    return 0; /* data, which may be holes */
 }
 
 /* --- opening ------------------------------------------------------------------------------- */
