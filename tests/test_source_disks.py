@@ -16,7 +16,7 @@ import pytest
 from ring_writer import RingWriter
 
 from blockrepl import limits
-from blockrepl.errors import StateError, UsageError
+from blockrepl.errors import StateError, StorageError, UsageError
 from blockrepl.formats import hot_map
 from blockrepl.formats import ring as layout
 from blockrepl.formats.frame import RecordKind
@@ -554,6 +554,38 @@ def test_a_flush_that_fails_at_the_end_is_not_forgotten(
     assert not retire(disks, entry, ring, clock)
     assert_kept(disks, entry, ring)
     assert ring.flush_failed()
+
+
+def test_a_flush_that_fails_as_the_disk_grows_is_not_forgotten(
+    disks: SourceDisks,
+    entry: DiskEntry,
+    ring: RingReader,
+    clock: SourceClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Guards flush_has_failed in growing._sync: the same, told to the one that resizes.
+    with monkeypatch.context() as patch:
+
+        def fail(_descriptor: int) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        patch.setattr("blockrepl.storage.growing.os.fsync", fail)
+        with pytest.raises(StorageError, match="Input/output"):
+            grow_image(entry, SIZE + MIB, lambda reached: None)
+    assert ring.flush_failed()
+    assert not retire(disks, entry, ring, clock)
+    assert_kept(disks, entry, ring)
+
+
+def test_a_flush_that_fails_as_a_disk_without_a_ring_grows_is_an_error(
+    disks: SourceDisks, entry: DiskEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("blockrepl.storage.growing.os.fsync", fail)
+    with pytest.raises(StorageError, match="Input/output"):
+        grow_image(entry, SIZE + MIB, lambda reached: None)
 
 
 def test_what_comes_while_the_image_is_synced_keeps_the_ring(

@@ -65,7 +65,7 @@ def grow_image(entry: DiskEntry, size_bytes: int | None, progress: Progress) -> 
             else:
                 _check_blank(entry, descriptor, min(found, wanted))
                 os.ftruncate(descriptor, wanted)
-            os.fsync(descriptor)
+            _sync(entry, descriptor)
         except OSError as error:
             raise StorageError(
                 f"image {entry.image} cannot be enlarged to {wanted} bytes: {error.strerror}",
@@ -73,6 +73,16 @@ def grow_image(entry: DiskEntry, size_bytes: int | None, progress: Progress) -> 
                 code="image-size",
             ) from error
         return wanted
+
+
+def _sync(entry: DiskEntry, descriptor: int) -> None:
+    """The image durable. What the guest wrote may be lost in it, which the system tells once."""
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        with contextlib.suppress(StateError):  # without a ring, all was durable when it went
+            RingReader(ring_path(entry.id.bytes), entry.id.bytes).flush_has_failed()
+        raise
 
 
 def grow_disk(disks: SourceDisks, name: str, size_bytes: int, clock: SourceClock) -> DiskEntry:
