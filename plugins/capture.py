@@ -1,8 +1,8 @@
 """nbdkit plugin: one protected disk. The requests are served by the compiled core, nothing else.
 
-Parameters: ``image_fd`` (opened and locked by the program that starts nbdkit), ``map`` (the hot
-map), ``ring`` (the shared memory), ``size`` and ``region`` in bytes, ``hot`` (the bound on hot
-regions). PYTHONPATH names the directory that holds the blockrepl package.
+Parameters: ``image_fd`` and ``ring_fd``, the shared memory (both opened and locked by the program
+that starts nbdkit), ``map`` (the hot map), ``size`` and ``region`` in bytes, ``hot`` (the bound on
+hot regions). PYTHONPATH names the directory that holds the blockrepl package.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def config(key: str, value: str) -> None:
 
 
 def config_complete() -> None:
-    missing = {"image_fd", "map", "ring", "size", "region", "hot"} - _parameters.keys()
+    missing = {"image_fd", "ring_fd", "map", "size", "region", "hot"} - _parameters.keys()
     if missing:
         raise RuntimeError(f"missing parameters: {', '.join(sorted(missing))}")
 
@@ -43,7 +43,7 @@ def after_fork() -> None:
     _core.start(
         int(_parameters["image_fd"]),
         os.open(_parameters["map"], os.O_RDWR | os.O_CLOEXEC),
-        os.open(_parameters["ring"], os.O_RDWR | os.O_CLOEXEC),
+        int(_parameters["ring_fd"]),
         int(_parameters["size"]),
         int(_parameters["region"]),
         int(_parameters["hot"]),

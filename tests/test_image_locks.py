@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,6 +116,23 @@ def test_the_locks_go_with_the_server_however_it_ends(place: Pair) -> None:
         assert not disk.disks.is_serving(disk.entry)
         with qemu_holds(disk.image, place.directory):
             pass
+
+
+def test_a_server_is_known_by_its_ring_when_its_image_is_elsewhere(place: Pair) -> None:
+    # Guards lock_ring in exec_server: the agent retired the ring that a guest was writing to.
+    disk = Disk(place)
+    disk.start()
+    moved = disk.image.with_suffix(".moved")
+    disk.image.rename(moved)
+    shutil.copyfile(moved, disk.image)
+    assert not is_locked(disk.image)
+    assert disk.disks.is_serving(disk.entry)
+    refused(blockrepl(place.source_home, "disk", "serve", "d1"), "in use", str(disk.ring))
+    refused(blockrepl(place.source_home, "disk", "remove", "d1"), "in use", str(disk.ring))
+    disk.kill()
+    assert not disk.disks.is_serving(disk.entry)
+    moved.rename(disk.image)
+    disk.start()
 
 
 def test_the_lock_is_one_for_all_descriptors(tmp_path: Path) -> None:

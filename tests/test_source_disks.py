@@ -27,7 +27,7 @@ from blockrepl.storage.growing import grow_disk, grow_image
 from blockrepl.storage.home import Home, is_locked
 from blockrepl.storage.image import lock_image
 from blockrepl.storage.retiring import Retirement
-from blockrepl.storage.ring import RingReader, read_geometry, ring_path
+from blockrepl.storage.ring import RingReader, lock_ring, read_geometry, ring_path
 from blockrepl.storage.source import DiskEntry, SourceDisks
 from blockrepl.units import MIB
 
@@ -644,6 +644,68 @@ def test_a_ring_whose_image_is_held_by_a_server_is_kept(
     assert_kept(disks, entry, ring)
     assert ring.writes_in_flight()  # a live server's own business
     assert not ring.needs_sync()
+
+
+@pytest.fixture
+def written(ring: RingReader) -> Iterator[None]:
+    """A server that lives, whatever the image's path leads to now."""
+    held = lock_ring(ring.path)
+    yield
+    os.close(held)
+
+
+@pytest.mark.usefixtures("written")
+def test_a_ring_with_a_writer_is_kept_though_its_image_is_free(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    # Guards check_unwritten in Retirement.prepare.
+    assert disks.is_serving(entry)
+    assert not retire(disks, entry, ring, clock)
+    assert_kept(disks, entry, ring)
+
+
+@pytest.mark.usefixtures("written")
+def test_what_a_live_server_has_in_flight_is_its_own_though_its_image_is_free(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    # Guards check_unwritten in SourceDisks.recover_ring.
+    RingWriter(ring.path).take_range(0, 0, 512)
+    disks.recover_ring(entry, ring, clock)
+    assert ring.writes_in_flight()
+    assert not ring.needs_sync()
+
+
+@pytest.mark.usefixtures("written")
+def test_a_disk_whose_ring_has_a_writer_is_not_touched_though_its_image_is_free(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    # Guards check_unwritten in remove, _unserved (both of growing) and exec_server.
+    os.truncate(entry.image, SIZE + MIB)
+    for call in (
+        lambda: disks.remove(entry),
+        lambda: grow_image(entry, None, lambda reached: None),
+        lambda: grow_disk(disks, "root", SIZE + MIB, clock),
+        lambda: exec_server(disks, "root"),
+    ):
+        os.close(lock_image(entry.image))  # nothing holds it
+        with pytest.raises(StateError, match="in use by a server") as caught:
+            call()
+        assert caught.value.code == "image-in-use"
+    assert disks.load("root") == entry
+    assert_kept(disks, entry, ring)
+
+
+@pytest.mark.usefixtures("written")
+def test_no_ring_is_made_in_place_of_one_with_a_writer(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    # Guards has_writer in SourceDisks.check_served_ring.
+    disks.check_served_ring(entry, clock)
+    other = {"offset_ns": clock.offset_ns + 1}
+    clock._content = clock._content.model_copy(update=other)
+    with disks.lock(entry), pytest.raises(StateError) as caught:
+        disks.check_served_ring(entry, clock)
+    assert caught.value.code == "ring-lost"
 
 
 def test_a_ring_whose_image_is_gone_is_kept(

@@ -12,7 +12,7 @@
  *   slots       slot_count * 32 bytes: the records, oldest at tail, newest at head - 1
  *   payload     payload_bytes bytes: the data of the write records, in order, wrapping
  *
- * The writer is one process at a time (it holds a lock on the image), the reader is the agent.
+ * The writer is one process at a time (it holds a lock on the image and on this file), the reader is the agent.
  * `head` is stored last (release), so a killed writer leaves no half record. The reader stores
  * `tail` once the agent needs records no more (they are durable at the receiver, or in the spool):
  * their room may be used again. It stores `durable` once the receiver has them for good: only then

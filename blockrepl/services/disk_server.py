@@ -1,6 +1,6 @@
-"""Starting a disk's NBD server: this process locks the image, then becomes nbdkit.
+"""Starting a disk's NBD server: this process locks the image and the ring, then becomes nbdkit.
 
-The lock belongs to the open file that nbdkit inherits: it lasts exactly as long as the server.
+The locks belong to the open files that nbdkit inherits: they last exactly as long as the server.
 The socket is made here and handed over as systemd would (LISTEN_FDS): nbdkit sets a umask of its
 own, so one that it made would be open to everybody; and a client may connect as soon as the line
 "ready" is read.
@@ -21,7 +21,8 @@ from blockrepl.errors import StateError
 from blockrepl.paths import import_root, plugin_script
 from blockrepl.storage.clock import open_clock
 from blockrepl.storage.image import image_size, lock_image
-from blockrepl.storage.source import SourceDisks
+from blockrepl.storage.ring import lock_ring
+from blockrepl.storage.source import SourceDisks, check_unwritten
 
 THREADS = 16
 _LISTEN_FD = 3  # where a program that is handed its sockets looks for the first
@@ -50,7 +51,8 @@ def exec_server(disks: SourceDisks, name: str) -> None:
     clock = open_clock(disks.home.source_directory)
     with disks.lock(entry):
         entry = disks.load(name)  # it may have been removed meanwhile, or have grown
-        image = lock_image(entry.image, inheritable=True)
+        image = lock_image(entry.image)
+        check_unwritten(entry)
         size_bytes = image_size(entry.image)
         if size_bytes != entry.size_bytes:
             raise StateError(
@@ -61,10 +63,9 @@ def exec_server(disks: SourceDisks, name: str) -> None:
                 else "restore its size, or remove the disk and add it under another name",
                 code="image-size",
             )
-        ring = disks.ensure_ring(entry, clock)
+        ring = lock_ring(disks.ensure_ring(entry, clock))
     path = disks.socket_path(entry)
-    served = fcntl.fcntl(image, fcntl.F_DUPFD, _LISTEN_FD + 1)
-    os.close(image)
+    image, ring = _handed_over(image), _handed_over(ring)
     _listen(path)
     environment = {
         **os.environ,
@@ -80,15 +81,22 @@ def exec_server(disks: SourceDisks, name: str) -> None:
         f"--threads={THREADS}",
         "python",
         str(plugin_script("capture")),
-        f"image_fd={served}",
+        f"image_fd={image}",
         f"map={disks.hot_map_path(entry)}",
-        f"ring={ring}",
+        f"ring_fd={ring}",
         f"size={entry.size_bytes}",
         f"region={limits.REGION_BYTES}",
         f"hot={limits.HOT_REGIONS_MAX}",
     ]
     print(f"disk {name} ready on {path}", flush=True)
     os.execve(program, command, environment)
+
+
+def _handed_over(descriptor: int) -> int:
+    """For the server to inherit, out of the way of the socket's."""
+    inherited = fcntl.fcntl(descriptor, fcntl.F_DUPFD, _LISTEN_FD + 1)
+    os.close(descriptor)
+    return inherited
 
 
 def _listen(path: Path) -> None:

@@ -39,7 +39,7 @@ from blockrepl.storage.home import write_atomically
 from blockrepl.storage.image import check_size, lock_image
 from blockrepl.storage.ring import RingReader, ring_path, unfinished_path
 from blockrepl.storage.ring_growth import make_grown
-from blockrepl.storage.source import DiskEntry, Growth, SourceDisks
+from blockrepl.storage.source import DiskEntry, Growth, SourceDisks, check_unwritten
 from blockrepl.units import MIB
 
 CHUNK_BYTES = 4 * MIB  # of zeros, written at once
@@ -135,6 +135,7 @@ def _unserved(entry: DiskEntry) -> Iterator[int]:
             )
         raise
     try:
+        check_unwritten(entry)
         yield descriptor
     finally:
         os.close(descriptor)

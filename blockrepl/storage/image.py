@@ -16,17 +16,14 @@ import errno
 import fcntl
 import os
 import stat
-import struct
 from pathlib import Path
 
 from blockrepl.errors import StateError, UsageError
 from blockrepl.limits import DISK_BYTES_MAX, SECTOR_BYTES
+from blockrepl.storage.byte_locks import is_held_by_another, lock_byte
 
 _USED = (100, 101)  # consistent read, write
 _UNSHARED = (201, 203)  # nobody else writes or resizes
-_FLOCK = struct.Struct("hhqqi4x")
-_F_OFD_GETLK = 36
-_F_OFD_SETLK = 37
 
 
 def image_size(path: Path) -> int:
@@ -77,7 +74,7 @@ def check_size(size: int, what: str, *, exists: bool = True) -> None:
         )
 
 
-def lock_image(path: Path, *, inheritable: bool = False) -> int:
+def lock_image(path: Path) -> int:
     """Open an image for writing and lock it; the descriptor is the lock. StateError when in use."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -92,7 +89,6 @@ def lock_image(path: Path, *, inheritable: bool = False) -> int:
     except BaseException:
         os.close(descriptor)
         raise
-    os.set_inheritable(descriptor, inheritable)
     return descriptor
 
 
@@ -108,9 +104,9 @@ def _lock(descriptor: int, path: Path) -> None:
         raise in_use from None
     try:
         for byte in (*_USED, *_UNSHARED):
-            fcntl.fcntl(descriptor, _F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, 0, byte, 1, 0))
+            lock_byte(descriptor, byte, shared=True)
         # Others must not use what we unshare, nor unshare what we use.
-        if any(_held_by_another(descriptor, byte) for byte in (101, 103, 201)):
+        if any(is_held_by_another(descriptor, byte) for byte in (101, 103, 201)):
             raise in_use
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -125,12 +121,6 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        return _held_by_another(descriptor, _UNSHARED[0])
+        return is_held_by_another(descriptor, _UNSHARED[0])
     finally:
         os.close(descriptor)
-
-
-def _held_by_another(descriptor: int, byte: int) -> bool:
-    asked = _FLOCK.pack(fcntl.F_WRLCK, 0, byte, 1, 0)
-    found = _FLOCK.unpack(fcntl.fcntl(descriptor, _F_OFD_GETLK, asked))
-    return bool(found[0] != fcntl.F_UNLCK)

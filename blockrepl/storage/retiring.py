@@ -1,7 +1,7 @@
 """Giving back the ring of a disk that nobody serves: all of it is durable, and nothing is hot.
 
-1. `prepare`, beside the ring's reader: takes the disk's lock and the image's; if the ring owes
-   nothing, syncs the image, which takes as long as the disk likes
+1. `prepare`, beside the ring's reader: takes the disk's lock and the image's; if no server writes
+   to the ring, and it owes nothing, syncs the image, which takes as long as the disk likes
 2. `finish`, while nobody reads the ring: if it owes nothing still, makes the hot map cold, then
    removes the ring
 3. `close`, in any case
@@ -22,7 +22,7 @@ from blockrepl.formats import hot_map
 from blockrepl.storage.home import ExclusiveLock, write_atomically
 from blockrepl.storage.image import lock_image
 from blockrepl.storage.ring import RingReader
-from blockrepl.storage.source import DiskEntry, SourceDisks
+from blockrepl.storage.source import DiskEntry, SourceDisks, check_unwritten
 
 
 class Retirement:
@@ -40,6 +40,7 @@ class Retirement:
         self._lock = self._disks.lock(self._entry)
         try:
             self._image = lock_image(self._entry.image)
+            check_unwritten(self._entry)
         except StateError:
             return False  # somebody serves it, or it is away
         if self._owes():

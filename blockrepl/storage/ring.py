@@ -27,8 +27,10 @@ from blockrepl.errors import StateError, StorageError
 from blockrepl.formats import ring as layout
 from blockrepl.formats.frame import KIND_MASK, Buffer, Columns, RecordKind
 from blockrepl.storage._ring import Words
+from blockrepl.storage.byte_locks import is_held_by_another, lock_byte
 
 SHARED_MEMORY = Path("/dev/shm")
+_WRITER_BYTE = 0  # of the ring's file: locked by its server
 
 
 def ring_path(disk: bytes) -> Path:
@@ -97,6 +99,33 @@ def read_geometry(path: Path) -> layout.RingGeometry | None:
             return layout.decode_geometry(file.read(layout.HEADER.size))
     except FileNotFoundError:
         return None
+
+
+def lock_ring(path: Path) -> int:
+    """Open a ring for the server that writes to it; the descriptor says so while it is open.
+
+    The image's lock does not say it: the image's path may lead to another file meanwhile. The
+    caller holds the disk's lock, and has seen that there is no other writer.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        lock_byte(descriptor, _WRITER_BYTE)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def has_writer(path: Path) -> bool:
+    """Whether somebody holds the ring as `lock_ring` does. Takes no lock itself."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return is_held_by_another(descriptor, _WRITER_BYTE)
+    finally:
+        os.close(descriptor)
 
 
 def read_next_number(path: Path) -> int:

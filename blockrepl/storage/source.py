@@ -3,7 +3,7 @@
 Rings live in shared memory (ring.py). Whoever needs a disk's ring first, server or agent, makes
 it, under the disk's lock: every hot region is stale in a new ring, for a new ring covers nothing
 of what was written before. A ring is retired (retiring.py) when all of it is durable at the
-receiver and no server holds the image: then nothing is hot, and the shared memory is given back.
+receiver and no server holds the image or the ring: then nothing is hot, and the shared memory is given back.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ from blockrepl.storage.home import (
     write_atomically,
 )
 from blockrepl.storage.image import check_size, image_size, is_locked, lock_image
-from blockrepl.storage.ring import RingReader, create_ring, read_geometry, ring_path
+from blockrepl.storage.ring import (
+    RingReader,
+    create_ring,
+    has_writer,
+    read_geometry,
+    ring_path,
+)
 from blockrepl.storage.ring_growth import make_grown
 
 log = logging.getLogger(__name__)
@@ -186,6 +192,7 @@ class SourceDisks:
             entry = self.load(entry.name)  # it may have been removed meanwhile
             descriptor = lock_image(entry.image) if entry.image.exists() else None
             try:
+                check_unwritten(entry)
                 (self.directory / f"{entry.name}.json").unlink()
                 self.hot_map_path(entry).unlink(missing_ok=True)
                 ring_path(entry.id.bytes).unlink(missing_ok=True)
@@ -286,7 +293,8 @@ class SourceDisks:
         A ring made beside it would stay empty, whatever the guest writes. The caller holds the
         disk's lock.
         """
-        if not self.has_ring(entry, clock) and is_locked(entry.image):
+        is_served = is_locked(entry.image) or has_writer(ring_path(entry.id.bytes))
+        if is_served and not self.has_ring(entry, clock):
             raise StateError(
                 f"the server of disk {entry.name!r} writes to a ring that is lost: its file in "
                 f"{ring_path(entry.id.bytes).parent} was removed, or the source's clock.json was",
@@ -318,13 +326,32 @@ class SourceDisks:
         with self.lock(entry), contextlib.suppress(StateError):
             descriptor = lock_image(entry.image)
             try:
+                check_unwritten(entry)
                 ring.recover_in_flight(clock.now())
             finally:
                 os.close(descriptor)
 
     def is_serving(self, entry: DiskEntry) -> bool:
-        """Whether a server holds the image."""
-        return self.socket_path(entry).exists() and is_locked(entry.image)
+        """Whether a server holds the image, or the ring alone: see `check_unwritten`."""
+        return has_writer(ring_path(entry.id.bytes)) or (
+            self.socket_path(entry).exists() and is_locked(entry.image)
+        )
+
+
+def check_unwritten(entry: DiskEntry) -> None:
+    """StateError when a server writes to the disk's ring, though not to the image at its path.
+
+    The caller holds that image's lock, which says nothing of a server when the path led to another
+    file as it started.
+    """
+    ring = ring_path(entry.id.bytes)
+    if has_writer(ring):
+        raise StateError(
+            f"disk {entry.name!r} is in use by a server that writes to another file than the one "
+            f"which is at {entry.image} now",
+            hint=f"bring its file back if that was moved, and stop it: fuser -v {ring} names it",
+            code="image-in-use",
+        )
 
 
 def _create_image(image: Path, size_bytes: int) -> bool:

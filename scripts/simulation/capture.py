@@ -32,7 +32,7 @@ from blockrepl.formats.frame import FUA, KIND_MASK, RecordKind
 from blockrepl.storage._ring import Words
 from blockrepl.storage.clock import open_clock
 from blockrepl.storage.image import lock_image
-from blockrepl.storage.ring import read_geometry
+from blockrepl.storage.ring import lock_ring, read_geometry
 from blockrepl.storage.source import DiskEntry, SourceDisks
 from scripts.simulation.files import Machine
 from scripts.simulation.model import DiskModel
@@ -67,6 +67,7 @@ class Server:
         with disks.lock(entry):
             self._image = lock_image(entry.image)
             path = disks.ensure_ring(entry, self._clock)
+            self._writes = lock_ring(path)
         model.server_starts.append(world.glance_ns())
         disks.socket_path(entry).touch()
         self._map = os.open(disks.hot_map_path(entry), os.O_RDWR)
@@ -362,6 +363,7 @@ class Server:
                 self._model.uncertain(instant, request.offset, content)
         os.close(self._image)
         os.close(self._map)
+        os.close(self._writes)
 
 
 assert limits.SECTOR_BYTES == 512
