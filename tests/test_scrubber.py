@@ -417,6 +417,62 @@ async def test_a_doubt_that_was_never_told_is_made_good_by_the_next_agent(source
     assert replay(receiver.frames, entry.id.bytes, SIZE, before=content) == entry.image.read_bytes()
 
 
+async def test_a_doubt_that_was_noted_and_not_marked_is_carried_out_by_the_next_agent(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards ``is_unmarked``: the note stayed, half of it, and a resync in full was forgotten.
+    content = random_bytes(SIZE)
+    entry = source.add("root", SIZE, content=content)
+    receiver = Receiver(before={entry.id.bytes: content})
+    flip(entry.image, MIB)
+    disk = make_pump(source, attach(source, known(entry))).disks[0]
+
+    class KilledError(Exception):
+        pass
+
+    def killed_behind_it(*arguments: Any, **changes: Any) -> DiskEntry:
+        note_rings(*arguments, **changes)
+        raise KilledError
+
+    note_rings = source.disks.note_rings
+    monkeypatch.setattr(source.disks, "note_rings", killed_behind_it)
+    with pytest.raises(KilledError):
+        disk.doubt(slice(None), source.watermark + 1, send_all=True)
+    monkeypatch.undo()
+    disk.close()
+    async with pumping(source, receiver, known(entry)) as pump:
+        await until(lambda: len(receiver.marks()) == 2)
+        await until(lambda: source.disks.load("root").stale_ring == 0)
+        assert pump.disks[0].retirement() is not None
+    assert receiver.compared == []  # all of it was sent, as was asked
+    assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+
+
+def test_a_doubt_that_is_made_good_is_over_though_nobody_noted_it(source: Source) -> None:
+    # Guards the end of ``send_all`` in SourceDisk._resume: an agent killed before it noted the end
+    # left a ring that could never be given back.
+    entry = source.add("root", SIZE)
+    ring_id = known(entry).ring_id
+    source.disks.note_rings(entry, stale_ring=ring_id, base_ring=0, send_all=True)
+    disk = a_disk(source, source.disks.load("root"))
+    entry = source.disks.load("root")
+    assert (entry.stale_ring, entry.send_all) == (0, False)
+    assert disk.retirement() is not None
+    disk.close()
+
+
+def test_a_doubt_whose_marks_are_there_is_marked_no_further(source: Source) -> None:
+    # Guards the second note in SourceDisk._doubt: one region would become all of them.
+    entry = source.add("root", SIZE)
+    disk = a_disk(source, entry)
+    disk.doubt(np.array([1]), source.watermark + 1)
+    disk.close()
+    again = a_disk(source, source.disks.load("root"))
+    assert again.ring is not None
+    assert np.flatnonzero(again.ring.stale).tolist() == [1]
+    again.close()
+
+
 async def test_the_rate_is_shared_by_the_disks_with_a_pass_under_way() -> None:
     pool = ScrubPool(12e6)
     plans = [ScrubPlan(SIZE, 0.0) for _ in range(3)]

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import partial
 from uuid import UUID
 
 import numpy as np
@@ -104,6 +105,9 @@ class SourceDisk:
         """``is_durable``: what the position says; else it was put, no more."""
         ring_id = ring.geometry.ring_id
         stale_ring, base_ring = self.entry.stale_ring, self.entry.base_ring
+        send_all = self.entry.send_all
+        if self.entry.is_unmarked:  # an agent was killed amid a doubt, whose regions nobody knows
+            ring.mark_all_stale()
         state = RingState(
             ring_id,
             ring.tail(),
@@ -118,7 +122,7 @@ class SourceDisk:
             ring.mark_all_stale()
             stale_ring, base_ring = ring_id, 0
         elif known.state == "ready" and not ring.needs_sync():
-            stale_ring = 0
+            stale_ring, send_all = 0, False
         if known.ring_id == 0 and known.state == "empty":
             base_ring = ring_id
         is_doubted = known.state == "ready" and ring.needs_sync() and not ring.gap_from()
@@ -134,7 +138,9 @@ class SourceDisk:
             if known.state == "ready":
                 self._gap_before_ring = ring.stamp(plan.cursor)
         # Noted after the marks and before a record is released: a crash between loses neither.
-        self.entry = self._disks.note_rings(self.entry, stale_ring=stale_ring, base_ring=base_ring)
+        self.entry = self._disks.note_rings(
+            self.entry, stale_ring=stale_ring, base_ring=base_ring, send_all=send_all
+        )
         self.cursor = cursor
         if is_durable:
             ring.release(plan.cursor)
@@ -321,16 +327,18 @@ class SourceDisk:
         self.refresh(from_ns - 1)
         assert self.ring is not None
         # Before the marks: were the ring lost with them, nothing else would know of these regions.
-        self.entry = self._disks.note_rings(
-            self.entry,
+        note = partial(
+            self._disks.note_rings,
             stale_ring=self.ring.geometry.ring_id,
             base_ring=self.entry.base_ring,
             send_all=send_all or self.entry.send_all,
         )
+        self.entry = note(self.entry, is_unmarked=True)
         self.ring.stale[regions] = 1
         if self.state == "ready":
             self._gap_before_ring = min(self._gap_before_ring or from_ns, from_ns)
         self._unsettled = None
+        self.entry = note(self.entry)
 
     def became_consistent(self) -> None:
         self.state = "ready"

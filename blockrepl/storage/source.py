@@ -72,6 +72,8 @@ class DiskEntry(BaseModel):
     base_ring: int = 0
     # What the stale map says is sent as it is: what the replica has there is not asked for.
     send_all: bool = False
+    # A doubt whose marks may not all be in the stale map: every region counts as doubted.
+    is_unmarked: bool = False
     growths: tuple[Growth, ...] = ()  # all there were, the last one to size_bytes
 
 
@@ -208,14 +210,24 @@ class SourceDisks:
         return self._update(entry, replica=replica)
 
     def note_rings(
-        self, entry: DiskEntry, *, stale_ring: int, base_ring: int, send_all: bool | None = None
+        self,
+        entry: DiskEntry,
+        *,
+        stale_ring: int,
+        base_ring: int,
+        send_all: bool | None = None,
+        is_unmarked: bool = False,
     ) -> DiskEntry:
         """Note what depends on a ring, durably. Without ``send_all`` that stays as it is."""
-        send_all = entry.send_all if send_all is None else send_all
-        noted = (entry.stale_ring, entry.base_ring, entry.send_all)
-        if noted == (stale_ring, base_ring, send_all):
+        changes = {
+            "stale_ring": stale_ring,
+            "base_ring": base_ring,
+            "send_all": entry.send_all if send_all is None else send_all,
+            "is_unmarked": is_unmarked,
+        }
+        if all(getattr(entry, name) == value for name, value in changes.items()):
             return entry
-        return self._update(entry, stale_ring=stale_ring, base_ring=base_ring, send_all=send_all)
+        return self._update(entry, **changes)
 
     def _update(self, entry: DiskEntry, **changes: object) -> DiskEntry:
         with self.lock(entry):
