@@ -1,9 +1,9 @@
 """The source's disks: ``<home>/source/disks/<name>.json`` and ``<name>.hot`` for each.
 
-Rings live in shared memory (ring.py). Whoever needs a disk's ring first, server or agent, makes
-it, under the disk's lock: every hot region is stale in a new ring, for a new ring covers nothing
-of what was written before. A ring is retired (retiring.py) when all of it is durable at the
-receiver and no server holds the image or the ring: then nothing is hot, and the shared memory is given back.
+Rings live in shared memory (ring.py). Whoever needs a disk's ring first, server or agent, makes it,
+under the disk's lock: every hot region is stale in a new ring, for a new ring covers nothing of
+what was written before. A ring is retired (retiring.py) when all of it is durable at the receiver
+and no server holds the image or the ring: then nothing is hot, and the shared memory is given back.
 """
 
 from __future__ import annotations
