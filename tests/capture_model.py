@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 import blockrepl.capture
 from blockrepl.formats import hot_map
+from blockrepl.formats import ring as layout
 from blockrepl.formats.frame import KIND_MASK, RecordKind
 from blockrepl.storage.ring import RingReader, create_ring
 
@@ -108,6 +109,8 @@ class World:
         self.during_write: Callable[[], None] = lambda: None
         self.during_flush: Callable[[], None] = lambda: None
         self.flush_fails = False
+        self._dying: bool | None = None  # in the flush under way, and whether it fails
+        self._has_error = False  # the agent's descriptor has an error to tell
         self._lost = np.zeros(REGIONS, bool)  # dirty when a flush failed: never written since
         self.violated = ""
         self.durable_image = self.content()
@@ -195,8 +198,12 @@ class World:
             return 0
         begun = self.content()
         dirty = _regions_that_differ(begun, self.durable_image)
-        self.during_flush()
-        if self.flush_fails:
+        fails = self.flush_fails
+        if self._dying is None:
+            self.during_flush()
+        else:
+            fails, self._flushing = self._dying, self.ring._flushing.copy()
+        if fails:
             self._lost |= dirty
             return -errno.EIO
         durable = bytearray(begun)
@@ -204,7 +211,7 @@ class World:
             part = slice(region * REGION, (region + 1) * REGION)
             durable[part] = self.durable_image[part]
         self.durable_image = bytes(durable)
-        return 0
+        return 0 if self._dying is None else -errno.EIO  # it appends no record
 
     # --- the guest
 
@@ -265,6 +272,13 @@ class World:
                 self.replica[offset : offset + len(data)] = data
             self.applied = number
 
+    def ask(self) -> None:
+        """What became of the flushes of killed servers. The agent's descriptor is older."""
+        if self._has_error:
+            self.ring.flush_has_failed()
+        else:
+            self.ring.set_known_flushes(self.ring.unknown_flushes())
+
     def note_durable(self) -> None:
         self.ring.set_durable(self.applied)
 
@@ -292,6 +306,18 @@ class World:
         self.close()
         self.open()
 
+    def kill_in_flush(self, *, fails: bool) -> None:
+        """kill -9 when the system has told the flush's outcome, and the server nobody yet."""
+        has_failed = self.ring.flush_failed()
+        self._dying = fails
+        self.flush()
+        self._dying = None
+        self._has_error |= fails
+        self.ring._words.store(layout.FLUSH_FAILED_AT, int(has_failed))
+        self.ring._flushing[:] = self._flushing
+        self.close()
+        self.open()
+
     def power_cut(self, choose: random.Random) -> None:
         """The machine goes, and comes back without its ring."""
         self.close()
@@ -305,6 +331,7 @@ class World:
         os.pwrite(self.map, bits, hot_map.HEADER_BYTES)
         self.durable_image = bytes(sectors)
         self._lost[:] = False
+        self._has_error = False
         self.may_be_cold = ~self.hot_on_disk()
         self._make_ring()
         self.open()
@@ -369,10 +396,12 @@ def misuse(world: World, seed: int, actions: int) -> None:
         (world.release, 4),
         (sync_one, 6),
         (world.catch_up, 2),
+        (world.ask, 1),
     ]
     rare: list[Callable[[], Any]] = [
         world.lose_session,
         kill,
+        lambda: world.kill_in_flush(fails=choose.random() < 0.5),
         lambda: world.power_cut(choose),
         lambda: setattr(world, "flush_fails", choose.random() < 0.3),
     ]

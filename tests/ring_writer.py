@@ -105,6 +105,12 @@ class RingWriter:
     def release_range(self, slot: int) -> None:
         self._add(self.geometry.inflight_at + slot * layout.INFLIGHT.itemsize + 16, 1)
 
+    def begin_flush(self, slot: int) -> None:
+        self._add(layout.FLUSHING_AT + 8 * slot, 1)
+
+    def end_flush(self, slot: int) -> None:
+        self._add(layout.FLUSHING_AT + 8 * slot, 1)
+
     def _step_busy(self) -> None:
         self._add(layout.BUSY_AT, 1)
 

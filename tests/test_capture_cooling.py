@@ -69,8 +69,8 @@ FAULTS = {
     ),
     "after a flush that began before its record": (
         "hot_map.c",
-        "    uint64_t head = ring_load(&m->ring->head);\n    int rc = sync_file_range(",
-        "    uint64_t head = UINT64_MAX - 1;\n    int rc = sync_file_range(",
+        "    uint64_t head = ring_load(&m->ring->head);\n    int slot",
+        "    uint64_t head = UINT64_MAX - 1;\n    int slot",
     ),
     "while a write is in flight": (
         "hot_map.c",
@@ -90,8 +90,18 @@ FAULTS = {
     ),
     "after a flush that failed": (
         "hot_map.c",
-        "        ring_store(&m->ring->flush_failed, 1);\n        return;",
-        "        return;",
+        "        ring_store(&m->ring->flush_failed, 1);\n    else {",
+        "        ;\n    else {",
+    ),
+    "after a flush whose server was killed": (
+        "hot_map.c",
+        "           ring_load(&m->ring->flush_unknown) == ring_load(&m->ring->flush_known);",
+        "           1;",
+    ),
+    "after a flush that a server found its predecessor killed in": (
+        "device.c",
+        "    ring_store(&ring->flush_unknown, ring->flush_unknown + 1);",
+        "    ;",
     ),
     "before the flush of a server that was just started": (
         "hot_map.c",
@@ -200,6 +210,47 @@ def test_regions_of_one_age_cool_down_to_the_bound_and_no_further(make_world: Ma
     world.flush()
     world.step()
     assert len(world.hot_regions()) == HOT_MAX
+
+
+def test_every_flush_of_the_image_is_seen_while_it_is_under_way(make_world: MakeWorld) -> None:
+    """Guards hot_map_flush_begins in sync_image and flush_image, and its end in
+    hot_map_flush_ended: a server that is killed there leaves word of it."""
+    world, seen = make_world(cold=True), []
+    world.during_flush = lambda: seen.append(
+        (len(world.ring.flushes_under_way()), world.ring.flush_failed())
+    )
+    world.write(0, b"x" * 512, fua=True)
+    world.flush()
+    write_regions(world, range(1))
+    world.catch_up()
+    for _ in range(IDLE_FLUSH_SECONDS):
+        world.step()
+    assert world.ring.flushes_under_way() == frozenset()
+    world.flush_fails = True
+    world.flush()
+    assert world.ring.flushes_under_way() == frozenset()
+    assert world.ring.flush_failed()
+    assert seen == [(1, False)] * 4
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_cools_until_the_flush_of_a_killed_server_is_known_to_have_succeeded(
+    make_world: MakeWorld, fails: bool
+) -> None:
+    """Guards recover_flushes in device.c and is_trusted in hot_map.c."""
+    world = make_world(cold=True)
+    write_regions(world, range(4))
+    world.catch_up()
+    world.kill_in_flush(fails=fails)
+    for _ in range(2 * COOL_SECONDS):
+        assert world.flush() == 0
+        world.catch_up()
+        world.step()
+    assert world.hot_regions() == [0, 1, 2, 3]
+    world.ask()
+    for _ in range(2 * COOL_SECONDS):
+        world.step()
+    assert world.hot_regions() == ([0, 1, 2, 3] if fails else [])
 
 
 def test_nothing_cools_for_good_after_a_failed_flush(make_world: MakeWorld) -> None:

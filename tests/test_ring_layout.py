@@ -16,6 +16,7 @@ from blockrepl import limits
 from blockrepl.formats import hot_map
 from blockrepl.formats import ring as layout
 from blockrepl.formats.frame import FUA, RecordKind
+from blockrepl.services.disk_server import THREADS
 from blockrepl.units import MIB
 
 HEADERS = Path(blockrepl.capture.__file__).parent
@@ -35,12 +36,13 @@ int main(void)
     HEADER(payload_bytes); HEADER(clock_offset); HEADER(head); HEADER(busy);
     HEADER(last_stamp); HEADER(gap_from); HEADER(dropped); HEADER(written_bytes);
     HEADER(hot_regions); HEADER(writer_pid); HEADER(flushed); HEADER(flush_failed);
+    HEADER(flush_unknown); HEADER(flush_known); HEADER(flushing);
     HEADER(tail); HEADER(durable); HEADER(next_number);
     INFLIGHT(start); INFLIGHT(end); INFLIGHT(generation); INFLIGHT(pad);
     SLOT(stamp); SLOT(offset); SLOT(position); SLOT(length); SLOT(kind);
     NUMBER(sizeof(struct ring_header)); NUMBER(sizeof(struct ring_inflight));
     NUMBER(sizeof(struct ring_slot)); NUMBER(RING_VERSION); NUMBER(RING_HEADER_BYTES);
-    NUMBER(RING_INFLIGHT_SLOTS); NUMBER(RING_PAGE); NUMBER(RECORD_WRITE); NUMBER(RECORD_ZERO);
+    NUMBER(RING_INFLIGHT_SLOTS); NUMBER(RING_FLUSH_SLOTS); NUMBER(RING_PAGE); NUMBER(RECORD_WRITE); NUMBER(RECORD_ZERO);
     NUMBER(RECORD_TRIM); NUMBER(RECORD_FLUSH); NUMBER(RECORD_FUA);
     printf("RING_MAGIC %s\n", RING_MAGIC);
     return 0;
@@ -70,6 +72,9 @@ FIELDS = {
     "writer_pid": ("writer's process id", layout.WRITER_AT),
     "flushed": ("records before this sequence are on the local disk", layout.FLUSHED_AT),
     "flush_failed": ("1 once the local disk has failed to flush", layout.FLUSH_FAILED_AT),
+    "flush_unknown": ("flush unknown", layout.FLUSH_UNKNOWN_AT),
+    "flush_known": ("flush known", layout.FLUSH_KNOWN_AT),
+    "flushing": ("flushing", layout.FLUSHING_AT),
     "tail": ("tail", layout.TAIL_AT),
     "durable": ("durable", layout.DURABLE_AT),
     "next_number": ("next number", layout.NEXT_NUMBER_AT),
@@ -174,6 +179,7 @@ def test_numbers(compiled: dict[str, str]) -> None:
     assert int(compiled["RING_HEADER_BYTES"]) == layout.HEADER_BYTES
     assert int(compiled["sizeof(struct ring_header)"]) == layout.HEADER_BYTES
     assert int(compiled["RING_INFLIGHT_SLOTS"]) == layout.INFLIGHT_SLOTS
+    assert int(compiled["RING_FLUSH_SLOTS"]) == layout.FLUSH_SLOTS > THREADS
     assert int(compiled["RING_PAGE"]) == layout.PAGE_BYTES
     assert int(compiled["RECORD_FUA"]) == FUA
     for kind in RecordKind:

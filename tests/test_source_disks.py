@@ -535,6 +535,23 @@ def test_a_ring_whose_disk_has_failed_to_flush_is_kept(
     assert_kept(disks, entry, ring)
 
 
+def test_a_ring_whose_server_was_killed_inside_a_flush_is_kept_until_that_is_known(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
+) -> None:
+    """Guards _recover_flushes in storage/ring.py, and the flushes in Retirement._owes."""
+    RingWriter(ring.path).begin_flush(3)
+    with closing(Retirement(disks, entry, ring)) as retirement:
+        assert not retirement.prepare()  # nobody has found it yet
+    assert not retire(disks, entry, ring, clock)
+    assert ring.flushes_under_way() == frozenset()
+    assert (ring.unknown_flushes(), ring.known_flushes()) == (1, 0)
+    assert not retire(disks, entry, ring, clock)
+    assert_kept(disks, entry, ring)
+    assert ring.unknown_flushes() == 1  # counted once
+    ring.set_known_flushes(1)
+    assert retire(disks, entry, ring, clock)
+
+
 def test_a_flush_that_fails_at_the_end_is_not_forgotten(
     disks: SourceDisks,
     entry: DiskEntry,

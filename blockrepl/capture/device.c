@@ -89,8 +89,9 @@ static int transfer(int fd, void *data, size_t length, uint64_t offset, int writ
 
 static int sync_image(struct device *d, uint64_t head)
 {
+    int slot = hot_map_flush_begins(&d->map);
     int rc = fdatasync(d->image_fd) < 0 ? -errno : 0;
-    hot_map_flush_ended(&d->map, head, rc);
+    hot_map_flush_ended(&d->map, slot, head, rc);
     return rc;
 }
 
@@ -388,10 +389,24 @@ static int map_ring(struct device *d, int ring_fd)
     return 0;
 }
 
+/* Counted first: a slot that is even says that its flush has ended. */
+static void recover_flushes(struct ring_header *ring)
+{
+    int i = 0;
+    while (i < RING_FLUSH_SLOTS && !(ring->flushing[i] & 1))
+        i++;
+    if (i == RING_FLUSH_SLOTS)
+        return;
+    ring_store(&ring->flush_unknown, ring->flush_unknown + 1);
+    for (; i < RING_FLUSH_SLOTS; i++)
+        ring_store(&ring->flushing[i], ring->flushing[i] + (ring->flushing[i] & 1));
+}
+
 /* What a killed server left: ranges in flight become stale, the payload's end follows the slots. */
 static void recover_ring(struct device *d)
 {
     struct ring_header *ring = d->ring;
+    recover_flushes(ring);
     if (ring->busy & 1)
         ring_store(&ring->busy, ring->busy + 1);
     for (int i = 0; i < RING_INFLIGHT_SLOTS; i++) {

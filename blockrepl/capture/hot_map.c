@@ -93,18 +93,35 @@ int hot_map_heat(struct hot_map *m, uint64_t start, uint64_t end)
 
 /* --- flushes ------------------------------------------------------------------------------- */
 
-void hot_map_flush_ended(struct hot_map *m, uint64_t head, int rc)
+int hot_map_flush_begins(struct hot_map *m)
 {
-    if (rc) {
+    for (int i = 0;; i = (i + 1) % RING_FLUSH_SLOTS) { /* there are more than threads: one is free */
+        uint64_t *slot = &m->ring->flushing[i], generation = ring_load(slot);
+        if (!(generation & 1) && ring_swap(slot, generation, generation + 1))
+            return i;
+    }
+}
+
+void hot_map_flush_ended(struct hot_map *m, int slot, uint64_t head, int rc)
+{
+    if (rc)
         ring_store(&m->ring->flush_failed, 1);
-        return;
+    else {
+        pthread_mutex_lock(&m->state_lock);
+        if (m->flushed < head + 1) {
+            ring_store(&m->ring->flushed, head);
+            ring_store(&m->flushed, head + 1);
+        }
+        pthread_mutex_unlock(&m->state_lock);
     }
-    pthread_mutex_lock(&m->state_lock);
-    if (m->flushed < head + 1) {
-        ring_store(&m->ring->flushed, head);
-        ring_store(&m->flushed, head + 1);
-    }
-    pthread_mutex_unlock(&m->state_lock);
+    ring_store(&m->ring->flushing[slot], m->ring->flushing[slot] + 1); /* it has told all there is */
+}
+
+/* Whether what a flush says can be relied on. */
+static int is_trusted(const struct hot_map *m)
+{
+    return !ring_load(&m->ring->flush_failed) &&
+           ring_load(&m->ring->flush_unknown) == ring_load(&m->ring->flush_known);
 }
 
 /* Our own descriptor: an error that this reports is reported to the guest's next flush as well.
@@ -113,6 +130,7 @@ void hot_map_flush_ended(struct hot_map *m, uint64_t head, int rc)
 static void flush_image(struct hot_map *m)
 {
     uint64_t head = ring_load(&m->ring->head);
+    int slot = hot_map_flush_begins(m);
     int rc = sync_file_range(m->flush_fd, 0, 0,
                              SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE |
                                  SYNC_FILE_RANGE_WAIT_AFTER);
@@ -120,7 +138,7 @@ static void flush_image(struct hot_map *m)
         rc = 0; /* not for this kind of file */
     if (fdatasync(m->flush_fd) < 0)
         rc = -1;
-    hot_map_flush_ended(m, head, rc);
+    hot_map_flush_ended(m, slot, head, rc);
     m->flushed_step = m->steps;
 }
 
@@ -264,10 +282,10 @@ void hot_map_step(struct hot_map *m)
     if (!ring_load(&m->ring->hot_regions))
         return;
     select_oldest(m, &s);
-    if (m->flush_fd >= 0 && !ring_load(&m->ring->flush_failed) && wants_flush(m, &s))
+    if (m->flush_fd >= 0 && is_trusted(m) && wants_flush(m, &s))
         flush_image(m);
     flushed = ring_load(&m->flushed);
-    if (ring_load(&m->ring->flush_failed)) /* after `flushed`: one that failed does not count */
+    if (!is_trusted(m)) /* after `flushed`: one that failed does not count */
         return;
     for (uint64_t r = next_hot(m, 0); r < m->region_count; r = next_hot(m, r)) {
         uint64_t after = (r / CHUNK_REGIONS + 1) * CHUNK_REGIONS;

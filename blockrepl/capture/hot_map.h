@@ -24,7 +24,8 @@
  *
  * After a failed flush nothing cools any more, not by a later flush nor by another server, as long
  * as the ring is there: what is on the disk is not known, for the kernel tells of an error once, and
- * shows what it could not write until the machine is restarted.
+ * shows what it could not write until the machine is restarted. Nor does anything cool while it is
+ * not known whether a flush has failed, whose server was killed meanwhile (ring.h).
  */
 #ifndef BLOCKREPL_HOT_MAP_H
 #define BLOCKREPL_HOT_MAP_H
@@ -79,8 +80,11 @@ static inline void hot_map_touch(struct hot_map *map, uint64_t start, uint64_t e
         __atomic_store_n(&map->last_record[r], sequence, __ATOMIC_RELAXED);
 }
 
-/* A flush of the image has ended, `rc`; it began when `head` was the ring's head. */
-void hot_map_flush_ended(struct hot_map *map, uint64_t head, int rc);
+/* A flush of the image begins: its slot. */
+int hot_map_flush_begins(struct hot_map *map);
+
+/* It has ended, `rc`; all records before `head` had been appended when it began. */
+void hot_map_flush_ended(struct hot_map *map, int slot, uint64_t head, int rc);
 
 /* Cool what may go cold; once a second. */
 void hot_map_step(struct hot_map *map);

@@ -18,6 +18,14 @@
  * their room may be used again. It stores `durable` once the receiver has them for good: only then
  * may their regions cool. So tail >= durable while a spool holds the difference. The payload in use
  * follows from the slots: there is no second pair of counters to fall out of step.
+ *
+ * A flush of the image is seen in `flushing` from before it begins until after a failure of it is
+ * in flush_failed. For the kernel tells of an error once to each open file, and to one that is
+ * opened later not at all: a server that is killed inside a flush may take the error with it. Who
+ * finds its ring (the next server, or the agent) counts it in flush_unknown, then makes the slots
+ * even. The agent holds the image open for long, and asks again (storage/flush_watch.py): it stores
+ * in flush_known how many it has an answer for. Nothing cools, and no ring is given back, while the
+ * two differ.
  */
 #ifndef BLOCKREPL_RING_H
 #define BLOCKREPL_RING_H
@@ -28,6 +36,7 @@
 #define RING_VERSION 2
 #define RING_HEADER_BYTES 4096
 #define RING_INFLIGHT_SLOTS 128
+#define RING_FLUSH_SLOTS 32 /* more than a server has threads (services/disk_server.py) */
 #define RING_PAGE 4096
 
 enum record_kind { RECORD_WRITE = 0, RECORD_ZERO = 1, RECORD_TRIM = 2, RECORD_FLUSH = 3 };
@@ -59,14 +68,19 @@ struct ring_header {
     uint64_t flushed;         /* 192: all records before this sequence are in the local disk */
     uint64_t flush_failed;    /* 200: 1 once the local disk has failed to flush: what is on it is not
                                       known, and nothing cools as long as this ring is there */
-    uint8_t pad1[48];
+    uint64_t flush_unknown;   /* 208: servers that were killed inside a flush */
+    uint8_t pad1[40];
     /* written by the agent */
     uint64_t tail;            /* 256: records before this may be overwritten */
     uint64_t durable;         /* 264: records before this are durable at the receiver, or their
                                       regions are stale */
     uint64_t next_number;     /* 272: the group's frames before this are durable at the receiver,
                                       for an agent that was killed; 0: not known */
-    uint8_t pad2[RING_HEADER_BYTES - 280];
+    uint64_t flush_known;     /* 280: of flush_unknown, those whose flush took no error with it */
+    uint8_t pad2[224];
+    /* written by capture */
+    uint64_t flushing[RING_FLUSH_SLOTS]; /* 512: generations, odd while a flush is under way */
+    uint8_t pad3[RING_HEADER_BYTES - 768];
 };
 
 struct ring_inflight {

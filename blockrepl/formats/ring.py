@@ -27,9 +27,12 @@ offset  size  header field
 184     8     writer's process id
 192     8     records before this sequence are on the local disk
 200     8     1 once the local disk has failed to flush
+208     8     flush unknown: servers that were killed inside a flush of the local disk
 256     8     tail: records before this sequence may be overwritten
 264     8     durable: records before this sequence are durable at the receiver
 272     8     next number: the group's frames before it are durable at the receiver; 0: not known
+280     8     flush known: of those, how many flushes are known to have taken no error with them
+512     256   flushing: generations, each odd while a flush is under way
 ======  ====  ===========================================================================
 """
 
@@ -48,6 +51,7 @@ HEADER = struct.Struct("<8sIIQ16sQQQQQq")
 HEADER_BYTES = 4096
 PAGE_BYTES = 4096
 INFLIGHT_SLOTS = 128
+FLUSH_SLOTS = 32
 
 COMPLETE_AT = 12
 HEAD_AT = 128
@@ -60,9 +64,12 @@ HOT_REGIONS_AT = 176
 WRITER_AT = 184
 FLUSHED_AT = 192
 FLUSH_FAILED_AT = 200
+FLUSH_UNKNOWN_AT = 208
 TAIL_AT = 256
 DURABLE_AT = 264
 NEXT_NUMBER_AT = 272
+FLUSH_KNOWN_AT = 280
+FLUSHING_AT = 512
 
 INFLIGHT = np.dtype([("start", "<u8"), ("end", "<u8"), ("generation", "<u8"), ("reserved", "<u8")])
 SLOT = np.dtype(

@@ -35,6 +35,7 @@ from blockrepl.model.bandwidth import format_minute
 from blockrepl.services.agent import Agent
 from blockrepl.services.agent_session import AgentSession
 from blockrepl.services.control import control_application
+from blockrepl.services.flush_doubts import failed_flush
 from blockrepl.services.group_pump import WantedCheckpoint
 from blockrepl.services.group_replication import GroupReplication
 from blockrepl.services.verification import PassStatus
@@ -286,6 +287,8 @@ def _disk_status(
         state = "error"
     elif disk and group and group.is_linked:
         state = {"empty": "initial-sync", "gap": "resync", "ready": "replicating"}[disk.state]
+    if not problem and ring and ring.flush_failed():
+        problem = failed_flush(entry)
     sync = group.pump.syncs.get(entry.id.bytes) if group and group.pump else None
     stale = int((ring.stale | ring.syncing).sum()) if ring else 0
     hot = int(agent.disks.hot_regions(entry).sum())

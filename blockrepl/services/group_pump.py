@@ -332,7 +332,10 @@ class GroupPump:
         why = "some records are lost"
         if dropped := disk.ring.dropped():
             size = format_bytes(disk.entry.ring_bytes)
-            why = f"{dropped} records did not fit its ring of {size} (see `disk add --ring`)"
+            why = (
+                f"{dropped} records were not kept, for its ring of {size} was full (see `disk add "
+                "--ring`), the local disk failed, or its server was killed"
+            )
         log.warning(
             "disk %s: %s: history has a gap from %s on, until what differs has been sent again",
             disk.entry.name,

@@ -30,6 +30,7 @@ from blockrepl.errors import BlockreplError, DamageError, PeerError, StateError
 from blockrepl.formats.comparison import Verdict
 from blockrepl.formats.messages import AttachDisk, Attached
 from blockrepl.services.error_groups import ours_of
+from blockrepl.services.flush_doubts import FlushDoubts
 from blockrepl.services.group_pump import GroupPump
 from blockrepl.services.outbox_ends import LostError, Send, Shape
 from blockrepl.services.scrub_pace import ScrubPool
@@ -89,6 +90,7 @@ class GroupReplication:
         self.pump: GroupPump | None = None
         self.spool = Spool(disks.home.source_directory / "spool" / name, spool_limits)
         self.scrub = GroupScrub(scrubs or ScrubPool(rate=0), clock)
+        self._flush_doubts = FlushDoubts()
         self.is_linked = False
         self.finished = False
         self._source_disks = disks
@@ -116,6 +118,7 @@ class GroupReplication:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._run_pump)
                     nursery.start_soon(self._retire_rings)
+                    nursery.start_soon(self._flush_doubts.run, lambda: self.disks)
                     nursery.start_soon(self._keep_note)
                     nursery.start_soon(self._watch_spool)
                     nursery.start_soon(self.scrub.run)

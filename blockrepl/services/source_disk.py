@@ -29,6 +29,7 @@ from blockrepl.errors import StateError
 from blockrepl.formats.messages import AttachedDisk
 from blockrepl.session.sender import DiskState, RingState, resume
 from blockrepl.storage.clock import SourceClock
+from blockrepl.storage.flush_watch import FlushWatch
 from blockrepl.storage.retiring import Retirement
 from blockrepl.storage.ring import RingReader, read_geometry, ring_path
 from blockrepl.storage.source import DiskEntry, Growth, SourceDisks
@@ -42,6 +43,7 @@ class SourceDisk:
         self.id = entry.id.bytes
         self.ring: RingReader | None = None
         self.image: int | None = None
+        self.flushes: FlushWatch | None = None  # of the two
         self.state: DiskState = "empty"
         self.epoch = 0
         self.cursor = 0
@@ -190,6 +192,7 @@ class SourceDisk:
                 code="no-image",
             ) from error
         self.ring = RingReader(path, self.id)
+        self.flushes = FlushWatch(self.ring, self.image)
         self.rings_seen += 1
 
     def close(self) -> None:
@@ -197,6 +200,7 @@ class SourceDisk:
             os.close(self.image)
         self.image = None
         self.ring = None
+        self.flushes = None
 
     def recover(self) -> None:
         """Clean up what a killed server left in the ring: the group would wait for it for ever.
@@ -204,7 +208,9 @@ class SourceDisk:
         Between rounds, while no server runs: its gap begins now. Blocks on the disk.
         """
         ring = self.ring
-        if ring is not None and (ring.writes_in_flight() or not ring.quiesce()):
+        if ring is not None and (
+            ring.writes_in_flight() or ring.flushes_under_way() or not ring.quiesce()
+        ):
             self._disks.recover_ring(self.entry, ring, self._clock)
 
     def retirement(self) -> Retirement | None:

@@ -74,7 +74,8 @@ class Retirement:
             or ring.is_syncing()
             or ring.gap_from()
             or ring.head() != ring.durable()
-            or ring.flush_failed()
+            or ring.flushes_under_way()
+            or not ring.trusts_flushes()
         )
 
     def close(self) -> None:

@@ -184,6 +184,7 @@ class RingReader:
         self._inflight = np.frombuffer(
             mapping, layout.INFLIGHT, layout.INFLIGHT_SLOTS, geometry.inflight_at
         )
+        self._flushing = np.frombuffer(mapping, "<u8", layout.FLUSH_SLOTS, layout.FLUSHING_AT)
         self._slots = np.frombuffer(mapping, layout.SLOT, geometry.slot_count, geometry.slots_at)
         self._payload = memoryview(mapping)[geometry.payload_at : geometry.file_bytes]
 
@@ -213,6 +214,25 @@ class RingReader:
     def flush_has_failed(self) -> None:
         """Nothing cools any more, by no server either."""
         self._words.store(layout.FLUSH_FAILED_AT, 1)
+
+    def flushes_under_way(self) -> frozenset[tuple[int, int]]:
+        """(slot, generation) of each, as `writes_in_flight`."""
+        return _odd(self._flushing)
+
+    def unknown_flushes(self) -> int:
+        """How many servers have been killed inside a flush, and been found."""
+        return self._words.load(layout.FLUSH_UNKNOWN_AT)
+
+    def known_flushes(self) -> int:
+        """How many of them, the first ones, are known to have taken no error with them."""
+        return self._words.load(layout.FLUSH_KNOWN_AT)
+
+    def set_known_flushes(self, count: int) -> None:
+        self._words.store(layout.FLUSH_KNOWN_AT, max(count, self.known_flushes()))
+
+    def trusts_flushes(self) -> bool:
+        """Whether none has failed, and none is left that may have."""
+        return not self.flush_failed() and self.unknown_flushes() == self.known_flushes()
 
     def dropped(self) -> int:
         return self._words.load(layout.DROPPED_AT)
@@ -308,10 +328,7 @@ class RingReader:
 
     def writes_in_flight(self) -> frozenset[tuple[int, int]]:
         """(slot, generation) of each write under way, to see later whether it has ended."""
-        generations = self._inflight["generation"]
-        return frozenset(
-            (int(slot), int(generations[slot])) for slot in np.nonzero(generations % 2)[0]
-        )
+        return _odd(self._inflight["generation"])
 
     # --- records
 
@@ -424,6 +441,7 @@ class RingReader:
     def recover_in_flight(self, stamp: int) -> None:
         """Mark what a killed server had in flight as stale, as its next start would."""
         words, geometry = self._words, self.geometry
+        self._recover_flushes()
         busy = words.load(layout.BUSY_AT)
         words.store(layout.BUSY_AT, busy + busy % 2)  # an append that will never be published
         for slot in np.nonzero(self._inflight["generation"] % 2)[0]:
@@ -435,6 +453,19 @@ class RingReader:
             words.store(layout.DROPPED_AT, self.dropped() + 1)
             at = geometry.inflight_at + int(slot) * layout.INFLIGHT.itemsize + 16
             words.store(at, words.load(at) + 1)
+
+    def _recover_flushes(self) -> None:
+        """Counted first: a slot that is even says that its flush has ended."""
+        under_way = self.flushes_under_way()
+        if under_way:
+            self._words.store(layout.FLUSH_UNKNOWN_AT, self.unknown_flushes() + 1)
+        for slot, generation in under_way:
+            self._words.store(layout.FLUSHING_AT + 8 * slot, generation + 1)
+
+
+def _odd(generations: npt.NDArray[np.uint64]) -> frozenset[tuple[int, int]]:
+    found = generations.copy()  # one look
+    return frozenset((int(slot), int(found[slot])) for slot in np.nonzero(found % 2)[0])
 
 
 def _end(slot: np.void) -> int:

@@ -11,6 +11,7 @@ make_hot          `_make_hot`
 append, mark_gap  `_append`, `_mark_gap`
 give_up           `_mark_gap`, after a local write that failed half way
 cool              `_cool`
+sync_image        `_sync_image`
 recover_ring      `_recover_ring`
 ================  ===========================================================================
 """
@@ -85,6 +86,7 @@ class Server:
         self._hot_lock = trio.StrictFIFOLock()
         self._ranges: dict[int, tuple[int, int]] = {}  # slot -> start, end
         self._freed = trio.Event()
+        self._flushes: set[int] = set()  # slots
         self._requests: list[_Request] = []
         self._waiting: list[Request] = []
         self._submitted = trio.Event()
@@ -171,7 +173,7 @@ class Server:
             self._machine.write(self._image, [data[half:]], offset + half)
             await self._step()
             if fua:
-                self._machine.sync(self._image)
+                await self._sync_image()
             payload = data if kind == RecordKind.WRITE else b""
             await self._append(kind | (FUA if fua else 0), offset, data, payload, request)
         await self._step()
@@ -181,14 +183,22 @@ class Server:
 
     async def flush(self) -> None:
         before = self.head
-        self._machine.sync(self._image)
-        await self._step()
+        await self._sync_image()
         await self._append(RecordKind.FLUSH, 0, b"", b"", None)
         self._words.store(layout.FLUSHED_AT, before)
         await self._step()
         async with self._hot_lock:
             self.process.check()
             self._cool(before)
+
+    async def _sync_image(self) -> None:
+        slot = next(n for n in range(layout.FLUSH_SLOTS) if n not in self._flushes)
+        self._flushes.add(slot)
+        self._add(layout.FLUSHING_AT + 8 * slot, 1)
+        self._machine.sync(self._image)
+        await self._step()
+        self._add(layout.FLUSHING_AT + 8 * slot, 1)
+        self._flushes.remove(slot)
 
     def _content(self, offset: int, length: int) -> bytes:
         return os.pread(self._image, length, offset)
@@ -242,6 +252,11 @@ class Server:
 
     def _cool(self, flushed: int) -> None:
         """``flushed``: records before it were followed by a local flush."""
+        load = self._words.load
+        if load(layout.FLUSH_FAILED_AT) or (
+            load(layout.FLUSH_UNKNOWN_AT) != load(layout.FLUSH_KNOWN_AT)
+        ):
+            return
         durable = min(flushed, self._words.load(layout.DURABLE_AT))
         now = self._world.clock.now
         stale, syncing = self.geometry.stale_at, self.geometry.syncing_at
@@ -332,6 +347,12 @@ class Server:
     def _recover_ring(self) -> None:
         """What a killed server left: ranges in flight become stale, a gap begins."""
         words, geometry = self._words, self.geometry
+        flushing = [layout.FLUSHING_AT + 8 * slot for slot in range(layout.FLUSH_SLOTS)]
+        if any(words.load(at) % 2 for at in flushing):
+            self._add(layout.FLUSH_UNKNOWN_AT, 1)
+            self._world.trace("flush unknown", self.entry.name)
+        for at in flushing:
+            self._add(at, words.load(at) % 2)
         busy = words.load(layout.BUSY_AT)
         words.store(layout.BUSY_AT, busy + busy % 2)
         for slot in range(layout.INFLIGHT_SLOTS):

@@ -22,7 +22,7 @@ from blockrepl.formats.messages import AGENT_ACCEPTS, RECEIVER_ACCEPTS, MessageT
 from blockrepl.services import disk_sync, scrubber, source_disk
 from blockrepl.services.agent import Agent, AgentOptions
 from blockrepl.services.group_replication import GroupReplication
-from blockrepl.storage import clock, group_notes, retiring, ring, source, spool
+from blockrepl.storage import clock, flush_watch, group_notes, retiring, ring, source, spool
 from blockrepl.storage.clock import open_clock
 from blockrepl.storage.home import Home, write_atomically
 from blockrepl.storage.image import is_locked
@@ -196,6 +196,7 @@ class SourceMachine:
         yield Spool, "_add_file", self._crashing("spool file", Spool._add_file)
         yield source_disk, "RingReader", _Reader
         yield retiring, "os", _System(self.machine)
+        yield flush_watch, "os", _System(self.machine)
 
     def _write_atomically(self, path: Path, data: bytes, mode: int = 0o644) -> None:
         self.world.operation(f"write of {path.name}")
