@@ -40,6 +40,7 @@ class Stage:
     spool_size: str = "1G"
     spool_reserve: str = "0"
     seed: int = 1
+    image: Path | None = None  # None: one is made
     samples: list[Sample] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -47,7 +48,7 @@ class Stage:
         place.receiver("receiver", "init", quiet=True)
         place.start_receiver()
         place.join()
-        self.disk = Disk(place, size_bytes=self.size_bytes, group=GROUP)
+        self.disk = Disk(place, size_bytes=self.size_bytes, image=self.image, group=GROUP)
         self.start_agent()
         self.disk.start()
         place.wait_replicating(GROUP)
