@@ -12,7 +12,6 @@ import pytest
 from ring_writer import RingWriter
 
 from blockrepl import limits
-from blockrepl.storage import flush_watch
 from blockrepl.storage.flush_watch import FlushWatch
 from blockrepl.storage.ring import RingReader, create_ring
 from blockrepl.storage.ring_growth import make_grown
@@ -98,7 +97,7 @@ def test_a_flush_that_fails_when_asked_about_has_failed(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(flush_watch.os, "fsync", fail)
+        patch.setattr("blockrepl.storage.flush_watch.os.fsync", fail)
         assert not ask(watch)
     assert ring.flush_failed()
     assert watch.look() == "none"  # nothing is left to ask
@@ -180,7 +179,7 @@ def test_an_answer_says_nothing_of_who_is_killed_meanwhile(
         kill(ring)
 
     with monkeypatch.context() as patch:
-        patch.setattr(flush_watch.os, "fsync", and_another)
+        patch.setattr("blockrepl.storage.flush_watch.os.fsync", and_another)
         assert ask(watch)
     assert not ring.trusts_flushes()
     assert watch.look() == "ask"

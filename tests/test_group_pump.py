@@ -335,6 +335,20 @@ async def test_a_gap_is_told_behind_the_records_before_it_and_closed_when_all_wa
     check_stream(receiver.frames, source.watermark)
 
 
+async def test_a_gap_is_logged_with_all_that_may_have_been_its_cause(
+    source: Source, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The ring counts what is not kept; it does not say why."""
+    entry = source.add("root", SIZE)
+    source.guest(entry).write(0, b"x" * 512, kept=False)
+    async with pumping(source, receiver, known(entry)):
+        await until(receiver.marks)
+    [line] = [line for line in caplog.messages if "history has a gap" in line]
+    assert "disk root: 1 records were not kept" in line
+    for cause in ("its ring of 16 MiB was full", "the local disk failed", "its server was killed"):
+        assert cause in line
+
+
 async def test_nothing_is_sent_again_before_the_gap_is_durable(
     source: Source, receiver: Receiver
 ) -> None:

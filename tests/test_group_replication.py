@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -30,10 +31,11 @@ from blockrepl.errors import DamageError, StorageError
 from blockrepl.formats.frame import FrameKind
 from blockrepl.formats.marks import GapMark
 from blockrepl.formats.messages import Attached
-from blockrepl.services import group_replication
+from blockrepl.services import flush_doubts, group_replication
 from blockrepl.services.group_pump import WantedCheckpoint
 from blockrepl.services.group_replication import GroupReplication, Link
 from blockrepl.services.outbox_ends import LostError
+from blockrepl.storage import flush_watch
 from blockrepl.storage import retiring as retiring_module
 from blockrepl.storage.group_notes import GroupNote, write_note
 from blockrepl.storage.image import is_locked
@@ -290,14 +292,18 @@ class StalledImage:
     """In the place of `os`: an image whose sync stalls until told."""
 
     close = staticmethod(os.close)
+    dup = staticmethod(os.dup)
 
     def __init__(self) -> None:
         self.begun = threading.Event()
         self.goes_on = threading.Event()
+        self.fails = False
 
     def fsync(self, descriptor: int) -> None:
         self.begun.set()
         assert self.goes_on.wait(20)
+        if self.fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         os.fsync(descriptor)
 
 
@@ -372,3 +378,139 @@ async def test_a_group_stops_although_its_round_never_ends_and_a_retirement_wait
         with trio.fail_after(5):
             await group._stop_running()
         nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def asking(
+    source: Source, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[GroupReplication, StalledImage]]:
+    """A group whose disk's server was killed inside a flush, and is there again; the disk stalls
+    when it is asked what became of it."""
+    monkeypatch.setattr(flush_doubts, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(flush_watch, "os", image := StalledImage())
+    entry = source.add("root", SIZE)
+    monkeypatch.setattr(source.disks, "is_serving", lambda entry: True)
+    async with replicating(source) as group, trio.open_nursery() as nursery:
+        nursery.start_soon(serve, group, receiver, attach(source, known(entry)))
+        await until(lambda: group.pump)
+        receiver.pump = group.pump
+        kill_in_flush(source, group)
+        await until(image.begun.is_set)
+        yield group, image
+        image.goes_on.set()
+        nursery.cancel_scope.cancel()
+
+
+async def some_looks(group: GroupReplication, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, look = [], group._flush_doubts._look
+
+    def count(*what: Any) -> None:
+        look(*what)
+        looks.append(what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(group._flush_doubts, "_look", count)
+        await until(lambda: len(looks) > 2)
+
+
+def kill_in_flush(source: Source, group: GroupReplication) -> None:
+    entry = group.disks[0].entry
+    ring = RingReader(ring_path(entry.id.bytes), entry.id.bytes)
+    source.guest(entry).writer.begin_flush(0)
+    ring.recover_in_flight(source.clock.now())
+
+
+async def test_a_disk_that_stalls_when_it_is_asked_about_a_flush_holds_up_nothing(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the thread and the task in FlushDoubts._look.
+    receiver = Receiver()
+    async with asking(source, receiver, monkeypatch) as (group, image):
+        [disk] = group.disks
+        source.guest(disk.entry).write(0, b"x" * 512)
+        with trio.fail_after(10):
+            await until(lambda: receiver.records(disk.id))
+            assert disk.ring is not None
+            assert not disk.ring.trusts_flushes()
+            image.goes_on.set()
+            await until(disk.ring.trusts_flushes)
+        assert not disk.ring.flush_failed()
+
+
+async def test_a_disk_that_is_taken_up_anew_waits_for_the_answer_that_is_on_its_way(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards ``_asked`` in FlushDoubts: the descriptor of now is younger than the flush.
+    async with asking(source, Receiver(), monkeypatch) as (group, image):
+        [before] = group.disks
+        answer = attach(source, known(before.entry))
+        await group._stop_running()
+        await group._start_from(answer)
+        [disk] = group.disks
+        assert disk is not before
+        await some_looks(group, monkeypatch)
+        assert disk.ring is not None
+        assert not disk.ring.flush_failed()
+        image.goes_on.set()
+        with trio.fail_after(10):
+            await until(disk.ring.trusts_flushes)
+
+
+async def test_a_disk_that_fails_to_flush_is_told_of_once(
+    source: Source, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Guards the warning and ``_told`` in FlushDoubts.
+    async with asking(source, Receiver(), monkeypatch) as (group, image):
+        ring = group.disks[0].ring
+        assert ring is not None
+        image.fails = True
+        image.goes_on.set()
+        with trio.fail_after(10):
+            await until(lambda: "failed to flush" in caplog.text)
+        assert ring.flush_failed()
+        kill_in_flush(source, group)
+        answer = attach(source, known(group.disks[0].entry))
+        await group._stop_running()
+        await group._start_from(answer)
+        await some_looks(group, monkeypatch)
+    assert caplog.text.count("failed to flush") == 1
+    assert "disk root: " in caplog.text
+
+
+async def test_an_agent_that_came_after_the_kill_cannot_know(
+    source: Source, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Guards the "failed" in FlushDoubts._look.
+    monkeypatch.setattr(flush_doubts, "LOOK_SECONDS", 0.01)
+    entry = source.add("root", SIZE)
+    source.guest(entry).writer.begin_flush(0)
+    ring = RingReader(ring_path(entry.id.bytes), entry.id.bytes)
+    ring.recover_in_flight(source.clock.now())
+    monkeypatch.setattr(source.disks, "is_serving", lambda entry: True)
+    async with replicating(source) as group, trio.open_nursery() as nursery:
+        nursery.start_soon(serve, group, Receiver(), attach(source, known(entry)))
+        with trio.fail_after(10):
+            await until(ring.flush_failed)
+            await until(lambda: "failed to flush" in caplog.text)
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_agent_finds_a_server_that_was_killed_in_a_flush_and_in_nothing_else(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the flushes in SourceDisk.recover: the ring would never be given back.
+    monkeypatch.setattr(group_replication, "RETIRE_SECONDS", 0.01)
+    monkeypatch.setattr(flush_doubts, "LOOK_SECONDS", 0.01)
+    entry = source.add("root", SIZE)
+    ring = RingReader(ring_path(entry.id.bytes), entry.id.bytes)
+    is_away = False
+    monkeypatch.setattr(source.disks, "is_serving", lambda entry: not is_away)
+    async with replicating(source) as group, trio.open_nursery() as nursery:
+        nursery.start_soon(serve, group, Receiver(), attach(source, known(entry)))
+        await until(lambda: group.pump)
+        source.guest(entry).writer.begin_flush(0)
+        is_away = True
+        with trio.fail_after(10):
+            await until(lambda: group.disks[0].ring is None)
+        nursery.cancel_scope.cancel()
+    assert (ring.unknown_flushes(), ring.known_flushes(), ring.flush_failed()) == (1, 1, False)
