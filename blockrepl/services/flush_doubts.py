@@ -26,8 +26,8 @@ LOOK_SECONDS = 1.0
 
 def failed_flush(entry: DiskEntry) -> StorageError:
     return StorageError(
-        f"image {entry.image} failed to flush, or may have when its server was killed: what was "
-        "written to it may not be on the disk, whatever is read until this machine is restarted. "
+        f"image {entry.image} failed to flush: what was written to it may not be on the disk, "
+        "whatever is read until this machine is restarted. "
         "Its regions stay hot: they are compared with the replica after that",
         hint="check the disk below the image, then restart this machine; nothing else clears this",
         code="flush-failed",
@@ -39,7 +39,7 @@ class FlushDoubts:
 
     def __init__(self) -> None:
         self._asked: set[int] = set()  # rings whose answer is on its way
-        self._told: set[int] = set()  # rings
+        self._told: set[tuple[int, str]] = set()  # rings, and of what
 
     async def run(self, disks: Callable[[], Sequence[SourceDisk]]) -> None:
         """Until cancelled."""
@@ -55,15 +55,25 @@ class FlushDoubts:
         if ring_id in self._asked:
             return
         match watch.look():
-            case "failed":
-                watch.ring.flush_has_failed()
             case "ask":
                 self._asked.add(ring_id)
                 nursery.start_soon(self._ask, watch, watch.descriptor())
-        if watch.ring.flush_failed() and ring_id not in self._told:
-            self._told.add(ring_id)
+            case "stays":
+                self._tell(
+                    entry,
+                    ring_id,
+                    "its server was killed while it flushed, and no agent was there that could ask "
+                    "whether that had failed: its regions stay hot until this machine is "
+                    "restarted, so that a power loss is followed by a longer comparison",
+                )
+        if watch.ring.flush_failed():
             error = failed_flush(entry)
-            log.warning("disk %s: %s; %s", entry.name, error, error.hint)
+            self._tell(entry, ring_id, f"{error}; {error.hint}")
+
+    def _tell(self, entry: DiskEntry, ring_id: int, what: str) -> None:
+        if (ring_id, what) not in self._told:
+            self._told.add((ring_id, what))
+            log.warning("disk %s: %s", entry.name, what)
 
     async def _ask(self, watch: FlushWatch, descriptor: int) -> None:
         try:

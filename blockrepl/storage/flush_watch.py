@@ -11,7 +11,8 @@ the descriptor was opened                 the killed server's flush
 before it began: all flushes that were    is asked about: an fsync of the descriptor fails, or
 under way at the opening have been seen   says that there was no error to tell
 to end, and no kill was in doubt then
-later, or nobody can tell                 counts as failed
+later, or nobody can tell                 stays in doubt: nothing goes cold as long as this ring is
+                                          there, which costs a longer comparison, some day
 ========================================  =====================================================
 
 A flush whose slot is even has ended, unless a kill was counted meanwhile: who makes the slots of a
@@ -25,7 +26,7 @@ from typing import Literal
 
 from blockrepl.storage.ring import RingReader
 
-Doubt = Literal["none", "ask", "failed"]
+Doubt = Literal["none", "ask", "stays"]
 
 
 class FlushWatch:
@@ -47,7 +48,7 @@ class FlushWatch:
         known = ring.known_flushes()
         if ring.flush_failed() or ring.unknown_flushes() == known:
             return "none"
-        return "failed" if self._older or known < self._unknown_at_opening else "ask"
+        return "stays" if self._older or known < self._unknown_at_opening else "ask"
 
     def descriptor(self) -> int:
         """The image for `ask`, to be closed by the caller; the same open file as far as errors go.
