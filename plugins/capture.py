@@ -51,6 +51,11 @@ def after_fork() -> None:
     )
 
 
+def cleanup() -> None:
+    """A flush of the core's own is waited for: the next server would take it for a killed one's."""
+    _core.stop()
+
+
 def open(readonly: bool) -> int:
     return 1
 

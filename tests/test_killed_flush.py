@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,6 +124,59 @@ def test_a_disk_that_is_well_goes_on_as_before(
     wait_for(lambda: not it.disk.ring.exists(), "the ring is given back")
     assert it.disk.hot_regions() == []
     assert it.source_group()["disks"][0]["problem"] is None
+
+
+# fdatasync of the image takes 2 s, and says in the file "begun" that it has begun
+SLOW = r"""
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int fdatasync(int fd)
+{
+    struct stat there, here;
+    if (!stat(getenv("SLOW_IMAGE"), &there) && !fstat(fd, &here) &&
+        there.st_dev == here.st_dev && there.st_ino == here.st_ino) {
+        close(open(getenv("SLOW_BEGUN"), O_CREAT | O_WRONLY, 0600));
+        sleep(2);
+    }
+    return (int)syscall(SYS_fdatasync, fd);
+}
+"""
+
+
+def test_a_server_that_is_stopped_ends_its_own_flush_first(
+    stage: Callable[..., Stage], place: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the plugin's cleanup: without it the flush looks like one of a killed server.
+    it = stage()
+    it.disk.stop()
+    begun, shim = place.directory / "begun", place.directory / "slow.so"
+    shim.with_suffix(".c").write_text(SLOW)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", shim, shim.with_suffix(".c")], check=True)
+    programs = place.directory / "programs"
+    programs.mkdir()
+    cools = programs / "nbdkit"  # one hot region is the most here, so it flushes for the others
+    cools.write_text(f'#!/bin/bash\nexec {shutil.which("nbdkit")} "${{@/#hot=*/hot=1}}"\n')
+    cools.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        patch.setenv("LD_PRELOAD", str(shim))
+        patch.setenv("SLOW_IMAGE", str(it.disk.image))
+        patch.setenv("SLOW_BEGUN", str(begun))
+        it.restart_disk()
+    for region in range(3):
+        it.write_anew(region * MIB)
+    it.wait_synced()
+    it.client.close()  # nbdkit waits for it
+    wait_for(begun.exists, "the core flushes")
+    ring = it.reader
+    assert ring.flushes_under_way()
+    it.disk.stop()
+    assert not ring.flushes_under_way()
+    assert ring.unknown_flushes() == 0
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@
 #define RING_VERSION 2
 #define RING_HEADER_BYTES 4096
 #define RING_INFLIGHT_SLOTS 128
-#define RING_FLUSH_SLOTS 32 /* more than a server has threads (services/disk_server.py) */
+#define RING_FLUSH_SLOTS 160 /* more than a server has threads, which nbdkit has per client */
 #define RING_PAGE 4096
 
 enum record_kind { RECORD_WRITE = 0, RECORD_ZERO = 1, RECORD_TRIM = 2, RECORD_FLUSH = 3 };
@@ -80,7 +80,7 @@ struct ring_header {
     uint8_t pad2[224];
     /* written by capture */
     uint64_t flushing[RING_FLUSH_SLOTS]; /* 512: generations, odd while a flush is under way */
-    uint8_t pad3[RING_HEADER_BYTES - 768];
+    uint8_t pad3[RING_HEADER_BYTES - 512 - 8 * RING_FLUSH_SLOTS];
 };
 
 struct ring_inflight {

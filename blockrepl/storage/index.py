@@ -192,7 +192,9 @@ class JournalIndex:
                 except DamageError as error:
                     is_whole = is_whole and not isinstance(error, GoneError)
                     if number in known:
-                        lost[number] = Damage(None, said.first_stamp, error)
+                        before = self._watermarks_before(number, frozenset()).values()
+                        oldest = max(said.first_stamp, min((at + 1 for at in before), default=0))
+                        lost[number] = Damage(None, oldest, error)
                     # else: a file that was just begun when the power went; recovery removes it
             self._segments = segments
             self._places = {segment.place: segment for segment in segments.values()}
@@ -226,8 +228,9 @@ class JournalIndex:
         """Up to where views lack nothing, before a segment, of each source but the ``seen``."""
         found = {source: at for source, at in self._sources_shown().items() if source not in seen}
         missing, left = set(found), WALK_FRAMES_MAX
-        for each in sorted(self._taken_up, reverse=True):
-            segment = self._taken_up[each]
+        taken_up = self._taken_up  # another thread may begin anew
+        for each in sorted(taken_up, reverse=True):
+            segment = taken_up[each]
             if each >= number:
                 continue
             with suppress(DamageError):
