@@ -103,6 +103,19 @@ def test_a_damaged_header_refuses_what_a_lagging_source_may_have_written_behind_
     assert {one.from_ns for one in found} == {START + 40 * SECOND + 1}
 
 
+def test_a_damaged_file_header_refuses_nothing_of_the_segments_before(group: Group) -> None:
+    # Guards the bound of a lost segment in JournalIndex.refresh: it has outgrown its row.
+    agent = group.agent
+    group.put(SOURCE, agent.consistent())
+    group.put(SOURCE, write(agent, 40, b"here"))
+    group.begin_segment(SOURCE, write(agent, 50, b"next"))
+    group.put(SOURCE, write(agent, 60, b"last"))
+    group.damage(-40)
+    assert group.read("root", 40) == b"here"
+    with pytest.raises(DamageError):
+        group.read("root", 60)
+
+
 def test_a_damaged_header_refuses_nothing_of_before_another_source_was_there(
     group: Group,
 ) -> None:
