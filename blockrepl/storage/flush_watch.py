@@ -59,9 +59,8 @@ class FlushWatch:
 
     def ask(self, descriptor: int) -> bool:
         """After "ask": whether all is well. Blocks for as long as the disk likes."""
-        count = (
-            self.ring.unknown_flushes()
-        )  # a server that is killed from here on is another matter
+        # First: a server that is killed from here on is another matter.
+        count = self.ring.unknown_flushes()
         try:
             os.fsync(descriptor)
         except OSError:

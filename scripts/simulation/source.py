@@ -291,9 +291,8 @@ class SourceMachine:
             await trio.sleep_until(until)
             if trio.current_time() < self.server_down_until[entry.name]:
                 continue
-            while is_locked(
-                entry.image
-            ):  # by the agent, with the disk's lock; no thread waits here
+            # By the agent, with the disk's lock: no thread can wait here.
+            while is_locked(entry.image):
                 await trio.sleep(0.001)
             model = self.model.disks[entry.name]
             server = Server(self.world, self.machine, self.disks, entry, model)
