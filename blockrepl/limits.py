@@ -32,7 +32,8 @@ GROUPS_PER_SESSION_MAX = 512  # names asked for, also those that were refused
 
 COMPARE_BLOCK_BYTES = 64 * KIB  # digested as one: the least that a difference costs to send
 COMPARE_BYTES_MAX = 16 * MIB  # of a disk in one comparison: its digests take 4 KiB
-COMPARISONS_MAX = 4  # at work in the receiver per session: then its reader waits
+COMPARISONS_MAX = 4  # at work in the receiver per session; more wait for their turn
+COMPARISONS_WAITING_MAX = 256  # those included: then the session's reader waits
 
 WINDOW_FRAMES = 256  # frames sent and not yet acknowledged, per group
 WINDOW_BYTES = 32 * MIB
@@ -41,8 +42,9 @@ BANDWIDTH_BYTES_MIN = 16 * KIB  # per second, of a limit: a frame in 10 minutes 
 RECEIVER_PORT = 7420  # where a receiver listens unless told otherwise
 
 HANDSHAKE_SECONDS = 10.0  # TLS and hello; a silent peer is dropped after it
-MESSAGE_SECONDS = 60.0  # from the first byte of a message to its last: 35 KB/s for a usual frame
-IDLE_SECONDS = 30.0  # no byte at all from a peer that should ping every IDLE_SECONDS / 3
+MESSAGE_PIECE_BYTES = 2 * MIB  # a usual frame; a larger message is as many pieces as it takes
+MESSAGE_SECONDS = 60.0  # from the first byte of a piece to its last: 35 KB/s
+IDLE_SECONDS = 30.0  # no byte at all from a peer that should say something every third of it
 SESSION_BYTES_MAX = 256 * GIB  # AES-GCM wants a new key before 2^24.5 full records (390 GB)
 CLOCK_AHEAD_SECONDS = 60.0  # stamps so far ahead of the receiver's clock are told
 SESSIONS_MAX = 256  # connections past their handshake

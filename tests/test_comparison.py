@@ -322,7 +322,7 @@ async def verdict(peer: Peer) -> Verdict:
             assert message is not None, "the receiver closed the connection"
             if message[0] == MessageType.VERDICT:
                 return decode_verdict(message[1])
-            assert message[0] == MessageType.ACK, (message[0], bytes(message[1]))
+            assert message[0] in {MessageType.ACK, MessageType.PONG}, (message[0], bytes(message[1]))
 
 
 def write(agent: Agent, offset: int, data: bytes) -> Frame:
@@ -398,6 +398,7 @@ async def test_comparisons_hold_up_neither_commits_nor_more_than_a_few_of_each_o
             await peer.acknowledged(1)
             await ask(peer, agent, bytes(65536), token=99, stamp=0)  # one too many: it waits
             await peer.send(agent.writes())
+            await peer.acknowledged(2)
             await other.send(second.writes())
             await other.acknowledged(1)  # nobody else does
             group = await vault.group()
@@ -407,6 +408,34 @@ async def test_comparisons_hold_up_neither_commits_nor_more_than_a_few_of_each_o
             gate.set()
         tokens = {(await verdict(peer)).token for _ in range(limits.COMPARISONS_MAX + 1)}
         assert tokens == {*range(limits.COMPARISONS_MAX), 99}
+
+
+async def test_a_source_with_too_many_comparisons_is_not_read_from(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards _asked in SourceSession: their digests would be kept without bound.
+    gate = threading.Event()
+    real = GroupComparison.compare
+
+    def compare(*arguments: object) -> Verdict:
+        assert gate.wait(20)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(GroupComparison, "compare", compare)
+    monkeypatch.setattr(limits, "COMPARISONS_WAITING_MAX", 6)
+    async with vault.peer() as peer:
+        agent = await peer.attach()
+        try:
+            for token in range(7):
+                await ask(peer, agent, bytes(65536), token=token, stamp=0)
+            await peer.send(agent.writes())
+            with trio.move_on_after(0.3):
+                await peer.acknowledged(1)
+                pytest.fail("it was read")
+        finally:
+            gate.set()
+        for _ in range(7):
+            await verdict(peer)
 
 
 LIES = {

@@ -228,6 +228,49 @@ async def test_a_peer_that_trickles_a_message_is_given_up(
     await reader.aclose()
 
 
+SLOW = int(limits.MESSAGE_PIECE_BYTES / limits.MESSAGE_SECONDS * 1.1)  # bytes a second
+
+
+async def test_a_large_message_may_take_as_long_as_the_slowest_link_needs(
+    raw: Raw, autojump_clock: MockClock
+) -> None:
+    peer, reader = raw
+    wire = message(DATA, os.urandom(4 * MIB))
+
+    async def send() -> None:
+        for at in range(0, len(wire), SLOW):
+            await trio.sleep(1)
+            await peer.send_all(wire[at : at + SLOW])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        assert await receive(reader) == (DATA, wire[HEADER.size :])
+    assert trio.current_time() > 1.5 * limits.MESSAGE_SECONDS
+    await peer.aclose()
+    await reader.aclose()
+
+
+async def test_a_large_message_may_be_taken_as_slowly(
+    server: Receiver, client: ssl.SSLContext, autojump_clock: MockClock
+) -> None:
+    ours, theirs = await shake_hands(*lockstep_stream_pair(), server, client)
+    writer = MessageStream(ours, BOUNDS)
+    wire = message(DATA, bytes(4 * MIB))
+
+    async def read() -> None:
+        taken = 0
+        while taken < len(wire):
+            await trio.sleep(1)
+            part = memoryview(bytearray(min(SLOW, len(wire) - taken)))
+            await theirs.receive_into(part)
+            taken += len(part)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await writer.send(DATA, wire[HEADER.size :])
+    assert trio.current_time() > 1.5 * limits.MESSAGE_SECONDS
+
+
 async def test_a_peer_that_does_not_read_is_given_up(
     server: Receiver, client: ssl.SSLContext, autojump_clock: MockClock
 ) -> None:

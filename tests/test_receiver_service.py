@@ -27,7 +27,7 @@ from blockrepl import limits
 from blockrepl.channel import enrolment
 from blockrepl.channel.certificates import PeerIdentity
 from blockrepl.channel.enrolment import Identity
-from blockrepl.channel.framing import MessageStream
+from blockrepl.channel.framing import HEADER, MessageStream
 from blockrepl.channel.handshake import RECEIVER_SERVER_NAME, connect
 from blockrepl.cli import main as cli
 from blockrepl.errors import BlockreplError, PeerError, StateError, UsageError
@@ -68,6 +68,8 @@ class Peer:
     async def expect(self, kind: MessageType) -> memoryview:
         with trio.fail_after(WAIT_SECONDS):
             message = await self.stream.receive()
+            while message is not None and message[0] == MessageType.PONG != kind:
+                message = await self.stream.receive()
         assert message is not None, "the receiver closed the connection"
         assert message[0] == kind, (MessageType(message[0]).name, bytes(message[1]))
         return message[1]
@@ -503,6 +505,23 @@ async def test_a_restarted_agent_always_comes_in_also_after_the_receiver_was_res
             assert await peer.greet(new) == new
         async with vault.peer(greet=False) as peer:
             assert await peer.greet() > new
+
+
+async def test_a_source_that_takes_long_over_a_frame_hears_that_the_receiver_is_there(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards _keep_alive in SourceSession: a ping waits behind the frame, and a link of 60 KB/s
+    # never got one through: the agent gave up after 30 s, and began again with the same one.
+    monkeypatch.setattr(limits, "IDLE_SECONDS", 0.3)
+    async with vault.peer() as peer:
+        agent = await peer.attach()
+        _, frame = agent.writes()
+        data = bytes(frame)
+        await peer.stream.stream.send_all(HEADER.pack(1 + len(data), MessageType.DATA) + data[:999])
+        for _ in range(3):
+            await peer.expect(MessageType.PONG)
+        await peer.stream.stream.send_all(data[999:])
+        await peer.acknowledged(1)
 
 
 async def test_a_peer_that_does_not_say_hello_is_dropped_at_the_deadline(

@@ -14,6 +14,7 @@ messages and an error inside one.
 
 Times: no first byte for `idle_seconds`, or a last byte later than `message_seconds` after the
 first, ends the channel (code "silent"). The peer must also take our messages in `message_seconds`.
+A message of more than limits.MESSAGE_PIECE_BYTES has that long for every such piece of it.
 
 The payload's memory is numpy's, uninitialised: the kernel gives its pages only as bytes arrive, so
 a peer that announces much and sends little costs little.
@@ -78,14 +79,16 @@ class MessageStream:
             raise ValueError(f"{payload_bytes} bytes are too many for one message")
         header = HEADER.pack(TYPE_BYTES + payload_bytes, message_type)
         async with self._send_lock:
-            with trio.move_on_after(self._message_seconds) as scope:
+            pieces = -(-payload_bytes // limits.MESSAGE_PIECE_BYTES)
+            seconds = self._message_seconds * max(1, pieces)
+            with trio.move_on_after(seconds) as scope:
                 try:
                     await self.stream.send_many(_lazily(header, take))
                 except trio.BrokenResourceError as error:
                     raise _disconnected() from error
         if scope.cancelled_caught:
             raise PeerError(
-                f"silent peer: it took no whole message in {self._message_seconds:.0f} s",
+                f"silent peer: it took no whole message in {seconds:.0f} s",
                 code="silent",
             )
 
@@ -108,7 +111,7 @@ class MessageStream:
                 return None
             self._inside_message = True
             with trio.move_on_after(self._message_seconds) as scope:
-                message = await self._receive_rest(first)
+                message = await self._receive_rest(first, scope)
         except trio.BrokenResourceError as error:
             raise _disconnected() from error
         if scope.cancelled_caught:
@@ -119,7 +122,7 @@ class MessageStream:
         self._inside_message = False
         return message
 
-    async def _receive_rest(self, first: bytes) -> tuple[int, memoryview]:
+    async def _receive_rest(self, first: bytes, scope: trio.CancelScope) -> tuple[int, memoryview]:
         header = bytearray(HEADER.size)
         header[: len(first)] = first
         if len(first) < HEADER.size:
@@ -135,8 +138,9 @@ class MessageStream:
                 f"where at most {payload_bytes_max} are allowed"
             )
         payload = numpy.empty(payload_bytes, dtype=numpy.uint8).data
-        if payload_bytes:
-            await self.stream.receive_into(payload)
+        for start in range(0, payload_bytes, limits.MESSAGE_PIECE_BYTES):
+            await self.stream.receive_into(payload[start : start + limits.MESSAGE_PIECE_BYTES])
+            scope.deadline = trio.current_time() + self._message_seconds
         return message_type, payload
 
     async def __aenter__(self) -> Self:

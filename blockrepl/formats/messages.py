@@ -13,8 +13,8 @@ type  name       from      payload
                            last durable frame
 5     REQUEST    agent     JSON Request
 6     RESPONSE   receiver  JSON Response with the request's id
-7     PING       both      empty
-8     PONG       both      empty
+7     PING       both      empty; an agent's, every IDLE_SECONDS / 3
+8     PONG       both      empty; the answer to PING. A receiver says it unasked as often
 9     ERROR      both      JSON Refusal; closes the session, or one group of it when it names one
 10    ATTACH     agent     JSON Attach: a group and all disks this source has in it
 11    ATTACHED   receiver  JSON Attached: where to go on

@@ -94,6 +94,7 @@ class SourceSession:
         self._scope = trio.CancelScope()
         self._tasks: trio.Nursery
         self._comparing = trio.Semaphore(limits.COMPARISONS_MAX)
+        self._asked = trio.Semaphore(limits.COMPARISONS_WAITING_MAX)
         self._acks: dict[str, Send] = {}
         self._others: list[Send] = []
         self._to_send = trio.Event()
@@ -158,7 +159,7 @@ class SourceSession:
                 case Append():
                     await self._append(effect)
                 case CompareRange():
-                    await self._comparing.acquire()
+                    await self._asked.acquire()
                     self._tasks.start_soon(self._guarded, partial(self._compare, effect))
                 case Send():
                     await self._stream.send(effect.type, effect.payload)
@@ -166,6 +167,7 @@ class SourceSession:
                     self.instance = await self._admit(self, instance)
                     send = self._machine.welcomed(self.instance)
                     await self._stream.send(send.type, send.payload)
+                    self._tasks.start_soon(self._guarded, self._keep_alive)
                 case AttachGroup():
                     await self._attach(effect)
                 case Answer(request):
@@ -183,11 +185,12 @@ class SourceSession:
         self._committers[effect.group].submit(arrival)
 
     async def _compare(self, effect: CompareRange) -> None:
-        """Answer a comparison: one of COMPARISONS_MAX at a time."""
+        """Answer a comparison, in its turn."""
         group, generation = effect.group, effect.generation
         try:
             committer = self._committers[group]
-            verdict = await self._groups.compare(committer, self.source, effect.compare)
+            async with self._comparing:
+                verdict = await self._groups.compare(committer, self.source, effect.compare)
             send = self._machine.compared(group, generation, verdict)
             if send is not None:
                 await self._stream.send(send.type, send.payload)
@@ -195,7 +198,7 @@ class SourceSession:
             logger.error("group %s cannot be compared: %s", group, error)
             self.refused(group, generation, error)
         finally:
-            self._comparing.release()
+            self._asked.release()
 
     async def _attach(self, effect: AttachGroup) -> None:
         group, generation = effect.attach.group, effect.generation
@@ -261,6 +264,12 @@ class SourceSession:
 
     def has_group(self, group: str) -> bool:
         return group in self._committers
+
+    async def _keep_alive(self) -> None:
+        """Be heard, whatever holds up the reader, and while a ping waits behind a large frame."""
+        while True:
+            await trio.sleep(limits.IDLE_SECONDS / 3)
+            await self._stream.send(MessageType.PONG)
 
     async def _write(self) -> None:
         while True:
