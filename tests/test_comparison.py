@@ -322,7 +322,10 @@ async def verdict(peer: Peer) -> Verdict:
             assert message is not None, "the receiver closed the connection"
             if message[0] == MessageType.VERDICT:
                 return decode_verdict(message[1])
-            assert message[0] in {MessageType.ACK, MessageType.PONG}, (message[0], bytes(message[1]))
+            assert message[0] in {MessageType.ACK, MessageType.PONG}, (
+                message[0],
+                bytes(message[1]),
+            )
 
 
 def write(agent: Agent, offset: int, data: bytes) -> Frame:

@@ -232,6 +232,9 @@ class Network:
         self.bytes_per_second = 1e8
         self.is_down = False
         self.on_gap: Callable[[], None] | None = None  # called when the source has told of a gap
+        self.on_ack: Callable[[], None] | None = (
+            None  # called when the source hears an acknowledgement
+        )
 
     def latency(self) -> float:
         return self.latency_seconds * self.world.chance.uniform(0.5, 2)

@@ -11,6 +11,7 @@ from scripts.simulation.scale import REGION_BYTES
 
 ACTIVE_SECONDS = (0.3, 0.6, 1.6)  # the guest writes and faults begin within one of them
 RESTART_SHARE = 0.2  # of the runs, with a receiver that loses its power right behind a restart
+OVERRUN_SHARE = 0.5  # of the runs, with a ring that overflows again while its gap's content is sent
 FAULT_WEIGHTS = {
     "agent killed": 3,
     "server killed": 3,
@@ -98,7 +99,26 @@ def make_plan(seed: int) -> Plan:
     if chance.random() < RESTART_SHARE:
         at, seconds = chance.uniform(0.02, active), chance.choice((0.0, 0.1)) * chance.random()
         plan.faults.append(Fault(at, "receiver power behind a restart", seconds))
+    if chance.random() < OVERRUN_SHARE:
+        _overrun_again(chance, plan)
     return plan
+
+
+def _overrun_again(chance: random.Random, plan: Plan) -> None:
+    """More than the ring holds, at once, and again and again; meanwhile the agent dies."""
+    number = chance.randrange(len(plan.disks))
+    disk = plan.disks[number]
+    at = chance.uniform(0.1, plan.active_seconds - 0.1)
+    plan.faults.append(Fault(at, "agent killed behind an acknowledgement"))
+    sector = chance.randrange(disk.size_bytes // 512 - 64)
+    for _ in range(chance.randint(3, 8)):
+        for _ in range(disk.ring_bytes // (20 * KIB) + 2):
+            data = chance.randbytes(20 * KIB)
+            offset = (sector + chance.randrange(24)) * 512
+            plan.requests.append(Request(at, number, RecordKind.WRITE, offset, data))
+        # Up to a round trip later, with its sync.
+        at = min(at + (2 * plan.latency_seconds + 0.01) * chance.random(), plan.active_seconds)
+    plan.requests.sort(key=lambda request: request.at)
 
 
 def _disk(chance: random.Random, number: int) -> DiskPlan:

@@ -165,6 +165,8 @@ class Run:
         match what:
             case "source" if how == "power behind a gap":
                 await self._power_behind_gap(fault)
+            case "agent" if how == "killed behind an acknowledgement":
+                await self._kill_agent_behind_ack()
             case "receiver" if how == "power behind a restart":
                 await self._power_behind_restart(fault)
             case "agent" | "server" | "receiver" | "source" if how in {
@@ -238,6 +240,21 @@ class Run:
             await trio.sleep(self._chance.choice((0.0, 0.005, 0.03)))
             self._lose_power(fault)
         self.network.on_gap = None
+
+    async def _kill_agent_behind_ack(self) -> None:
+        """As it hears of an acknowledgement: what it has sent since is lost on its way."""
+        heard = trio.Event()
+
+        def acknowledged() -> None:
+            if self._chance.random() < 0.3:
+                self.network.silence("to-receiver")
+                heard.set()
+
+        self.network.on_ack = acknowledged
+        with trio.move_on_after(self.plan.active_seconds - self.world.clock.now):
+            await heard.wait()
+            self.source.kill_agent(0.0)
+        self.network.on_ack = None
 
     async def _power_behind_restart(self, fault: Fault) -> None:
         """The receiver is killed between a write and its sync; soon after it is back, its machine

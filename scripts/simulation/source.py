@@ -89,6 +89,8 @@ class ObservedStream(MessageStream):
             self._world.trace("<-", "ACK", durable_count, number)
             if self._generation == self._model.generation:  # else of before a roll-back
                 self._model.acknowledged(number)
+            if self._network.on_ack is not None:
+                self._network.on_ack()
         elif kind in {MessageType.ERROR, MessageType.ATTACHED}:
             self._world.trace("<-", MessageType(kind).name, bytes(payload).decode())
         elif kind != MessageType.PONG:
