@@ -19,10 +19,12 @@ from serving import tool, wait_for
 from test_export import command
 from test_forks import call, pinned
 from test_fuse import blockrepl
+from test_thinning import STEP, aligned, thin_all
 
 from blockrepl.errors import StateError
 from blockrepl.formats.frame import RecordKind
 from blockrepl.model.bisect import SKIPS_MAX, Candidates, Found, Outcome, Probe, step
+from blockrepl.model.retention import Kept, Stretch
 from blockrepl.storage import cuts
 from blockrepl.storage.cuts import Cuts
 from blockrepl.storage.history import ReplicaHistory
@@ -177,7 +179,7 @@ def test_cuts_are_the_stamps_at_which_a_view_changes(
     with ReplicaHistory.open(journal.home, GROUP) as history:
         state = history.state()
         disks = [row.id for row in state.disks]
-        found = Cuts(history, state, disks, stamps[3], stamps[-2])
+        found = Cuts(history, disks, stamps[3], stamps[-2])
         assert found.last(stamps[3], stamps[-2] + 1) == stamps[-2]
         assert found.is_gap_end(end)
         candidates = found.candidates(stamps[3], stamps[-2])
@@ -192,6 +194,25 @@ def test_cuts_are_the_stamps_at_which_a_view_changes(
         records, count = found.records(stamps[10], stamps[11])
         assert count == len(records) == 1
         assert records[0].at_ns == stamps[11]
+
+
+def test_cuts_outlive_the_segments_they_were_found_in(journal: Journal) -> None:
+    """Guards the second look in `Cuts`: places are held for as long as the command takes."""
+    journal.run(400)
+    begin, second = aligned(journal.model.records[0].stamp), aligned(journal.stamp)
+    first = begin + 4 * STEP
+    kept = Kept((Stretch(begin, second, STEP),))
+    with ReplicaHistory.open(journal.home, GROUP) as history:
+        disks = [row.id for row in history.state().disks]
+        found = Cuts(history, disks, first, second)
+        assert len(found.candidates(first, second).instants) > 100
+        thin_all(journal, kept)
+        history.files.close()
+        assert found.last(first, second) > second - STEP
+        records, count = found.records(first, second)
+    assert count > len(records) > 3
+    anew = {row.number for row in journal.replica.catalog.segments() if row.generation}
+    assert {record.segment for record in records} & anew  # as people know them, not their places
 
 
 # Real commands

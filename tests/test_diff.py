@@ -14,11 +14,13 @@ from journal_model import GROUP, Journal, Record, small_segments
 from serving import tool
 from test_forks import at, fail, pinned, succeed
 from test_fuse import blockrepl
+from test_thinning import STEP, aligned, thin_all
 from test_view import find, flip, segments_of
 
 from blockrepl.formats import qcow2
 from blockrepl.formats.frame import RecordKind
 from blockrepl.model import ranges
+from blockrepl.model.retention import Kept, Stretch
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.segment_reader import SegmentReader
 from blockrepl.units import GIB, KIB, MIB, format_instant
@@ -145,6 +147,49 @@ def test_only_frames_of_the_interval_are_read(
         read.clear()
         diffs.diff(history, state, stamps[0], stamps[-1])
         assert len(read) >= 10
+
+
+def test_history_that_retention_has_thinned_is_compared_too(journal: Journal) -> None:
+    """Guards the place in `places`: the number of a segment written anew finds none."""
+    first, second = aligned(journal.stamp) - 4 * STEP, aligned(journal.stamp) - 2 * STEP
+    before, after = (journal.model.at(each)["root"] for each in (first, second))
+    thin_all(journal, Kept((Stretch(aligned(journal.model.records[0].stamp), second, STEP),)))
+    assert any(row.generation for row in journal.replica.catalog.segments())
+    told = bytes_told(diff(journal, first, second))
+    written = bytes_written(journal, first, second)
+    for name in SIZES:
+        assert (told[name] == written[name]).all(), name
+    compared = bytes_told(diff(journal, first, second, "--disk=root", "--compare"))["root"]
+    differs = np.frombuffer(before, np.uint8) != np.frombuffer(after, np.uint8)
+    assert differs.any()
+    assert compared[differs].all()
+
+
+def test_segments_that_retention_replaces_meanwhile_are_looked_at_again(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the second look in `changed_ranges`."""
+    first, second = aligned(journal.stamp) - 4 * STEP, aligned(journal.stamp) - 2 * STEP
+    columns = SegmentReader.columns
+    thinned: list[bool] = []
+    with ReplicaHistory.open(journal.home, GROUP) as history:
+
+        def thin_before_the_first(self: SegmentReader, ordinal: int) -> Any:
+            if not thinned:
+                thinned.append(True)
+                begin = aligned(journal.model.records[0].stamp)
+                thin_all(journal, Kept((Stretch(begin, second, STEP),)))
+                history.files.close()
+            return columns(self, ordinal)
+
+        state = history.state()
+        monkeypatch.setattr(SegmentReader, "columns", thin_before_the_first)
+        found = diffs.diff(history, state, first, second)
+    assert thinned
+    written = bytes_written(journal, first, second)
+    assert {disk.name: disk.changed_bytes for disk in found} == {
+        name: int(written[name].sum()) for name in SIZES
+    }
 
 
 def apply(patch: Path, image: Path) -> None:

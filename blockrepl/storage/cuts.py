@@ -6,6 +6,9 @@ cannot be told apart. What is stamped inside a gap shows from the gap's end on.
 Frames' headers are read once; stamps only when few enough records are left between the two, before
 that a frame's last stamp stands for all of its records. So memory is bounded, and the first probes
 of a long history read little.
+
+A search takes as long as its command, and what is to be thinned may be written anew meanwhile.
+Then the frames are looked for again.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ import numpy as np
 
 from blockrepl.errors import StateError
 from blockrepl.formats.frame import U64, Columns
+from blockrepl.formats.segment import NUMBER_MASK
 from blockrepl.model.bisect import Candidates
 from blockrepl.storage.changes import places, records
-from blockrepl.storage.history import ReplicaHistory, State
+from blockrepl.storage.history import ReplicaHistory
+from blockrepl.storage.reading import looking
 
 EXACT_RECORDS_MAX = 2_000_000  # whose stamps are held at once: 16 MB, twice while sorting
 RECORDS_TOLD_MAX = 100
@@ -43,32 +48,37 @@ class Cuts:
     """Of some disks of a group, in (after, upto]."""
 
     def __init__(
-        self,
-        history: ReplicaHistory,
-        state: State,
-        disks: Collection[bytes],
-        after_ns: int,
-        upto_ns: int,
+        self, history: ReplicaHistory, disks: Collection[bytes], after_ns: int, upto_ns: int
     ) -> None:
+        """Both instants are pinned already, so that nothing between them can go. DamageError."""
         self._history = history
         self._disks = sorted(disks)
+        self._ends = after_ns, upto_ns
+        looking(self._look)
+
+    def _look(self) -> None:
+        """Find the frames."""
+        state = self._history.state()
         # Columns, of eight bytes for each frame: a day may have millions.
         rows = array("Q")
-        for place in places(history, state, disks, after_ns, upto_ns):
+        for place in places(self._history, state, self._disks, *self._ends):
             disk = self._disks.index(place.disk)
             stamps = place.first_stamp, place.last_stamp
-            rows.extend((place.segment, place.ordinal, disk, *stamps, place.record_count))
+            rows.extend((place.segment_place, place.ordinal, disk, *stamps, place.record_count))
         table = np.frombuffer(rows, np.uint64).reshape(-1, 6).T if rows else np.zeros((6, 0))
         table = table.astype(np.uint64)
-        self._segments, self._ordinals, self._disk_places = table[0], table[1], table[2]
+        self._segment_places, self._ordinals, self._disk_places = table[0], table[1], table[2]
         self._first, self._last, self._counts = table[3], table[4], table[5]
         self._gaps = [
-            (gap.from_ns, upto_ns + 1 if gap.to_ns is None else gap.to_ns)
-            for gap in history.history(state).gaps
+            (gap.from_ns, self._ends[1] + 1 if gap.to_ns is None else gap.to_ns)
+            for gap in self._history.history(state).gaps
         ]
 
     def last(self, after_ns: int, upto_ns: int) -> int:
         """The newest cut in (after, upto]: content is the same from it to ``upto``. StateError."""
+        return looking(lambda: self._newest(after_ns, upto_ns), self._look)
+
+    def _newest(self, after_ns: int, upto_ns: int) -> int:
         best = after_ns
         for index in np.argsort(self._last)[::-1].tolist():
             if int(self._moved(self._last[index : index + 1])[0]) <= best:
@@ -85,6 +95,9 @@ class Cuts:
 
     def candidates(self, low_ns: int, high_ns: int) -> Candidates:
         """The cuts strictly between two instants, or some of them where they are many."""
+        return looking(lambda: self._candidates(low_ns, high_ns), self._look)
+
+    def _candidates(self, low_ns: int, high_ns: int) -> Candidates:
         if self._count(low_ns, high_ns - 1) <= EXACT_RECORDS_MAX:
             exact = self._exact(low_ns, high_ns - 1)
             return Candidates(exact, np.ones(len(exact), np.uint64))
@@ -96,12 +109,16 @@ class Cuts:
 
     def records(self, after_ns: int, upto_ns: int) -> tuple[list[Record], int]:
         """The records that show at ``upto`` and not at ``after``: the first ones, and how many."""
+        return looking(lambda: self._changing(after_ns, upto_ns), self._look)
+
+    def _changing(self, after_ns: int, upto_ns: int) -> tuple[list[Record], int]:
         found: list[Record] = []
         count = 0
         for index in self._overlapping(after_ns, upto_ns):
             columns = self._records(index, after_ns, upto_ns)
             disk = self._disks[int(self._disk_places[index])]
-            where = int(self._segments[index]), int(self._ordinals[index])
+            number = int(self._segment_places[index]) & NUMBER_MASK
+            where = number, int(self._ordinals[index])
             count += len(columns.stamps)
             rows = zip(
                 columns.offsets[:RECORDS_TOLD_MAX].tolist(),
@@ -119,8 +136,8 @@ class Cuts:
         return any(at_ns == end for _, end in self._gaps)
 
     def _records(self, index: int, after_ns: int, upto_ns: int) -> Columns:
-        segment, ordinal = int(self._segments[index]), int(self._ordinals[index])
-        return records(self._history, segment, ordinal, after_ns, upto_ns)
+        place, ordinal = int(self._segment_places[index]), int(self._ordinals[index])
+        return records(self._history, place, ordinal, after_ns, upto_ns)
 
     def _overlapping(self, after_ns: int, upto_ns: int) -> list[int]:
         """The frames that may have records in (after, upto]."""

@@ -19,6 +19,7 @@ from blockrepl.errors import DamageError, StorageError
 
 IMAGE_SUFFIX = ".img"  # of a base image: what lies together there is read together
 OPEN_FILES_MAX = 128  # descriptors; segments beyond are closed, least recently used first
+LOOKS_MAX = 10  # at a history that retention is writing anew; a segment is replaced in a minute
 
 
 class GoneError(DamageError):
@@ -27,6 +28,21 @@ class GoneError(DamageError):
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
+Result = TypeVar("Result")
+
+
+def looking(look: Callable[[], Result], again: Callable[[], object] = lambda: None) -> Result:
+    """What a look at a history finds; repeated where retention has replaced segments meanwhile.
+
+    Either the look itself takes up the state of the history, or ``again`` does, between two looks.
+    GoneError after LOOKS_MAX of them.
+    """
+    for _ in range(LOOKS_MAX - 1):
+        with contextlib.suppress(GoneError):
+            return look()
+        with contextlib.suppress(GoneError):  # the next look tells
+            again()
+    return look()
 
 
 class Cache(Generic[Key, Value]):

@@ -30,13 +30,12 @@ from blockrepl.storage.catalog import SegmentRow
 from blockrepl.storage.files import failure
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.journal import DIRECTORY_NAME as SEGMENTS_NAME
-from blockrepl.storage.reading import GoneError, ReadFiles
+from blockrepl.storage.reading import GoneError, ReadFiles, looking
 from blockrepl.storage.runs import directory_cache
 from blockrepl.storage.segment_reader import Known, SegmentReader
 
 DIRECTORY_NAME = "statistics"
 SUFFIX = ".stats"
-LOOKS_MAX = 10  # at a history that retention is writing anew; a segment is replaced in a minute
 TEMPORARY_SECONDS = 3600.0  # a file that was not put in its place by then never will be
 Pace = Callable[[int], None]  # called with the bytes of the segments whose frames were read
 
@@ -65,11 +64,8 @@ def activity(
     pace: Pace = lambda _size_bytes: None,
 ) -> Activity:
     """What happened to the disks in each of ``count`` intervals. StorageError."""
-    for _ in range(LOOKS_MAX - 1):
-        # Retention may have written segments anew; then some would be missed, others counted twice.
-        with contextlib.suppress(GoneError):
-            return _activity(history, disks, edges(after_ns, upto_ns, count), pace)
-    return _activity(history, disks, edges(after_ns, upto_ns, count), pace)
+    # All of it again: else some would be missed of segments written anew, others counted twice.
+    return looking(lambda: _activity(history, disks, edges(after_ns, upto_ns, count), pace))
 
 
 def _activity(history: ReplicaHistory, disks: list[bytes], at: U64, pace: Pace) -> Activity:

@@ -141,7 +141,7 @@ def run(
         state = history.state()
         closing.enter_context(pins.holding(history, search.good_ns, search.bad_ns, "bisect"))
         disks = _disks(history, state, search)
-        cuts = Cuts(history, state, [row.id for row in disks], search.good_ns, search.bad_ns)
+        cuts = Cuts(history, [row.id for row in disks], search.good_ns, search.bad_ns)
         bad_ns = cuts.last(search.good_ns, search.bad_ns)
         _write(history.directory, search)
         directory = closing.enter_context(_directory(home))

@@ -54,7 +54,7 @@ def diff(history: ReplicaHistory, state: State, first_ns: int, second_ns: int) -
     second = {row.id: row for row in state.disks_at(second_ns)}
     both = first.keys() & second.keys()
     after, upto = sorted((first_ns, second_ns))
-    found = changed_ranges(history, state, both, after, upto)
+    found = changed_ranges(history, both, after, upto)
     result = []
     for identity, row in (first | second).items():
         if identity in both:
