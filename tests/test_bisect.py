@@ -24,6 +24,7 @@ from test_thinning import STEP, aligned, thin_all
 from blockrepl.errors import StateError
 from blockrepl.formats.frame import RecordKind
 from blockrepl.model.bisect import SKIPS_MAX, Candidates, Found, Outcome, Probe, step
+from blockrepl.model.points import nearest
 from blockrepl.model.retention import Kept, Stretch
 from blockrepl.storage import cuts
 from blockrepl.storage.cuts import Cuts
@@ -215,6 +216,40 @@ def test_cuts_outlive_the_segments_they_were_found_in(journal: Journal) -> None:
     assert {record.segment for record in records} & anew  # as people know them, not their places
 
 
+@pytest.mark.parametrize("exact_max", [cuts.EXACT_RECORDS_MAX, 8])
+def test_where_history_is_thinned_cuts_are_the_instants_that_are_left(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, exact_max: int
+) -> None:
+    """Guards what `_moved` takes for granted: no other instant can be mounted.
+
+    With few stamps held at once a frame stands for instants it has no last record of.
+    """
+    monkeypatch.setattr(cuts, "EXACT_RECORDS_MAX", exact_max)
+    journal.run(150)
+    gap_end = journal.gap_and_resync("root")[1]
+    journal.run(150)
+    begin, edge = aligned(journal.model.records[0].stamp), aligned(journal.model.records[250].stamp)
+    kept = Kept((Stretch(begin, edge, STEP),), (journal.model.records[120].stamp,))
+    thin_all(journal, kept)
+    changes = [each.stamp for each in journal.model.records if each.kind != RecordKind.FLUSH]
+    with ReplicaHistory.open(journal.home, GROUP) as history:
+        known = history.history()
+        shown = {nearest(known, stamp)[1] for stamp in changes}
+        instants = sorted(each for each in shown if each is not None and each > begin)
+        assert any(each < edge for each in instants)
+        disks = [row.id for row in history.state().disks]
+        low, high = instants[0], instants[-1]
+        found = Cuts(history, disks, low, high)
+        assert found.last(low, high) == high
+        for first, last in zip(instants, instants[2:], strict=False):
+            [between] = found.candidates(first, last).instants.tolist()
+            assert first < between < last
+        told = found.candidates(low, high)
+        assert set(told.instants.tolist()) <= set(instants)
+        assert len(told.instants) == len(instants) - 2 or not told.is_all
+        assert [each for each in instants if found.is_gap_end(each)] == [kept.after(gap_end)]
+
+
 # Real commands
 
 
@@ -288,6 +323,28 @@ def test_the_one_corrupting_write_is_found_with_its_record(journal: Journal) -> 
         len([line for line in done.stderr.splitlines() if line.startswith("probe ")])
         == answer["probes"]
     )
+    assert nothing_left(journal)
+
+
+@with_fuse
+def test_where_history_is_thinned_the_first_bad_instant_that_is_left_is_found(
+    journal: Journal,
+) -> None:
+    first = history(journal, 600)
+    bad = plant(journal)
+    after = history(journal, 600, seed=2)
+    begin, edge = aligned(first[0].stamp), aligned(after[-100].stamp)
+    kept = Kept((Stretch(begin, edge, STEP),))
+    thin_all(journal, kept)
+    good = begin + 2 * STEP
+    done = bisect(journal, CHECK, f"--good={format_instant(good)}", "--bad=latest")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["exact"], answer["skipped"]) == (True, [])
+    assert answer["first_bad_ns"] == kept.after(bad.stamp)
+    assert answer["last_good_ns"] == kept.after(bad.stamp) - STEP
+    places = [(each["disk"], each["offset"]) for each in answer["first_bad_records"]]
+    assert ("data", bad.offset) in places
     assert nothing_left(journal)
 
 

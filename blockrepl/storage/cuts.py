@@ -1,11 +1,13 @@
 """The instants between two at which a group's content changes: where it can be cut in two.
 
 Every distinct stamp of a record that changes something is one. Records of one stamp (a resync's)
-cannot be told apart. What is stamped inside a gap shows from the gap's end on.
+cannot be told apart. What is stamped inside a gap shows from the gap's end on, and what is stamped
+where history is thinned from the next instant on that is left.
 
 Frames' headers are read once; stamps only when few enough records are left between the two, before
 that a frame's last stamp stands for all of its records. So memory is bounded, and the first probes
-of a long history read little.
+of a long history read little. Where last stamps tell no more, all the records may show at few
+instants: then it is these that are held.
 
 A search takes as long as its command, and what is to be thinned may be written anew meanwhile.
 Then the frames are looked for again.
@@ -26,6 +28,7 @@ from blockrepl.model.bisect import Candidates
 from blockrepl.storage.changes import places, records
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.reading import looking
+from blockrepl.storage.thinning import asked_at
 
 EXACT_RECORDS_MAX = 2_000_000  # whose stamps are held at once: 16 MB, twice while sorting
 RECORDS_TOLD_MAX = 100
@@ -69,6 +72,7 @@ class Cuts:
         table = table.astype(np.uint64)
         self._segment_places, self._ordinals, self._disk_places = table[0], table[1], table[2]
         self._first, self._last, self._counts = table[3], table[4], table[5]
+        self._kept = state.kept
         self._gaps = [
             (gap.from_ns, self._ends[1] + 1 if gap.to_ns is None else gap.to_ns)
             for gap in self._history.history(state).gaps
@@ -98,9 +102,14 @@ class Cuts:
         return looking(lambda: self._candidates(low_ns, high_ns), self._look)
 
     def _candidates(self, low_ns: int, high_ns: int) -> Candidates:
-        if self._count(low_ns, high_ns - 1) <= EXACT_RECORDS_MAX:
-            exact = self._exact(low_ns, high_ns - 1)
-            return Candidates(exact, np.ones(len(exact), np.uint64))
+        if self._count(low_ns, high_ns - 1) > EXACT_RECORDS_MAX:
+            some = self._some(low_ns, high_ns)
+            if len(some.instants):
+                return some
+        exact = self._exact(low_ns, high_ns - 1)
+        return Candidates(exact, np.ones(len(exact), np.uint64))
+
+    def _some(self, low_ns: int, high_ns: int) -> Candidates:
         which = (self._last > np.uint64(low_ns)) & (self._last < np.uint64(high_ns))
         instants, inverse = np.unique(self._moved(self._last[which]), return_inverse=True)
         weights = np.bincount(inverse, self._counts[which], len(instants)).astype(np.uint64)
@@ -133,7 +142,8 @@ class Cuts:
         return found[:RECORDS_TOLD_MAX], count
 
     def is_gap_end(self, at_ns: int) -> bool:
-        return any(at_ns == end for _, end in self._gaps)
+        """Whether what is stamped in a gap shows from an instant on."""
+        return at_ns in self._moved(np.array([end for _, end in self._gaps], np.uint64))
 
     def _records(self, index: int, after_ns: int, upto_ns: int) -> Columns:
         place, ordinal = int(self._segment_places[index]), int(self._ordinals[index])
@@ -154,14 +164,17 @@ class Cuts:
         """The distinct cuts in (after, upto], ascending."""
         parts = [np.zeros(0, np.uint64)]
         for index in self._overlapping(after_ns, upto_ns):
-            parts.append(self._records(index, after_ns, upto_ns).stamps)
-        cuts: U64 = np.unique(self._moved(np.concatenate(parts)))
+            parts.append(np.unique(self._moved(self._records(index, after_ns, upto_ns).stamps)))
+        cuts: U64 = np.unique(np.concatenate(parts))
         return cuts[(cuts > np.uint64(after_ns)) & (cuts <= np.uint64(upto_ns))]
 
     def _moved(self, stamps: U64) -> U64:
-        """Stamps inside a gap show from its end on."""
-        stamps = stamps.copy()
-        for first, end in self._gaps:
-            inside = (stamps >= np.uint64(first)) & (stamps < np.uint64(end))
-            stamps[inside] = end
-        return stamps
+        """The instants that can be reached from which on records of these stamps show."""
+        while True:
+            moved = asked_at(self._kept, stamps)
+            for first, end in self._gaps:
+                inside = (moved >= np.uint64(first)) & (moved < np.uint64(end))
+                moved[inside] = end
+            if (moved == stamps).all():
+                return moved
+            stamps = moved  # a gap may end where history is thinned
