@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from blockrepl.model.points import Instant, Point
 from blockrepl.model.retention import Kept, Stretch, advance
 from blockrepl.storage import retained
 from blockrepl.storage.catalog import Catalog, SegmentRow
+from blockrepl.storage.content import ContentReader, Window
 from blockrepl.storage.folding import fold, fold_most, foldable
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.retained import (
@@ -184,6 +186,69 @@ def test_a_view_that_is_open_goes_on_while_its_segments_are_written_anew(journal
         assert view.read("data", 0, half) == first == expected["data"][:half]
         assert view.read("data", half, SIZES["data"]) == expected["data"][half:]
         assert view.read("root", 0, SIZES["root"]) == expected["root"]
+
+
+@pytest.mark.parametrize("call", ["read", "extents"])
+def test_a_read_goes_on_while_its_segments_are_written_anew_more_than_once(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    # Guards the bounded loop in View: a pass of retention replaces batch after batch.
+    journal.run(200)
+    end = aligned(journal.stamp, 4 * STEP)
+    assert end > START + STEP
+    expected = journal.model.at(end)
+    left = [STEP, 2 * STEP, 4 * STEP]
+    with ReplicaHistory(journal.directory) as history:
+        view = View(history, end, history.state())
+
+        def thin_more() -> None:
+            if left:
+                step = left.pop(0)
+                thin_all(journal, Kept((Stretch(aligned(START), end, step),)), step_ns=step)
+                history.files.close()
+
+        look_again = View._look_again
+
+        def thinned_once_more(self: View) -> None:
+            look_again(self)
+            thin_more()
+
+        monkeypatch.setattr(View, "_look_again", thinned_once_more)
+        extents = view.extents("data", 0, SIZES["data"])
+        view.read("data", 0, SIZES["data"])
+        thin_more()
+        if call == "read":
+            assert view.read("data", 0, SIZES["data"]) == expected["data"]
+        else:
+            view._windows.clear()  # else they answer by themselves
+            assert view.extents("data", 0, SIZES["data"]) == extents
+        assert left == []
+
+
+def test_what_was_resolved_before_others_looked_again_is_not_kept(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the number of clearings in View._resolve: all readers would meet the old window.
+    journal.run(200)
+    end = aligned(journal.stamp - STEP)
+    expected = journal.model.at(end)
+    resolve = ContentReader.resolve
+    with ReplicaHistory(journal.directory) as history:
+        view = View(history, end, history.state())
+
+        def slow(self: ContentReader, *arguments: Any) -> Window:
+            window = resolve(self, *arguments)
+            monkeypatch.setattr(ContentReader, "resolve", resolve)
+            thin_all(journal, Kept((Stretch(aligned(START), end, STEP),)))
+            history.files.close()
+            view._look_again()  # as another reader does meanwhile
+            return window
+
+        monkeypatch.setattr(ContentReader, "resolve", slow)
+        view._window(view.disk("data"), 0, True)
+        with monkeypatch.context() as patch:
+            patch.setattr(View, "_look_again", lambda _self: pytest.fail("met an old window"))
+            assert view.read("data", 0, SIZES["data"]) == expected["data"]
 
 
 def test_folded_history_shows_the_same_from_the_floor_on(journal: Journal) -> None:

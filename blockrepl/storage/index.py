@@ -396,6 +396,8 @@ class JournalIndex:
                 continue
             try:
                 damage = segment.damage
+            except GoneError:
+                raise  # most often retention has replaced it
             except DamageError as error:
                 self._tell([Damage(None, 0, error)])
                 raise

@@ -52,6 +52,7 @@ class Cache(Generic[Key, Value]):
         self._limit = limit
         self._size = size
         self._held = 0
+        self._clearings = 0
         self._values: OrderedDict[Key, Value] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -62,8 +63,13 @@ class Cache(Generic[Key, Value]):
                 self._values.move_to_end(key)
             return value
 
-    def put(self, key: Key, value: Value) -> None:
+    def put(self, key: Key, value: Value, clearings: int | None = None) -> None:
+        """``clearings``: as they were when the value was begun; it is not kept if it was cleared
+        since.
+        """
         with self._lock:
+            if clearings not in (None, self._clearings):
+                return
             old = self._values.pop(key, None)
             if old is not None:
                 self._held -= self._size(old)
@@ -77,8 +83,14 @@ class Cache(Generic[Key, Value]):
         """What it holds now, in the caller's unit."""
         return self._held
 
+    @property
+    def clearings(self) -> int:
+        """How often it was cleared."""
+        return self._clearings
+
     def clear(self) -> None:
         with self._lock:
+            self._clearings += 1
             self._values.clear()
             self._held = 0
 

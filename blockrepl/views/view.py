@@ -23,7 +23,7 @@ from blockrepl.storage._gather import unfilled
 from blockrepl.storage.content import ContentReader, Extent, Window, add_extent
 from blockrepl.storage.history import ReplicaHistory, State
 from blockrepl.storage.read_memory import read_memory
-from blockrepl.storage.reading import Cache, GoneError
+from blockrepl.storage.reading import Cache, GoneError, looking
 from blockrepl.units import KIB, MIB
 
 WINDOW_BYTES_MAX = 64 * MIB
@@ -107,13 +107,13 @@ class View:
         DamageError, StorageError. Without ``wait``: BlockingIOError when it would take a device's
         time.
         """
+        if wait:
+            looking(lambda: self._read_into(name, offset, target, wait), self._look_again)
+            return
         try:
             self._read_into(name, offset, target, wait)
         except GoneError as error:
-            if not wait:
-                raise BlockingIOError(EAGAIN, "retention has replaced a segment") from error
-            self._look_again()
-            self._read_into(name, offset, target, wait)
+            raise BlockingIOError(EAGAIN, "retention has replaced a segment") from error
 
     def _look_again(self) -> None:
         """Retention has written segments anew: what was resolved names some that are no more."""
@@ -138,11 +138,7 @@ class View:
         readers round what they are told.
         """
         disk = self.disk(name)
-        try:
-            found = self._extents(disk, offset, length)
-        except GoneError:
-            self._look_again()
-            found = self._extents(disk, offset, length)
+        found = looking(lambda: self._extents(disk, offset, length), self._look_again)
         return coarse(found, grain, disk.size_bytes)
 
     def _extents(self, disk: ViewDisk, offset: int, length: int) -> list[Extent]:
@@ -184,8 +180,10 @@ class View:
             if window is None:
                 first = at // size * size
                 last = min(first + size, disk.size_bytes)
+                # Another reader may look again meanwhile: then this one is of what was before.
+                clearings = self._windows.clearings
                 window = self._content.resolve(disk.id, first, last, self.at_ns)
-                self._windows.put(key, window)
+                self._windows.put(key, window, clearings)
             return window
 
 
