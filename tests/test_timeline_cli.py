@@ -129,6 +129,29 @@ def test_the_window_is_the_last_hour_or_what_was_asked_for(journal: Journal) -> 
         assert told(journal, number, "--intervals", 1)["from_ns"] == START
 
 
+def test_a_gap_ends_where_its_disk_was_retired(journal: Journal) -> None:
+    """Guards ``ends`` in `timeline`: later windows had a gap that ended before it began."""
+    begin = journal.stamp + 1  # what was written until then shows
+    journal.mark(GapMark(disk=journal.ids["data"], from_ns=begin))
+    journal.replica.commit()
+    del journal.sizes["data"]
+    run_until(journal, 130)
+    journal.close()
+    journal.open()
+    [retired] = [
+        row.removed_ns for row in journal.replica.catalog.disks(removed=True) if row.removed_ns
+    ]
+    run_until(journal, 150)
+    for first, last, shown in (
+        (123, 125, [(START + 123 * SECOND, START + 125 * SECOND)]),
+        (110, 150, [(begin, retired)]),
+        (140, 150, []),
+    ):
+        gaps = told(journal, "--from", at(first), "--to", at(last))["gaps"]
+        assert [(gap["from_ns"], gap["to_ns"]) for gap in gaps] == shown
+        assert not any(gap["open"] for gap in gaps)
+
+
 def test_what_cannot_be_drawn_is_one_line(journal: Journal) -> None:
     for options, status, what in (
         (("--from", at(1000), "--to", at(2000)), 1, "outside the history"),

@@ -7,7 +7,7 @@ nothing of it. Its ends need not be points that can be reached.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,8 @@ WINDOW_SECONDS = 3600  # drawn unless told otherwise, or all that there is
 @dataclass(frozen=True, slots=True)
 class Gap:
     disk: str
-    from_ns: int
-    to_ns: int  # cut at the window's end
+    from_ns: int  # both are cut at the window's ends
+    to_ns: int
     is_open: bool
 
 
@@ -144,11 +144,13 @@ def timeline(
     found = activity(history, sorted(chosen), from_ns, to_ns, count, pace)
     gaps = []
     for gap in state.gaps:
-        if gap.disk not in chosen or gap.from_ns >= to_ns or (gap.to_ns or to_ns) <= from_ns:
+        if gap.disk not in chosen:
             continue
         retired = rows[gap.disk].removed_ns
-        end = min(to_ns if gap.to_ns is None else gap.to_ns, retired or to_ns, to_ns)
-        gaps.append(Gap(rows[gap.disk].name, gap.from_ns, end, gap.to_ns is None))
+        ends = [at_ns for at_ns in (gap.to_ns, retired) if at_ns is not None]
+        first, last = max(gap.from_ns, from_ns), min([*ends, to_ns])
+        if first < last:
+            gaps.append(Gap(rows[gap.disk].name, first, last, is_open=not ends))
     return Timeline(
         history.group,
         tuple(name for name in there if not names or name in names),
@@ -158,7 +160,7 @@ def timeline(
             for row in sorted(state.checkpoints.values(), key=lambda row: (row.at_ns, row.name))
             if from_ns <= row.at_ns <= to_ns
         ),
-        tuple(replace(gap, from_ns=max(gap.from_ns, from_ns)) for gap in gaps),
+        tuple(gaps),
         tuple(
             Thinned(max(one.from_ns, from_ns), min(one.to_ns, to_ns), one.step_ns)
             for one in state.kept.stretches
