@@ -9,16 +9,23 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import trio
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from secure_pair import Receiver, receiver
 from trio.testing import MockClock, memory_stream_pair
 
-from blockrepl.channel.certificates import key_to_pem, make_key_and_request, read_identity
+from blockrepl.channel.certificates import (
+    Authority,
+    key_to_pem,
+    make_key_and_request,
+    read_identity,
+)
 from blockrepl.channel.enrolment import (
     JSON_MESSAGE,
     Application,
@@ -447,3 +454,16 @@ def test_no_text_makes_the_token_parser_fail_otherwise(text: str) -> None:
     except TrustError:
         return
     assert decode_token(encode_token(token)) == token
+
+
+def test_no_clock_ends_a_certificate(tmp_path: Path) -> None:
+    # All sources would be cut off on one day; or at once, where the receiver was set up by a clock
+    # that was ahead.
+    authority = Authority.create(tmp_path / "authority")
+    _, request = make_key_and_request()
+    signed, _ = authority.sign(request, "web1", str(uuid4()))
+    server = authority.server_certificate_path.read_text()
+    for text in (authority.ca_pem, server, signed):
+        certificate = x509.load_pem_x509_certificate(text.encode())
+        assert certificate.not_valid_before_utc.year == 2020
+        assert certificate.not_valid_after_utc.year == 9999

@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 import uuid
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 
 from cryptography import x509
@@ -35,8 +35,10 @@ from blockrepl.channel.handshake import ENROL_SERVER_NAME, RECEIVER_SERVER_NAME
 from blockrepl.channel.whole_directory import create_directory
 from blockrepl.errors import PeerError, StateError, StorageError, TrustError
 
-VALIDITY = timedelta(days=3650)
-CLOCK_SLACK = timedelta(days=1)  # a source's clock may be behind the receiver's
+# Who may come in is the trust store's to say, and no clock's: a certificate that ends would stop
+# all sources at once some day, and one begun by a wrong clock be refused by the right ones.
+BEGIN = datetime(2020, 1, 1, tzinfo=timezone.utc)
+END = datetime(9999, 12, 31, 23, 59, 59, tzinfo=timezone.utc)  # never (RFC 5280, 4.1.2.5)
 CURVE = ec.SECP256R1()
 
 CA_KEY, CA_CERTIFICATE = "ca.key", "ca.pem"
@@ -283,14 +285,13 @@ def _serial(certificate: x509.Certificate) -> str:
 
 
 def _builder(public_key: ec.EllipticCurvePublicKey, name: x509.Name) -> x509.CertificateBuilder:
-    now = datetime.now(timezone.utc)
     return (
         x509.CertificateBuilder()
         .subject_name(name)
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - CLOCK_SLACK)
-        .not_valid_after(now + VALIDITY)
+        .not_valid_before(BEGIN)
+        .not_valid_after(END)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
     )
 
