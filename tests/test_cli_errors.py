@@ -216,6 +216,16 @@ def test_a_reader_that_went_away_is_quiet() -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_is_closed_leads_nowhere(closed: str) -> None:
+    # Guards _open_closed_streams in cli/main.py: "internal: AttributeError", and the next file that
+    # was opened was the stream.
+    command = ["sh", "-c", f'"$0" completion fish {closed}', BLOCKREPL]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert (done.stderr, done.returncode) == (b"", 0)
+    assert bool(done.stdout) == (">&- " not in f"{closed} ".replace("2>&-", ""))
+
+
 def test_no_command_shows_the_help_and_is_wrong_usage(capsys: Capture) -> None:
     assert run([]) == 2
     assert "Commands:" in capsys.readouterr().err
