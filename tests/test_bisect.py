@@ -480,6 +480,21 @@ def test_what_cannot_be_bisected_is_one_line(
     assert pinned(journal) == []
 
 
+def test_a_disk_that_is_there_at_one_point_only_is_named(journal: Journal) -> None:
+    # It said that nothing was written, where much was, to a disk that was then removed.
+    history(journal, 1)
+    good = format_instant(journal.stamp)
+    written = journal.write("data", 0, b"x")
+    del journal.sizes["data"]
+    journal.close()
+    journal.open()
+    journal.put([Record(journal.tick(), "root", 0, 0, RecordKind.FLUSH)])
+    arguments = f"--good={good}", "--bad=latest", "--", "true"
+    status, _, said = call(journal, "bisect", GROUP, *arguments)
+    assert (status, written.disk) == (1, "data")
+    assert "between the good point and the bad one to root. not looked at: data. only" in said
+
+
 @with_fuse
 @pytest.mark.soak
 def test_one_write_among_a_million_is_found(

@@ -142,7 +142,7 @@ def run(
         closing.enter_context(pins.holding(history, search.good_ns, search.bad_ns, "bisect"))
         disks = _disks(history, state, search)
         cuts = Cuts(history, [row.id for row in disks], search.good_ns, search.bad_ns)
-        bad_ns = cuts.last(search.good_ns, search.bad_ns)
+        bad_ns = _last_cut(cuts, state, search, disks)
         _write(history.directory, search)
         directory = closing.enter_context(_directory(home))
         while True:
@@ -173,6 +173,24 @@ def _disks(history: ReplicaHistory, state: State, search: Search) -> list[DiskRo
                 code="no-disk",
             )
     return [at_end[name] for name in sorted(search.disks or both)]
+
+
+def _last_cut(cuts: Cuts, state: State, search: Search, disks: list[DiskRow]) -> int:
+    """The newest cut. StateError that names the disks looked at, and those that are not."""
+    try:
+        return cuts.last(search.good_ns, search.bad_ns)
+    except StateError as error:
+        ends = [state.disks_at(at_ns) for at_ns in (search.good_ns, search.bad_ns)]
+        others = sorted({row.name for rows in ends for row in rows} - {row.name for row in disks})
+        if not others:
+            raise
+        raise StateError(
+            f"nothing was written between the good point and the bad one to "
+            f"{', '.join(row.name for row in disks) or 'a disk that is there at both'}",
+            hint=f"not looked at: {', '.join(others)}. only a disk that is there at both can "
+            "be; see: blockrepl timeline",
+            code=error.code,
+        ) from None
 
 
 def _write(replica: Path, search: Search) -> None:
