@@ -29,7 +29,9 @@ from blockrepl.model.retention import Kept, Stretch
 from blockrepl.storage import cuts
 from blockrepl.storage.cuts import Cuts
 from blockrepl.storage.history import ReplicaHistory
+from blockrepl.storage.reading import OPEN_FILES_MAX
 from blockrepl.units import KIB, MIB, format_instant
+from blockrepl.views.fuse_wait import TURN
 from scripts.guest.pair import COMMAND
 
 with_fuse = pytest.mark.skipif(
@@ -345,6 +347,27 @@ def test_where_history_is_thinned_the_first_bad_instant_that_is_left_is_found(
     assert answer["last_good_ns"] == kept.after(bad.stamp) - STEP
     places = [(each["disk"], each["offset"]) for each in answer["first_bad_records"]]
     assert ("data", bad.offset) in places
+    assert nothing_left(journal)
+
+
+@with_fuse
+def test_probes_of_more_segments_than_are_kept_open(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards `fuse_wait.install` of a second mount in one process: the first's descriptor is
+    another file's by then, and what waited for that went round for good at the TURN-th request.
+    """
+    small_segments(monkeypatch, 512)
+    first = history(journal, 800, batch=4)
+    bad = plant(journal)
+    history(journal, 800, seed=2, batch=4)
+    assert len(list((journal.directory / "segments").iterdir())) > OPEN_FILES_MAX
+    ask = f'for n in $(seq {2 * TURN}); do [ ! -e "$BLOCKREPL_DIR/$n" ] || exit 1; done'
+    read = 'cat "$BLOCKREPL_IMAGE_ROOT" > /dev/null'
+    ends = (f"--good={format_instant(first[0].stamp)}", "--bad=latest")
+    done = bisect(journal, f"{read}; {ask}; {CHECK}", *ends)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["first_bad_ns"] == bad.stamp
     assert nothing_left(journal)
 
 

@@ -15,7 +15,8 @@ Rules:
    want the interpreter and the core.
 
 The function replaced is private to pyfuse3. Where a version has none of that name, nothing is
-replaced, and only speed is lost.
+replaced, and only speed is lost. It is what each mount's own wait falls back to, never that of the
+mount before in this process, whose descriptor may be any file by now.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ SPIN_SECONDS = 30e-6
 TURN = 64
 DEVICE = "/dev/fuse"
 _FUNCTION = "_wait_fuse_readable"
+_original: Callable[[], Awaitable[bool]] | None = getattr(pyfuse3, _FUNCTION, None)
 
 
 def fuse_descriptors() -> set[int]:
@@ -57,7 +59,7 @@ def install(descriptor: int, has_threads: Callable[[], bool]) -> Callable[[], bo
     def has_more() -> bool:
         return bool(ask.poll(0))
 
-    original: Callable[[], Awaitable[bool]] | None = getattr(pyfuse3, _FUNCTION, None)
+    original = _original
     if original is None:
         return has_more
     requests = 0
