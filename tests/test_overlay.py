@@ -50,11 +50,45 @@ class PowerCut(Files):
             os.pwrite(descriptor, data[: kept // SECTOR * SECTOR if whole else kept], offset)
 
 
+class Killed(Exception):
+    """The process ends here; what it has written stays in the page cache."""
+
+
+class PageCache(Files):
+    """Files that show what was written, and lose in a power cut what was not synced."""
+
+    def __init__(self, directory: Path) -> None:
+        self.durable = {path.name: path.read_bytes() for path in directory.iterdir()}
+        self.directory = directory
+        self.syncs_left = 1 << 30
+
+    def sync(self, descriptor: int) -> None:
+        if self.syncs_left == 0:
+            raise Killed
+        self.syncs_left -= 1
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        self.durable[path.name] = path.read_bytes()
+
+    def cut(self) -> None:
+        for name, data in self.durable.items():
+            (self.directory / name).write_bytes(data)
+
+
 class Quick(Files):
     """For tests without a crash."""
 
     def sync(self, descriptor: int) -> None:
         pass
+
+
+class Failing(Files):
+    """Files whose syncs fail from a moment on."""
+
+    fails = False
+
+    def sync(self, descriptor: int) -> None:
+        if self.fails:
+            raise OSError(errno.EIO, "Input/output error")
 
 
 class Rig:
@@ -226,6 +260,46 @@ def _reopened(rig: Rig) -> Rig:
     return rig
 
 
+@pytest.mark.parametrize("syncs", [0, 1])
+def test_a_flush_after_a_killed_server_covers_what_that_one_wrote(
+    tmp_path: Path, syncs: int
+) -> None:
+    """Guards that `Overlay` settles what it finds in its files: clients read it, and flush it."""
+    rig = Rig(tmp_path)
+    rig.overlay.close()
+    files = PageCache(tmp_path)
+    rig.open(files)
+    rig.overlay.write(0, b"a" * BLOCK, rig.show)
+    rig.overlay.flush()
+    rig.overlay.write(0, b"b" * BLOCK, rig.show)
+    rig.overlay.write(4 * BLOCK, b"c" * BLOCK, rig.show)
+    files.syncs_left = syncs  # of the data, then of the map
+    with pytest.raises(Killed):
+        rig.overlay.flush()
+    rig.overlay.close()
+    files.syncs_left = 1 << 30
+    rig.open(files)
+    seen = rig.content()
+    assert seen.startswith(b"b" * BLOCK)
+    rig.overlay.flush()
+    rig.overlay.close()
+    files.cut()
+    rig.open()
+    assert rig.content() == seen
+    rig.overlay.close()
+
+
+def test_files_that_cannot_be_settled_are_not_opened(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.overlay.close()
+    files = Failing()
+    files.fails = True
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(StorageError, match=r"make durable .*root.img"):
+        rig.open(files)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_map_that_is_mostly_stale_is_written_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,11 +351,8 @@ def test_what_the_journal_needs_is_left_free(tmp_path: Path) -> None:
 
 
 def test_after_a_failed_sync_the_overlay_fails_until_it_is_opened_again(tmp_path: Path) -> None:
-    class Failing(Files):
-        def sync(self, descriptor: int) -> None:
-            raise OSError(errno.EIO, "Input/output error")
-
-    rig = Rig(tmp_path, 1, Failing())
+    rig = Rig(tmp_path, 1, files := Failing())
+    files.fails = True
     rig.overlay.write(0, b"a" * BLOCK, rig.show)
     for _ in range(2):
         with pytest.raises(StorageError, match=r"make durable .*root.img"):

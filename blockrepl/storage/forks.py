@@ -104,7 +104,7 @@ class OpenFork:
 
 
 def open_overlays(directory: Path, fork: Fork, files: Files | None = None) -> dict[str, Overlay]:
-    """The overlays of a fork that is ours, by disk. DamageError, OSError."""
+    """The overlays of a fork that is ours, by disk. DamageError, StorageError, OSError."""
     label = fork.name or "without a name"
     room = Room(label, directory, fork.size_limit_bytes, _reserve(directory))
     return {

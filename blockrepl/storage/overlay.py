@@ -15,7 +15,9 @@ Rules:
    may be there after a crash or not, as on any disk.
 3. Blocks become ZEROS in the map; the hole in DISK.img only saves room.
 4. After a failed sync nothing is known of what is durable: the overlay fails from then on.
-5. The overlay of a fork that is thrown away is never synced: no crash leaves anything of it, and
+5. What a killed process has left in the page cache is made durable before it is shown, as whoever
+   reads it may flush it.
+6. The overlay of a fork that is thrown away is never synced: no crash leaves anything of it, and
    the device's time is the journal's.
 
 Nothing here writes to anything but these two files. May be used by several threads.
@@ -36,7 +38,7 @@ from blockrepl.formats.fork_map import BELOW, DATA, HEADER_BYTES, ZEROS, Change
 from blockrepl.formats.frame import Buffer
 from blockrepl.limits import FORK_BLOCK_BYTES, FORK_ROOM_STEP_BYTES
 from blockrepl.model.block_states import BlockStates, Run
-from blockrepl.storage.files import Files, is_full, punch_hole, write_all
+from blockrepl.storage.files import Files, is_full, punch_hole, settle, write_all
 from blockrepl.storage.home import write_atomically
 from blockrepl.units import MIB
 
@@ -108,7 +110,10 @@ def create_overlay(directory: Path, disk: str, size_bytes: int, *, is_durable: b
 
 
 class Overlay:
-    """An open overlay; its fork is locked by whoever opened it."""
+    """An open overlay; its fork is locked by whoever opened it.
+
+    Opening it: DamageError, StorageError when what is found cannot be made durable, OSError.
+    """
 
     def __init__(
         self,
@@ -131,10 +136,22 @@ class Overlay:
         self._failed: StorageError | None = None
         self._lock = threading.Lock()
         self._flush_lock = threading.Lock()
+        if is_durable:
+            self._settle(directory / f"{disk}.img")
+            self._settle(self._map_path)
         self._map_end = self._load()
         self._data = os.open(directory / f"{disk}.img", os.O_RDWR | os.O_CLOEXEC)
         self._map = os.open(self._map_path, os.O_RDWR | os.O_CLOEXEC)
         room.used_bytes += self.data_bytes
+
+    def _settle(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            settle(self._files, descriptor)
+        except OSError as error:
+            raise self._failure(error, "make durable") from error
+        finally:
+            os.close(descriptor)
 
     def _load(self) -> int:
         """Read the map; where it ends. What a crash left behind that is cut off."""
