@@ -68,8 +68,8 @@ def _end(until: int) -> None:
     os.read(until, 1)
     status = 0
     try:
-        for name in _views[0].disks if "fork" in _parameters else ():
-            _fork().flush(name)
+        if "fork" in _parameters:
+            _fork().flush_all()
     except BlockreplError as error:
         log.error("%s", error)
         status = 1

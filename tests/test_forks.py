@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +333,36 @@ def test_only_a_fork_that_is_kept_takes_the_time_of_the_journals_disk(
         opened.close()
     opening, flushes = 2 * len(SIZES), 6  # of the data and of the map, each
     assert files.count == (opening + flushes if name else 0)
+
+
+class FailingOnce(Files):
+    """The first sync fails from a moment on."""
+
+    fails = False
+
+    def sync(self, descriptor: int) -> None:
+        if self.fails:
+            self.fails = False
+            raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_disk_that_cannot_be_flushed_keeps_no_other_from_it(journal: Journal) -> None:
+    """Guards `WritableView.flush_all` at the end of a mount."""
+    files = FailingOnce()
+    with (
+        ReplicaHistory.open(journal.home, GROUP) as history,
+        closing(forks.create(history, "kept", journal.stamp)) as opened,
+    ):
+        overlays = forks.open_overlays(opened.directory, opened.fork, files)
+        view = WritableView(View(history, journal.stamp, history.state()), overlays)
+        for name in SIZES:
+            view.write(name, 0, b"at the end")
+        files.fails = True
+        with pytest.raises(StorageError, match="make durable"):
+            view.close()
+        again = forks.open_overlays(opened.directory, opened.fork)
+        assert sorted(overlay.data_bytes > 0 for overlay in again.values()) == [False, True]
+        WritableView(View(history, journal.stamp, history.state()), again).close()
 
 
 class DirectDoor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import stat
 import subprocess
@@ -22,6 +23,7 @@ from test_export import command
 from test_forks import assert_gives_way, at, fail, pinned, sources, succeed
 from test_view import SIZES, find, flip, segments_of
 
+from blockrepl.limits import FORK_BLOCK_BYTES
 from blockrepl.units import KIB
 
 
@@ -182,6 +184,36 @@ def test_a_named_fork_survives_its_server_s_and_its_parent_s_death(
         with served.client("root") as client:
             assert read_all(client) == wanted
     succeed(journal, "fork", "remove", GROUP, "kept")
+
+
+def test_a_disk_that_cannot_be_flushed_at_the_end_is_told_of_and_the_others_are_flushed(
+    journal: Journal, tmp_path: Path
+) -> None:
+    """Guards `WritableView.flush_all`, and that the end's status becomes the command's."""
+    succeed(journal, "fork", "create", GROUP, "kept", "--at=latest")
+    first, second = json.loads((journal.directory / "forks/kept/fork.json").read_text())["disks"]
+    served = Serving(journal, tmp_path / "s", "--fork=kept")
+    with served.client(first["name"]) as client:
+        for block in range(3):
+            client.write(block * 2 * FORK_BLOCK_BYTES, b"before", flags=FUA)
+    clients = [served.client(disk["name"]) for disk in (first, second)]
+    for client in clients:
+        client.write(0, b"at the end")
+    clients[0].write(7 * FORK_BLOCK_BYTES, b"one change of the map more")
+    map_bytes = (journal.directory / f"forks/kept/{first['name']}.map").stat().st_size
+    resource.prlimit(served.server(), resource.RLIMIT_FSIZE, (map_bytes, map_bytes))
+    served.process.terminate()
+    told = served.process.communicate(timeout=30)[1]
+    for client in clients:
+        client.vanish()
+    assert served.process.returncode == 1, told
+    assert f"cannot make durable the fork's {first['name']}.img" in told
+    assert told.splitlines()[-1].startswith("error: nbdkit has ended with status 1")
+    with (
+        serving(journal, tmp_path / "s", "--fork=kept") as again,
+        again.client(second["name"]) as client,
+    ):
+        assert client.read(0, 10) == b"at the end"
 
 
 def test_a_guest_over_the_limit_gets_no_space_and_is_told_of_once(

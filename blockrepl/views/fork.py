@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from blockrepl.errors import StorageError
 from blockrepl.formats.fork_map import BELOW, DATA
 from blockrepl.formats.frame import Buffer
 from blockrepl.storage._gather import unfilled
@@ -87,11 +88,21 @@ class WritableView:
         """Make durable what was written to a disk. StorageError."""
         self._overlays[name].flush()
 
+    def flush_all(self) -> None:
+        """Make durable what was written, to every disk that it can be done for. StorageError."""
+        failures = []
+        for name in self._overlays:
+            try:
+                self.flush(name)
+            except StorageError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
     def close(self) -> None:
         """Flush, and close the overlays. StorageError when they could not be flushed."""
         try:
-            for name in self._overlays:
-                self.flush(name)
+            self.flush_all()
         finally:
             for overlay in self._overlays.values():
                 overlay.close()

@@ -8,7 +8,7 @@ the fork's lock                          nobody else may enter
 gives the socket its mode and name
 says what is served                      one process: readers of all disks share its caches
 waits for a signal                       ends with its parent, however that ends
-ends nbdkit, which flushes the fork  ->  closes its connections
+ends nbdkit, which flushes the fork  ->  ends with a status that says whether it could
 removes the socket, closes the fork
 """
 
@@ -65,9 +65,12 @@ def serve(
     home: Path, group: str, wanted: Wanted, socket: Path | None, ready: Callable[[Served], None]
 ) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP. StateError, PointError, StorageError."""
-    with contextlib.ExitStack() as closing:
-        closing.enter_context(contextlib.suppress(Ended))
-        closing.enter_context(ending_in_order(Ended))
+    process: subprocess.Popen[bytes] | None = None
+    with (
+        contextlib.suppress(Ended),
+        ending_in_order(Ended),
+        contextlib.ExitStack() as closing,
+    ):
         replica = closing.enter_context(ReplicaHistory.open(home, group))
         path = _socket_path(home, group, socket)
         arguments, locks = [f"replica={replica.directory}"], []
@@ -84,10 +87,13 @@ def serve(
         disks = [(row.name, row.size_bytes) for row in replica.state().disks_at(resolved.at_ns)]
         process = closing.enter_context(_on_socket(path, arguments, locks))
         ready(Served(resolved, path, disks))
-        status = process.wait()
-        raise StorageError(
-            f"nbdkit has ended with status {status}", hint="see its last words above"
-        )
+        raise _ended(process.wait())
+    if process is not None and process.returncode:  # told to end, it could not flush the fork
+        raise _ended(process.returncode)
+
+
+def _ended(status: int) -> StorageError:
+    return StorageError(f"nbdkit has ended with status {status}", hint="see its last words above")
 
 
 def _socket_path(home: Path, group: str, given: Path | None) -> Path:
