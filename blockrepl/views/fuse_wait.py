@@ -21,7 +21,6 @@ mount before in this process, whose descriptor may be any file by now.
 
 from __future__ import annotations
 
-import os
 import select
 import time
 from collections.abc import Awaitable, Callable
@@ -30,21 +29,8 @@ import pyfuse3
 
 SPIN_SECONDS = 30e-6
 TURN = 64
-DEVICE = "/dev/fuse"
 _FUNCTION = "_wait_fuse_readable"
 _original: Callable[[], Awaitable[bool]] | None = getattr(pyfuse3, _FUNCTION, None)
-
-
-def fuse_descriptors() -> set[int]:
-    """This process's open connections to FUSE."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if os.readlink(f"/proc/self/fd/{name}") == DEVICE:
-                found.add(int(name))
-        except OSError:  # the descriptor of the listing itself
-            continue
-    return found
 
 
 def install(descriptor: int, has_threads: Callable[[], bool]) -> Callable[[], bool]:

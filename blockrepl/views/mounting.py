@@ -35,6 +35,7 @@ from blockrepl.model.points import Resolved
 READY_SECONDS = 60.0  # the serving process opens the index of the open segment meanwhile
 COPY_SECONDS = 2.0  # an unmounted mount's process ends by itself within it
 END_SECONDS = 30.0  # an unmounted mount's process closes its files
+DEVICE = "/dev/fuse"
 SUBTYPE = "fuse.blockrepl"
 _SOURCE = re.compile(r"blockrepl:([a-z0-9._-]+):(\d+)")
 
@@ -56,6 +57,18 @@ def mounts() -> list[Mount]:
         if kind == SUBTYPE and match:
             directory = re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), before.split(" ")[4])
             found.append(Mount(directory, match[1], int(match[2])))
+    return found
+
+
+def fuse_descriptors(process: int | None = None) -> set[int]:
+    """A process's open connections to FUSE, by default this one's; none of one that has died."""
+    directory = f"/proc/{process or 'self'}/fd"
+    found = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(directory):
+            with contextlib.suppress(OSError):  # the descriptor of the listing itself
+                if os.readlink(f"{directory}/{name}") == DEVICE:
+                    found.add(int(name))
     return found
 
 
@@ -87,9 +100,9 @@ def check_mount_point(directory: Path) -> Path:
         raise StateError(
             f"the mount point {directory} is not empty", hint="choose an empty directory"
         )
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+    if not os.access(DEVICE, os.R_OK | os.W_OK):
         raise StateError(
-            "this user cannot mount: /dev/fuse is missing or not accessible",
+            f"this user cannot mount: {DEVICE} is missing or not accessible",
             hint="run as root after: apt-get install fuse3 && modprobe fuse",
         )
     return path
@@ -167,10 +180,7 @@ def umount(directory: Path) -> Mount:
         others = ", ".join(mount.directory for mount in mounts()) or "none"
         raise StateError(f"{directory} is no mount of blockrepl", hint=f"mounted now: {others}")
     mount = mine[-1]
-    try:
-        process: int | None = os.pidfd_open(mount.process)
-    except OSError:  # it has died; the mount is left
-        process = None
+    process = _open_server(mount.process)
     try:
         _unmount(path, directory)
         if process is not None and not _has_ended(process, COPY_SECONDS):
@@ -185,6 +195,18 @@ def umount(directory: Path) -> Mount:
         if process is not None:
             os.close(process)
     return mount
+
+
+def _open_server(number: int) -> int | None:
+    """A descriptor of a mount's process. None when it has died, whoever has its number by now."""
+    try:
+        process = os.pidfd_open(number)
+    except OSError:
+        return None
+    if fuse_descriptors(number):
+        return process
+    os.close(process)
+    return None
 
 
 def _has_ended(process: int, seconds: float) -> bool:

@@ -23,8 +23,8 @@ from blockrepl.units import MIB
 from blockrepl.views.forking import Wanted, open_wanted
 from blockrepl.views.fuse import READERS, ViewFileSystem
 from blockrepl.views.fuse_fork import ForkFileSystem
-from blockrepl.views.fuse_wait import fuse_descriptors, install
-from blockrepl.views.mounting import check_mount_point, mounts
+from blockrepl.views.fuse_wait import install
+from blockrepl.views.mounting import check_mount_point, fuse_descriptors, mounts
 from blockrepl.views.priority import give_way
 
 READ_AHEAD_KIB = 4096  # 128 KiB, the default, reads at 0.4x of this (measured)
