@@ -29,8 +29,10 @@ from blockrepl.model.retention import Kept, Stretch
 from blockrepl.storage import cuts
 from blockrepl.storage.cuts import Cuts
 from blockrepl.storage.history import ReplicaHistory
+from blockrepl.storage.home import Home
 from blockrepl.storage.reading import OPEN_FILES_MAX
 from blockrepl.units import KIB, MIB, format_instant
+from blockrepl.views import bisect as bisecting
 from blockrepl.views.fuse_wait import TURN
 from scripts.guest.pair import COMMAND
 
@@ -476,6 +478,16 @@ def test_what_a_killed_bisect_left_mounted_is_unmounted_by_the_next(
     done = bisect(journal, "exit 0", *ends)
     assert "says good of the point" in done.stderr
     assert nothing_left(journal)
+
+
+def test_a_bisect_leaves_the_directory_of_another_groups_alone(tmp_path: Path) -> None:
+    """Between its probes nothing is mounted there."""
+    home = Home.create(tmp_path).path
+    with bisecting._directory(home, "a") as first:
+        with bisecting._directory(home, "b") as second:
+            assert first.is_dir() and second.is_dir() and first != second
+        assert first.is_dir()
+    assert not list((home / "run").iterdir())
 
 
 @with_fuse

@@ -17,7 +17,7 @@ others        the command does not work: the search stops there
 ============  ===================================================
 
 A signal ends the command and undoes the mount before this process ends. What a killed one has left
-mounted is unmounted by the next.
+mounted is unmounted by the group's next.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -50,14 +49,12 @@ from blockrepl.units import format_instant
 from blockrepl.views import serving
 from blockrepl.views.fuse import IMAGE_SUFFIX
 from blockrepl.views.fuse_fork import ForkFileSystem
-from blockrepl.views.mounting import mounts
 from blockrepl.views.nbd import ending_in_order
 
 FILE_NAME = "bisect.json"
 KILL_SECONDS = 5.0  # from SIGTERM to SIGKILL, for a command that is told to end
 SKIP_STATUS, BAD_STATUS_MAX = 125, 124
 MNT_DETACH = 2
-_DIRECTORY_PREFIX = "bisect-"
 
 
 @dataclass
@@ -144,7 +141,7 @@ def run(
         cuts = Cuts(history, [row.id for row in disks], search.good_ns, search.bad_ns)
         bad_ns = _last_cut(cuts, state, search, disks)
         _write(history.directory, search)
-        directory = closing.enter_context(_directory(home))
+        directory = closing.enter_context(_directory(home, history.group))
         while True:
             results = search.outcomes()
             todo = step(
@@ -229,20 +226,19 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def _directory(home: Path) -> Iterator[Path]:
-    """A directory to mount on. What a killed bisect has left is removed."""
-    run = Home.open(home).run_directory
-    alive = {mount.directory for mount in mounts() if Path(f"/proc/{mount.process}").exists()}
-    for left in run.glob(f"{_DIRECTORY_PREFIX}*"):
-        if str(left / "m") not in alive:
-            _detach(left / "m")
-            with contextlib.suppress(OSError):
-                (left / "m").rmdir()
-                left.rmdir()
-    with tempfile.TemporaryDirectory(prefix=_DIRECTORY_PREFIX, dir=run) as directory:
-        made = Path(directory).resolve() / "m"
-        made.mkdir()
-        yield made
+def _directory(home: Path, group: str) -> Iterator[Path]:
+    """A directory to mount on: the group's own, hence of whoever holds its bisect.lock.
+
+    What a killed bisect has left mounted there is unmounted.
+    """
+    directory = Home.open(home).run_directory.resolve() / f"bisect-{group}"
+    _detach(directory)
+    directory.mkdir(mode=0o700, exist_ok=True)
+    try:
+        yield directory
+    finally:
+        with contextlib.suppress(OSError):
+            directory.rmdir()
 
 
 def _detach(directory: Path) -> None:
