@@ -27,6 +27,7 @@ from test_view import SIZES, find, flip, segments_of
 from blockrepl.formats.frame import RecordKind
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.units import KIB, MIB, format_instant
+from blockrepl.views import serving
 from blockrepl.views.fuse import SMALL_BYTES, ViewFileSystem
 from blockrepl.views.view import View
 
@@ -310,6 +311,28 @@ def test_a_foreground_mount_ends_with_a_signal(journal: Journal, tmp_path: Path)
     assert process.wait(20) == 0
     process.stdout.close()
     assert not list(directory.iterdir())
+
+
+def test_a_mount_that_is_told_to_end_while_it_starts_waits_for_no_thread_of_its_own(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards `abandon_on_cancel` in `_serve`: that thread asks the mount, which answers no more."""
+    (tmp_path / "m").mkdir()
+    has_ended, seen = threading.Event(), threading.Event()
+
+    def asks_the_mount(_path: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        if has_ended.wait(10):
+            seen.set()
+
+    monkeypatch.setattr(serving, "_read_ahead", asks_the_mount)
+    with ReplicaHistory.open(journal.home, GROUP) as history:
+        files = ViewFileSystem(history, journal.stamp, history.state())
+        with serving.mounted(files, tmp_path / "m", GROUP, is_writable=False):
+            trio.run(serving._serve, tmp_path / "m", lambda: None)
+            has_ended.set()
+        files.close()
+    assert seen.wait(10)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,8 @@ async def _serve(path: Path, ready: Callable[[], None]) -> None:
                     pyfuse3.terminate()
 
         async def tell_when_ready() -> None:
-            await trio.to_thread.run_sync(_read_ahead, path)
+            # It asks the mount, which may be told to end, and so answer no more, meanwhile.
+            await trio.to_thread.run_sync(_read_ahead, path, abandon_on_cancel=True)
             ready()
 
         nursery.start_soon(end_on_signal)
