@@ -34,9 +34,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pyfuse3
 import trio
+from pydantic import Field, TypeAdapter, ValidationError
 
 from blockrepl.errors import DamageError, StateError, UsageError
 from blockrepl.model.bisect import Found, Outcome, Probe, step
@@ -57,16 +59,20 @@ SKIP_STATUS, BAD_STATUS_MAX = 125, 124
 MNT_DETACH = 2
 
 
+Instant = Annotated[int, Field(ge=0, lt=1 << 63)]
+Word = Annotated[str, Field(pattern=r"^[^\x00]*$")]  # as a program's argument
+
+
 @dataclass
 class Search:
     """What bisect.json holds. ``results``: (instant, outcome) in the order of the probes."""
 
-    good_ns: int
-    bad_ns: int
+    good_ns: Instant
+    bad_ns: Instant
     disks: list[str]
-    command: list[str]
+    command: Annotated[list[Word], Field(min_length=1)]
     check_ends: bool = False
-    results: list[tuple[int, str]] = field(default_factory=list)
+    results: list[tuple[Instant, Literal["good", "bad", "skip"]]] = field(default_factory=list)
 
     def outcomes(self) -> dict[int, Outcome]:
         return {at_ns: Outcome(outcome) for at_ns, outcome in self.results}
@@ -103,19 +109,20 @@ class Answer:
 
 
 def load(replica: Path, group: str) -> Search:
-    """The search that was begun last. StateError when there is none."""
+    """The search that was begun last. StateError when there is none, DamageError."""
     path = replica / FILE_NAME
     try:
-        fields = json.loads(path.read_bytes())
-        fields["results"] = [(at_ns, outcome) for at_ns, outcome in fields["results"]]
-        return Search(**fields)
+        return TypeAdapter(Search).validate_json(path.read_bytes(), strict=True)
     except FileNotFoundError:
         raise StateError(
             f"there is no bisect of {group} to resume",
             hint=f"begin one: blockrepl bisect {group} --good POINT --bad POINT -- COMMAND",
         ) from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise DamageError(f"{path} is damaged: {error}", hint="begin the bisect anew") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        what = f"{place}: {first['msg']}" if place else first["msg"]
+        raise DamageError(f"{path} is damaged: {what}", hint="begin the bisect anew") from error
 
 
 def run(

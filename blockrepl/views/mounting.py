@@ -36,8 +36,8 @@ READY_SECONDS = 60.0  # the serving process opens the index of the open segment 
 COPY_SECONDS = 2.0  # an unmounted mount's process ends by itself within it
 END_SECONDS = 30.0  # an unmounted mount's process closes its files
 DEVICE = "/dev/fuse"
-SUBTYPE = "fuse.blockrepl"
-_SOURCE = re.compile(r"blockrepl:([a-z0-9._-]+):(\d+)")
+SUBTYPE = b"fuse.blockrepl"
+_SOURCE = re.compile(rb"blockrepl:([a-z0-9._-]+):(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +49,19 @@ class Mount:
 
 def mounts() -> list[Mount]:
     """This machine's mounts of ours, oldest first."""
+    return parse_mounts(Path("/proc/self/mountinfo").read_bytes())
+
+
+def parse_mounts(text: bytes) -> list[Mount]:
+    """Those of ours in a mountinfo. Names are bytes, of which white space is escaped."""
     found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        kind, source = after.split(" ")[:2]
+    for line in text.split(b"\n")[:-1]:
+        before, _, after = line.partition(b" - ")
+        kind, source = after.split(b" ")[:2]
         match = _SOURCE.fullmatch(source)
         if kind == SUBTYPE and match:
-            directory = re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), before.split(" ")[4])
-            found.append(Mount(directory, match[1], int(match[2])))
+            name = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), before.split(b" ")[4])
+            found.append(Mount(os.fsdecode(name), match[1].decode(), int(match[2])))
     return found
 
 
@@ -75,7 +80,7 @@ def fuse_descriptors(process: int | None = None) -> set[int]:
 def check_mount_point(directory: Path) -> Path:
     """The directory's absolute path, if a mount can go there. StateError."""
     try:
-        path = directory.resolve(strict=True)
+        path = Path(os.path.realpath(directory, strict=True))  # resolve: RuntimeError of a loop
         names = os.listdir(path)
     except FileNotFoundError:
         raise StateError(
@@ -214,11 +219,13 @@ def _has_ended(process: int, seconds: float) -> bool:
 
 
 def _absolute(directory: Path) -> str:
-    """Without asking the mount itself: its process may be dead."""
-    absolute = Path(os.path.abspath(directory))
+    """Without asking a mount that is there: its process may be dead. A link leads to one."""
+    absolute = os.path.abspath(directory)
     with contextlib.suppress(OSError):
-        return str(absolute.parent.resolve() / absolute.name)
-    return str(absolute)
+        os.readlink(absolute)
+        return os.path.realpath(absolute)
+    parent, name = os.path.split(absolute)
+    return os.path.join(os.path.realpath(parent), name)
 
 
 def _unmount(path: str, directory: Path) -> None:
