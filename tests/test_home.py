@@ -6,6 +6,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,23 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
     with exclusive_lock(path), pytest.raises(StateError, match=str(os.getpid())):
         exclusive_lock(path)
     exclusive_lock(path).close()
+
+
+def test_a_look_at_a_lock_keeps_nobody_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards `_lock_unless_held`: status looks at forks while others open and remove them."""
+    path = tmp_path / "lock"
+    exclusive_lock(path).close()
+    with path.open() as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        monkeypatch.setattr(time, "sleep", lambda _seconds: fcntl.flock(look, fcntl.LOCK_UN))
+        with exclusive_lock(path):
+            assert is_locked(path)
+        fcntl.flock(look, fcntl.LOCK_SH)  # and does not end
+        monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+        with pytest.raises(StateError, match="in use"):
+            exclusive_lock(path)
 
 
 def test_a_lock_whose_file_is_removed_while_somebody_waits_is_taken_on_the_next(

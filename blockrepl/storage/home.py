@@ -23,12 +23,15 @@ import fcntl
 import os
 import re
 import secrets
+import time
 from pathlib import Path
 from types import TracebackType
 
 from blockrepl.errors import StateError, UsageError
 from blockrepl.limits import NAME_PATTERN
 
+LOOK_SECONDS = 0.001  # a look at a lock takes less
+LOOKS_MAX = 1000  # then it is none
 FORMAT = b"blockrepl 1\n"
 _NAME = re.compile(NAME_PATTERN)
 
@@ -202,40 +205,58 @@ class ExclusiveLock:
 
 
 def exclusive_lock(path: Path, what: str = "") -> ExclusiveLock:
-    """Lock a file, made where it is missing, without waiting.
+    """Lock a file, made where it is missing, without waiting for another to let go of it.
 
     ``what`` names the thing protected. StateError (code "in-use") when another process has it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        is_taken = _lock_unless_held(descriptor)
+    except OSError:
+        os.close(descriptor)
+        raise
+    if not is_taken:
         holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
         os.close(descriptor)
         raise StateError(
             f"{what or path} is in use by process {holder}",
             hint="stop that process first",
             code="in-use",
-        ) from error
-    except OSError:
-        os.close(descriptor)
-        raise
+        )
     with contextlib.suppress(OSError):  # a full file system: the lock holds without the name
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return ExclusiveLock(descriptor)
 
 
+def _try_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_unless_held(descriptor: int) -> bool:
+    """Lock it; waits only while others look at it: `is_locked` shares the lock for a moment."""
+    for _ in range(LOOKS_MAX):
+        if _try_lock(descriptor, fcntl.LOCK_EX):
+            return True
+        is_held = not _try_lock(descriptor, fcntl.LOCK_SH)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        if is_held:
+            return False
+        time.sleep(LOOK_SECONDS)
+    return False
+
+
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds a lock. Not while others may try to take it: they would fail."""
+    """Whether somebody holds a lock."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not _try_lock(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
-    return False
 
 
 def exclusive_lock_wait(path: Path) -> ExclusiveLock:
