@@ -39,10 +39,10 @@ def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Journal
 class Serving:
     """A `serve` that is ready."""
 
-    def __init__(self, journal: Journal, socket: Path, *options: str) -> None:
-        self.socket = socket
+    def __init__(self, journal: Journal, socket: Path | None, *options: str) -> None:
+        given = () if socket is None else ("--socket", socket)
         self.process = subprocess.Popen(
-            command(journal, "serve", GROUP, "--socket", socket, "--json", *options),
+            command(journal, "serve", GROUP, *given, "--json", *options),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -51,6 +51,7 @@ class Serving:
         line = self.process.stdout.readline()
         assert line, self.process.communicate()[1]
         self.answer: dict[str, Any] = json.loads(line)
+        self.socket = socket or Path(self.answer["socket"])
 
     def client(self, disk: str) -> Client:
         return Client(self.socket, export=disk)
@@ -71,7 +72,7 @@ class Serving:
 
 
 @contextmanager
-def serving(journal: Journal, socket: Path, *options: str) -> Iterator[Serving]:
+def serving(journal: Journal, socket: Path | None, *options: str) -> Iterator[Serving]:
     made = Serving(journal, socket, *options)
     try:
         yield made
@@ -214,6 +215,26 @@ def test_a_disk_that_cannot_be_flushed_at_the_end_is_told_of_and_the_others_are_
         again.client(second["name"]) as client,
     ):
         assert client.read(0, 10) == b"at the end"
+
+
+def test_what_killed_servers_left_is_removed_by_the_next(journal: Journal) -> None:
+    """Guards `_sweep`, and that it leaves alone what is served."""
+    run = journal.home / "run"
+    with serving(journal, None, "--at=latest") as alive:
+        in_use = set(run.iterdir())
+        killed = Serving(journal, None, "--at=latest")
+        server = killed.server()
+        killed.process.kill()
+        killed.process.communicate()
+        wait_for(partial(is_gone, server), "nbdkit's end")
+        assert len(set(run.iterdir()) - in_use) == 2
+        with serving(journal, None, "--at=latest"):
+            assert not killed.socket.exists()
+            assert in_use < set(run.iterdir())
+        assert set(run.iterdir()) == in_use
+        with alive.client("root") as client:
+            assert client.read(0, 1)
+    assert not list(run.iterdir())
 
 
 def test_a_guest_over_the_limit_gets_no_space_and_is_told_of_once(

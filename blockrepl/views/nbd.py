@@ -2,6 +2,7 @@
 
 serve                                    nbdkit
 ------------------------------------------------------------------
+removes what killed ones have left
 opens the replica, pins or opens the fork
 starts nbdkit, which inherits        ->  listens in a directory of ours
 the fork's lock                          nobody else may enter
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket as sockets
@@ -43,7 +45,8 @@ from blockrepl.views.forking import Wanted, open_wanted, resolve
 
 SOCKET_PATH_BYTES_MAX = 107  # of the system's address structure
 END_SECONDS = 30.0  # nbdkit answers what it has begun, and flushes
-_MAKING = ".nbd"  # and eight letters: where nbdkit listens at first
+_MAKING = ".nbd{}-"  # our process, and eight letters: where nbdkit listens at first
+_MADE = re.compile(r"\.nbd(\d+)-.{8}")
 ERROR_LINES_MAX = 100  # kept
 _TOLD_PREFIX = "blockrepl: "  # of the plugin's own lines; nbdkit's others are tracebacks
 
@@ -72,7 +75,9 @@ def serve(
         contextlib.ExitStack() as closing,
     ):
         replica = closing.enter_context(ReplicaHistory.open(home, group))
-        path = _socket_path(home, group, socket)
+        run = Home.open(home).run_directory
+        _sweep(run)
+        path = _socket_path(socket or run / f"serve-{group}-{os.getpid()}.sock")
         arguments, locks = [f"replica={replica.directory}"], []
         if wanted.is_fork:
             opened, resolved = open_wanted(replica, wanted)
@@ -96,10 +101,21 @@ def _ended(status: int) -> StorageError:
     return StorageError(f"nbdkit has ended with status {status}", hint="see its last words above")
 
 
-def _socket_path(home: Path, group: str, given: Path | None) -> Path:
+def _sweep(run: Path) -> None:
+    """Remove what killed servers have left in the home: nobody gives their names again."""
+    for path in run.iterdir():
+        made = _MADE.fullmatch(path.name)
+        if made and not Path(f"/proc/{made[1]}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.match("serve-*.sock") and not _is_served(path):
+            path.unlink(missing_ok=True)
+
+
+def _socket_path(wanted: Path) -> Path:
     """Where to listen; what a killed server left there is removed. StateError."""
-    path = (given or Home.open(home).run_directory / f"serve-{group}-{os.getpid()}.sock").absolute()
-    longest = max((path, path.parent / f"{_MAKING}12345678" / "s"), key=lambda p: len(bytes(p)))
+    path = wanted.absolute()
+    making = path.parent / f"{_MAKING.format(os.getpid())}12345678" / "s"
+    longest = max((path, making), key=lambda p: len(bytes(p)))
     if len(bytes(longest)) > SOCKET_PATH_BYTES_MAX:
         raise StateError(
             f"the socket's path {path} is too long", hint="give a shorter one with --socket"
@@ -132,7 +148,7 @@ def _on_socket(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """nbdkit on a socket that is this user's alone."""
     with contextlib.ExitStack() as closing:
-        directory = Path(tempfile.mkdtemp(prefix=_MAKING, dir=path.parent))
+        directory = Path(tempfile.mkdtemp(prefix=_MAKING.format(os.getpid()), dir=path.parent))
         closing.callback(shutil.rmtree, directory, ignore_errors=True)
         errors = closing.enter_context(ErrorLines(lambda line: print(line, file=sys.stderr)))
         made = directory / "s"
