@@ -220,7 +220,7 @@ def test_a_reader_that_went_away_is_quiet() -> None:
 def test_a_stream_that_is_closed_leads_nowhere(closed: str) -> None:
     # Guards _open_closed_streams in cli/main.py: "internal: AttributeError", and the next file that
     # was opened was the stream.
-    command = ["sh", "-c", f'"$0" completion fish {closed}', BLOCKREPL]
+    command = ["sh", "-c", f'"$0" completion fish {closed}', str(BLOCKREPL)]
     done = subprocess.run(command, capture_output=True, check=False)
     assert (done.stderr, done.returncode) == (b"", 0)
     assert bool(done.stdout) == (">&- " not in f"{closed} ".replace("2>&-", ""))
