@@ -9,7 +9,8 @@ from uuid import UUID
 import pytest
 from replica_workload import DISK, DISK_BYTES, SOURCE, START, Agent, put
 
-from blockrepl.errors import PointError
+from blockrepl import limits
+from blockrepl.errors import PointError, StateError
 from blockrepl.formats.messages import AttachDisk, Attached
 from blockrepl.model.points import Instant, Point
 from blockrepl.services.retention import _decide
@@ -91,8 +92,33 @@ def test_the_floor_goes_past_a_disk_that_was_retired_in_a_gap(group: Group) -> N
     assert group.replica.catalog.gaps() == []
 
 
+def test_a_disk_that_was_forgotten_returns_when_its_records_are_gone(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards has_forgotten_records in attachment._add: its old records were shown above what
+    # it came back with.
+    group.agent.disk = OTHER
+    put(group.replica, group.agent.writes())
+    group.retire()
+    group.write_after(3600)
+    _decide(group.replica)
+    with pytest.raises(StateError, match="the journal still has some of its records"):
+        group.attach(BOTH)
+    assert [disk.name for disk in group.replica.catalog.disks(removed=True)] == ["root"]
+    monkeypatch.setattr(limits, "SEGMENT_BYTES_TARGET", 1)
+    for _ in range(3):
+        group.write_after(3600)
+    catalog = group.replica.catalog
+    old, newer = (catalog.segments()[:1], catalog.segments()[1:])
+    assert old[0].sealed
+    assert newer
+    retained.replace(catalog, old, [], None)
+    group.attach(BOTH)
+    assert not group.replica.catalog.rows("SELECT * FROM meta WHERE key LIKE 'forgotten%'")
+
+
 def test_a_disk_that_returns_after_it_was_forgotten_is_synced_into_its_new_image(
-    group: Group,
+    group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Guards "_images.pop" in Replica.shorten: the first sync went into the image that was removed;
     # and "is_gone" in ReadFiles: who had read that one read it for good.
@@ -103,6 +129,7 @@ def test_a_disk_that_returns_after_it_was_forgotten_is_synced_into_its_new_image
         group.write_after(3600)
         _decide(group.replica)
         assert not image_path(group.directory, "data").exists()
+        monkeypatch.setattr(retained, "has_forgotten_records", lambda *_: False)  # it has none
         group.attach(BOTH)
         group.sync(OTHER, b"N")
         group.write_after(1)

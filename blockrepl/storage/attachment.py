@@ -12,6 +12,8 @@ one of its sizes of before it grew       goes on: its source waits for the ackno
                                          mark, or has a spool from before
 a known one under another name, of any   StateError, nothing is changed
 other size, or of another source
+one that was retired and forgotten,      StateError: they would show above its new content
+while the journal may have records of it
 a retired one                            taken back; the time between is a gap
 (a known one is not named)               retired right after the source's watermark: its history
                                          stays. Never by our own clock, which may differ
@@ -60,6 +62,14 @@ def _add(directory: Path, catalog: Catalog, source: bytes, disk: AttachDisk) -> 
             "is kept",
             hint=f"at the source: blockrepl disk remove {disk.name}, then add it by another name",
             code="disk-name-taken",
+        )
+    if retained.has_forgotten_records(catalog, disk.id.bytes):
+        raise StateError(
+            f"disk {disk.name} was removed from group {catalog.group_name} and its history let go; "
+            "the journal still has some of its records",
+            hint=f"at the source, to protect it as a new disk: blockrepl disk remove {disk.name}, "
+            "then add it",
+            code="disk-forgotten",
         )
     retained.remove_images(catalog, directory)  # of another that had the name: it is no seed
     image = image_path(directory, disk.name)

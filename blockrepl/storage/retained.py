@@ -5,7 +5,8 @@ table          a row is
 =============  ===================================================================================
 meta           ``retention``: the policy, as JSON; none: the default. ``image NAME``: the base
                image of a disk that was forgotten may still be there; what lies under another
-               name beside the known disks' is a seed (storage/seed.py)
+               name beside the known disks' is a seed (storage/seed.py). ``forgotten ID``: the
+               segment up to which the journal may have records of a disk that was forgotten
 thinned        a stretch of history of which only the multiples of ``step_ns`` can be reached
 kept_instants  an instant in such a stretch that was pinned when it was thinned
 folds          a floor that has been raised; the journal up to it is being folded into the base
@@ -47,6 +48,7 @@ LOCK_NAME = "retention.lock"
 LOCK_WAIT_SECONDS = 2.0  # a worker ends much sooner after its receiver (retention_worker.py)
 _LOCK_POLL_SECONDS = 0.05
 _IMAGE = "image "  # and a disk's name: a key in meta
+_FORGOTTEN = "forgotten "  # and a disk's id, in hex: a key in meta
 _VERSION = 3  # of the catalog that has these tables
 
 
@@ -201,13 +203,28 @@ def forget_retired(catalog: Catalog, floor_ns: int) -> list[bytes]:
         for row in catalog.disks(removed=True)
         if row.removed_ns is not None and row.removed_ns <= floor_ns
     ]
+    newest = max((segment.number for segment in catalog.segments()), default=0)
     with catalog.transaction():
         for row in gone:
             for table in ("gaps", "growths", "proofs", "mismatches"):
                 catalog.change(f"DELETE FROM {table} WHERE disk = ?", row.id.hex())
             catalog.change("DELETE FROM disks WHERE id = ?", row.id.hex())
-            catalog.change("INSERT OR REPLACE INTO meta VALUES (?, '')", f"{_IMAGE}{row.name}")
+            for key, value in (
+                (f"{_IMAGE}{row.name}", ""),
+                (f"{_FORGOTTEN}{row.id.hex()}", str(newest)),
+            ):
+                catalog.change("INSERT OR REPLACE INTO meta VALUES (?, ?)", key, value)
     return [row.id for row in gone]
+
+
+def has_forgotten_records(catalog: Catalog, disk: bytes) -> bool:
+    """Whether the journal may still have records of a disk, by its id, that was forgotten."""
+    key = f"{_FORGOTTEN}{disk.hex()}"
+    rows = catalog.rows("SELECT value FROM meta WHERE key = ?", key)
+    if rows and all(segment.number > int(rows[0][0]) for segment in catalog.segments()):
+        catalog.change("DELETE FROM meta WHERE key = ?", key)
+        return False
+    return bool(rows)
 
 
 def remove_images(catalog: Catalog, directory: Path) -> None:
