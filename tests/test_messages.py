@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 from uuid import UUID
@@ -28,6 +29,7 @@ from blockrepl.formats.messages import (
     Refusal,
     Request,
     Response,
+    ScrubPass,
     Verify,
     Welcome,
 )
@@ -76,6 +78,23 @@ SAMPLES: list[Message] = [
     ),
     Refusal(code="taken", error="why", hint="what", group="web"),
     Request(id=1, verb="checkpoint-remove", group="web", name="x"),
+    Request(
+        id=1,
+        verb="verify",
+        group="web",
+        passes=[
+            ScrubPass(
+                disk=UUID(int=1),
+                started_ns=1,
+                ended_ns=None,
+                is_asked_for=True,
+                progress=0.5,
+                skipped_regions=0,
+                differing_regions=0,
+                bytes_per_second=1e6,
+            )
+        ],
+    ),
     Response(id=1, data={"a": [1, 2]}),
     Verify(group="web"),
 ]
@@ -110,6 +129,41 @@ def test_any_field_replaced_by_any_json_is_taken_or_refused(
     except PeerError:
         return
     assert isinstance(taken, type(message))
+
+
+def places(content: Any, *path: Any) -> list[tuple[Any, ...]]:
+    """Where every value of a JSON document is, from its root on."""
+    if not isinstance(content, dict | list):
+        return [path]
+    pairs = content.items() if isinstance(content, dict) else enumerate(content)
+    return [path, *(place for key, value in pairs for place in places(value, *path, key))]
+
+
+@given(st.sampled_from(SAMPLES), st.sampled_from([math.inf, -math.inf, math.nan]) | JSON)
+def test_what_is_taken_can_be_told_as_the_control_api_tells_it(message: Message, lie: Any) -> None:
+    # One pass at Infinity bytes per second, and no group's status could be told any more.
+    for *path, last in places(json.loads(messages.encode(message)))[1:]:
+        content: dict[str, Any] = json.loads(messages.encode(message))
+        holder: Any = content
+        for key in path:
+            holder = holder[key]
+        holder[last] = lie
+        try:
+            taken = messages.decode(type(message), json.dumps(content).encode("utf-8", "replace"))
+        except PeerError:
+            continue
+        json.dumps(taken.model_dump(), allow_nan=False, ensure_ascii=False, default=str).encode()
+
+
+@pytest.mark.parametrize("number", ["Infinity", "-Infinity", "NaN", "1e999"])
+def test_a_number_without_an_end_is_refused(number: str) -> None:
+    told = messages.encode(SAMPLES[6])
+    for within in (b"0.5", b"1000000.0"):
+        assert within in told
+        with pytest.raises(PeerError):
+            messages.decode(Request, told.replace(within, number.encode()))
+    with pytest.raises(PeerError):
+        messages.decode(Response, b'{"id": 1, "data": [{"rate": ' + number.encode() + b"}]}")
 
 
 def attached(**changes: object) -> bytes:

@@ -32,12 +32,13 @@ before all of its source that started earlier: those are refused (code ``fenced`
 
 from __future__ import annotations
 
+import json
 import struct
 from enum import IntEnum
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from blockrepl import limits
 from blockrepl.errors import PeerError
@@ -93,7 +94,8 @@ InstanceField = Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # Without infinities: what a peer told is told on as JSON (status), which has no word for them.
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class Hello(Message):
@@ -184,10 +186,15 @@ class Request(Message):
     passes: Annotated[list[ScrubPass], Field(max_length=limits.DISKS_PER_SOURCE_MAX)] = []
 
 
+def _tellable(data: Any) -> Any:
+    json.dumps(data, allow_nan=False)  # allow_inf_nan does not reach into Any
+    return data
+
+
 class Response(Message):
     id: int
     refusal: Refusal | None = None
-    data: Any = None
+    data: Annotated[Any, AfterValidator(_tellable)] = None
 
 
 M = TypeVar("M", bound=Message)
