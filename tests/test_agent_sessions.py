@@ -8,6 +8,8 @@ import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 from uuid import uuid4
 
 import pytest
@@ -19,12 +21,15 @@ from trio.testing import MockClock
 from blockrepl.channel.certificates import Authority, key_to_pem, make_key_and_request
 from blockrepl.channel.enrolment import CERTIFICATE, KEY, RECEIVER, Identity
 from blockrepl.channel.framing import MessageStream
-from blockrepl.errors import BlockreplError, PeerError, TrustError
+from blockrepl.errors import BlockreplError, PeerError, StateError, TrustError
 from blockrepl.model.backoff import FIRST_SECONDS, LAST_SECONDS
 from blockrepl.services.agent import FENCED_SECONDS, Agent
+from blockrepl.services.agent_api import _take_checkpoint, _WantedCheckpoint
+from blockrepl.services.agent_session import AgentSession
 from blockrepl.storage import clock
 from blockrepl.storage.clock import LEASE_NS
 from blockrepl.storage.home import Home
+from blockrepl.storage.source import SourceDisks
 from blockrepl.units import MIB
 from scripts.guest.pair import COMMAND, Pair
 
@@ -87,6 +92,27 @@ async def test_an_agent_that_is_fenced_leaves_the_receiver_in_peace(
     assert len(times) <= 10
     told = [line for line in caplog.messages if "another agent" in line]
     assert told == ["no session with vault:7420: another agent has started. stop one of the two"]
+
+
+async def test_whether_a_checkpoints_name_is_taken_is_asked_of_that_name_alone(
+    tmp_path: Path,
+) -> None:
+    # Guards the name in agent_api._take_checkpoint: the list of all ends at the newest.
+    asked = []
+
+    class Session:
+        async def request(self, verb: str, group: str, name: str | None = None) -> object:
+            asked.append((verb, group, name))
+            return [{"name": name}]
+
+    agent = Agent(joined_home(tmp_path))
+    disks = [SimpleNamespace(group="web")]
+    agent.disks = cast(SourceDisks, SimpleNamespace(all=lambda: disks))
+    agent.session = cast(AgentSession, Session())
+    with pytest.raises(StateError) as error:
+        await _take_checkpoint(agent, "web", _WantedCheckpoint(name="monday"))
+    assert error.value.code == "taken"
+    assert asked == [("checkpoint-list", "web", "monday")]
 
 
 def test_of_two_copies_of_a_home_the_one_started_last_replicates_and_the_other_says_so(

@@ -33,6 +33,8 @@ from blockrepl.formats.messages import (
     Verify,
     Welcome,
 )
+from blockrepl.services.receiver_api import Checkpoint, GapStatus
+from blockrepl.storage.catalog import CheckpointRow
 
 ID = str(UUID(int=9))
 MODELS: list[type[Message]] = [Hello, Welcome, Attach, Attached, Refusal, Request, Response, Verify]
@@ -245,6 +247,18 @@ def test_whatever_an_answer_may_say_fits_a_frame() -> None:
 def test_what_is_out_of_bounds_is_refused(model: type[Message], content: object) -> None:
     with pytest.raises(PeerError):
         messages.decode(model, json.dumps(content).encode())
+
+
+def test_the_longest_lists_in_an_answer_fit_a_message() -> None:
+    stamp = (1 << 63) - 1
+    checkpoint = Checkpoint.of(CheckpointRow("c" * 63, stamp, "crash", False))
+    gap = GapStatus(disk="d" * 63, from_ns=stamp, to_ns=stamp)
+    for one, count in (
+        (checkpoint, messages.CHECKPOINTS_TOLD_MAX),
+        (gap, 2 * messages.GAPS_TOLD_MAX),  # a status has more in it
+    ):
+        answer = Response(id=1, data=[one.model_dump()] * count)
+        assert len(messages.encode(answer)) < limits.CONTROL_MESSAGE_BYTES_MAX
 
 
 def test_no_verb_shortens_or_rewrites_history() -> None:

@@ -8,12 +8,13 @@ import logging
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
@@ -641,6 +642,42 @@ async def test_checkpoints_are_listed_made_and_removed_on_both_sides(vault: Vaul
             with pytest.raises(BlockreplError) as error:
                 await vault.control("POST", path, content)
             assert error.value.code == code
+
+
+async def test_however_much_history_there_is_an_answer_about_it_fits_a_message(
+    tmp_path: Path,
+) -> None:
+    # Guards the newest of messages.CHECKPOINTS_TOLD_MAX and GAPS_TOLD_MAX in Receiver.answer: with
+    # 8400 checkpoints the agent dropped its session each time that one was to be taken.
+    many = 12_000
+    async with running(tmp_path) as vault, vault.peer() as peer:
+        agent = await peer.attach(name="d" * 63)
+        await peer.send(agent.consistent(), agent.writes())
+        await peer.acknowledged(2)
+        identities = vault._identities
+    path = vault.home.replica_directory("web") / "catalog.sqlite"
+    with closing(sqlite3.connect(path)) as database, database:
+        first_ns = agent.stamp - many
+        checkpoints = [(f"{'c' * 57}-{n:05}", first_ns + n) for n in range(many)]
+        database.executemany("INSERT INTO checkpoints VALUES (?, ?, 'crash', 0)", checkpoints)
+        gaps = [(DISK.hex, first_ns + n, first_ns + n) for n in range(1, many)]
+        database.executemany("INSERT INTO gaps VALUES (?, ?, ?)", gaps)
+        database.execute("INSERT INTO gaps VALUES (?, ?, NULL)", (DISK.hex, first_ns))
+    async with running(tmp_path) as vault:
+        vault._identities = identities
+        async with vault.peer() as peer:
+            await peer.attach(name="d" * 63)
+            listed = (await peer.ask("checkpoint-list")).data
+            told = checkpoints[-messages.CHECKPOINTS_TOLD_MAX :]
+            assert [(one["name"], one["at_ns"]) for one in listed] == told
+            for name, found in ((checkpoints[0][0], 1), ("absent", 0)):
+                assert len((await peer.ask("checkpoint-list", name)).data) == found
+            told_gaps = (await peer.ask("group-status")).data["gaps"]
+            assert len(told_gaps) == messages.GAPS_TOLD_MAX
+            assert told_gaps[0]["to_ns"] is None  # the one that is open is told, however old
+            assert told_gaps[-1]["from_ns"] == gaps[-1][1]
+        assert len((await vault.group())["gaps"]) == many  # nothing limits it here
+        assert len(await vault.control("GET", "/checkpoints/web")) == many
 
 
 async def test_status_says_what_is_there(vault: Vault) -> None:

@@ -142,6 +142,18 @@ def test_requests_pings_and_goodbyes() -> None:
     assert say(session, MessageType.ERROR, goodbye) == Closed(goodbye)
 
 
+def test_an_answer_that_fits_no_message_is_refused_and_ends_no_session() -> None:
+    # The agent would have dropped the session, and with it all its groups.
+    room = limits.CONTROL_MESSAGE_BYTES_MAX - len(messages.encode(Response(id=4, data="")))
+    fits = greeted().answered(Response(id=4, data="x" * room))
+    assert len(fits.payload) == limits.CONTROL_MESSAGE_BYTES_MAX
+    answer = messages.decode(Response, greeted().answered(Response(id=4, data="ä" * room)).payload)
+    assert (answer.id, answer.data) == (4, None)
+    assert answer.refusal is not None
+    assert answer.refusal.code == "too-large"
+    assert answer.refusal.hint
+
+
 def test_only_the_listed_transitions_exist() -> None:
     for state in (None, *GroupState):
         for what in GroupInput:

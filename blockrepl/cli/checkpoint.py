@@ -97,7 +97,7 @@ def _create_on_replica(home: Path, group: str, name: str, keep: bool, at: str | 
 @json_option
 @pass_home
 def list_checkpoints(home: Path, group: str, json_mode: bool) -> None:
-    """List GROUP's checkpoints by instant."""
+    """List GROUP's checkpoints by instant; on the source the newest, if there are thousands."""
     rows: list[Row]
     if is_replica(home, group):
         from blockrepl.storage.history import ReplicaHistory
@@ -106,7 +106,11 @@ def list_checkpoints(home: Path, group: str, json_mode: bool) -> None:
             found = sorted(replica.state().checkpoints.values(), key=lambda row: row.at_ns)
         rows = [_row(row) for row in found]
     else:
+        from blockrepl.formats.messages import CHECKPOINTS_TOLD_MAX
+
         rows = agent_client(home).get(f"/checkpoints/{group}")
+        if len(rows) >= CHECKPOINTS_TOLD_MAX:
+            click.echo(f"the newest {len(rows)}; the receiver's host lists all", err=True)
     emit(
         rows,
         json_mode,

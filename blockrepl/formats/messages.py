@@ -46,6 +46,9 @@ from blockrepl.formats.comparison import COMPARE_MESSAGE_BYTES_MAX, VERDICT_MESS
 from blockrepl.formats.marks import NameField, StampField
 
 PROTOCOL_VERSION = 2  # 1 compared by BLAKE2b
+# Of a group in a RESPONSE, the newest: with the longest names 700 KB, and 150 KB of a status.
+CHECKPOINTS_TOLD_MAX = 4000
+GAPS_TOLD_MAX = 1000
 ACK = struct.Struct("<16sQQ")
 
 
@@ -181,7 +184,7 @@ class Request(Message):
     id: int
     verb: Literal["checkpoint-list", "checkpoint-remove", "group-status", "verify"]
     group: NameField
-    name: NameField | None = None
+    name: NameField | None = None  # of a checkpoint; with checkpoint-list: that one only
     # With verify: how the passes of the source's disks stand.
     passes: Annotated[list[ScrubPass], Field(max_length=limits.DISKS_PER_SOURCE_MAX)] = []
 

@@ -4,7 +4,8 @@
 request                               does
 ====================================  =================================================
 GET /status                           the status document of role ``source``
-GET /checkpoints/G                    the group's checkpoints, as the receiver lists them
+GET /checkpoints/G                    the group's newest checkpoints, as the receiver lists them:
+                                      CHECKPOINTS_TOLD_MAX at the most
 POST /checkpoints/G                   ``{"name", "keep"}``: takes one, answers when it is durable
 POST /checkpoints/G/NAME/remove       forgets one
 GET /verify/G                         what the scrub has proven, per disk
@@ -134,7 +135,7 @@ def _replication(agent: Agent, group: str) -> GroupReplication:
 
 async def _take_checkpoint(agent: Agent, group: str, wanted: _WantedCheckpoint) -> dict[str, Any]:
     session = _session(agent, group)
-    taken = await session.request("checkpoint-list", group)
+    taken = await session.request("checkpoint-list", group, wanted.name)
     if any(checkpoint["name"] == wanted.name for checkpoint in taken):
         raise StateError(
             f"checkpoint {wanted.name!r} exists already",

@@ -29,6 +29,7 @@ from blockrepl.channel.framing import MessageStream
 from blockrepl.channel.handshake import ENROL_SERVER_NAME, accept, server_contexts
 from blockrepl.channel.secure_stream import SecureStream
 from blockrepl.errors import BlockreplError, PeerError, StateError, StorageError, TrustError
+from blockrepl.formats import messages
 from blockrepl.formats.messages import RECEIVER_ACCEPTS, Request, ScrubPass
 from blockrepl.services.control import serve_control
 from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
@@ -48,6 +49,7 @@ from blockrepl.services.receiver_status import (
     describe_group,
     facts_of,
     facts_of_failed,
+    newest_gaps,
 )
 from blockrepl.services.retention import PASS_SECONDS, Retention
 from blockrepl.services.retention_status import (
@@ -101,8 +103,8 @@ class Receiver:
         try:
             stream = await self._let_in(transport)
             if stream is not None:
-                async with MessageStream(stream, RECEIVER_ACCEPTS) as messages:
-                    await self._serve_source(stream, messages)
+                async with MessageStream(stream, RECEIVER_ACCEPTS) as channel:
+                    await self._serve_source(stream, channel)
         except BlockreplError as error:
             logger.info("connection of %s dropped: %s", peer, error)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -124,10 +126,10 @@ class Receiver:
         finally:
             self._handshakes -= 1
 
-    async def _serve_source(self, stream: SecureStream, messages: MessageStream) -> None:
+    async def _serve_source(self, stream: SecureStream, channel: MessageStream) -> None:
         identity = read_identity(stream.peer_certificate_der() or b"")
         session = SourceSession(
-            messages,
+            channel,
             identity,
             UUID(identity.source_id).bytes,
             receiver=self.name,
@@ -307,17 +309,20 @@ class Receiver:
         return await self.retention(group)
 
     async def answer(self, committer: GroupCommitter, request: Request) -> Any:
-        """Answer a source's request about a group of its own."""
+        """Answer a source's request about a group of its own, with what a message takes."""
         match request.verb:
             case "group-status":
-                return (await self._describe(committer)).model_dump()
+                status = await self._describe(committer)
+                status.gaps = newest_gaps(status.gaps, messages.GAPS_TOLD_MAX)
+                return status.model_dump()
             case "verify":
                 known = {disk.id for disk in committer.replica.status().disks}
                 told = {one.disk.bytes: one for one in request.passes}
                 self.passes.update({disk: told[disk] for disk in told.keys() & known})
                 return [proof.model_dump() for proof in await self._proofs(committer)]
             case "checkpoint-list":
-                return [one.model_dump() for one in await self.groups.checkpoints(committer)]
+                found = await self.groups.checkpoints(committer, request.name)
+                return [one.model_dump() for one in found[-messages.CHECKPOINTS_TOLD_MAX :]]
             case "checkpoint-remove":
                 name = request.name or ""
                 removed = await self.groups.remove_checkpoint(committer, name, kept_too=False)

@@ -140,8 +140,16 @@ class ReceiverGroups:
 
     # Checkpoints
 
-    async def checkpoints(self, committer: GroupCommitter) -> list[Checkpoint]:
-        rows = await trio.to_thread.run_sync(committer.replica.catalog.checkpoints)
+    async def checkpoints(
+        self, committer: GroupCommitter, name: str | None = None
+    ) -> list[Checkpoint]:
+        """All, by instant, or the one of a name, if there is one."""
+        catalog = committer.replica.catalog
+        if name is None:
+            rows = await trio.to_thread.run_sync(catalog.checkpoints)
+        else:
+            row = await trio.to_thread.run_sync(catalog.checkpoint, name)
+            rows = [row] if row else []
         return [Checkpoint.of(row) for row in rows]
 
     async def create_checkpoint(

@@ -150,6 +150,12 @@ def describe_group(
     )
 
 
+def newest_gaps(gaps: Sequence[GapStatus], count: int) -> list[GapStatus]:
+    """So many, by instant; those that are open before all others."""
+    by_age = sorted(gaps, key=lambda gap: (gap.to_ns is None, gap.from_ns))
+    return sorted(by_age[-count:], key=lambda gap: gap.from_ns)
+
+
 def _disk_status(
     facts: GroupFacts,
     disk: DiskRow,

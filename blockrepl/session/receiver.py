@@ -309,7 +309,16 @@ class ReceiverSession:
         return Send(MessageType.VERIFY, messages.encode(Verify(group=name)))
 
     def answered(self, response: Response) -> Send:
-        return Send(MessageType.RESPONSE, messages.encode(response))
+        payload = messages.encode(response)
+        if len(payload) > limits.CONTROL_MESSAGE_BYTES_MAX:
+            # The agent would have to drop the session, and with it all its groups.
+            refusal = Refusal(
+                code="too-large",
+                error=f"the answer has {len(payload)} bytes, which is more than a message takes",
+                hint="ask on the receiver's host",
+            )
+            payload = messages.encode(Response(id=response.id, refusal=refusal))
+        return Send(MessageType.RESPONSE, payload)
 
     def may_ask(self, name: str) -> bool:
         """Whether the session has been let into the group: only then are requests answered."""

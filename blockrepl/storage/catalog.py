@@ -341,11 +341,14 @@ class Catalog:
 
     def checkpoints(self) -> list[CheckpointRow]:
         """All, by instant."""
-        rows = self.rows("SELECT name, at_ns, kind, kept FROM checkpoints ORDER BY at_ns, name")
-        return [CheckpointRow(name, at_ns, kind, bool(kept)) for name, at_ns, kind, kept in rows]
+        return self._checkpoints("ORDER BY at_ns, name")
 
     def checkpoint(self, name: str) -> CheckpointRow | None:
-        return next((row for row in self.checkpoints() if row.name == name), None)
+        return next(iter(self._checkpoints("WHERE name = ?", name)), None)
+
+    def _checkpoints(self, which: str, *values: object) -> list[CheckpointRow]:
+        rows = self.rows(f"SELECT name, at_ns, kind, kept FROM checkpoints {which}", *values)
+        return [CheckpointRow(name, at_ns, kind, bool(kept)) for name, at_ns, kind, kept in rows]
 
     def add_checkpoint(self, row: CheckpointRow) -> bool:
         """False, and no change, when the name is taken."""
