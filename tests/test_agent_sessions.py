@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import ssl
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +21,7 @@ from serving import Disk, blockrepl, place, wait_for
 from trio.testing import MockClock
 
 from blockrepl.channel.certificates import Authority, key_to_pem, make_key_and_request
-from blockrepl.channel.enrolment import CERTIFICATE, KEY, RECEIVER, Identity
+from blockrepl.channel.enrolment import CA, CERTIFICATE, KEY, RECEIVER, Identity
 from blockrepl.channel.framing import MessageStream
 from blockrepl.errors import BlockreplError, PeerError, StateError, TrustError
 from blockrepl.model.backoff import FIRST_SECONDS, LAST_SECONDS
@@ -92,6 +94,33 @@ async def test_an_agent_that_is_fenced_leaves_the_receiver_in_peace(
     assert len(times) <= 10
     told = [line for line in caplog.messages if "another agent" in line]
     assert told == ["no session with vault:7420: another agent has started. stop one of the two"]
+
+
+async def test_an_identity_that_cannot_be_read_now_is_tried_again_and_opens_no_connection(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the order in Agent._connect_receiver: with no descriptor left, the agent ended.
+    opened, looked = [], []
+
+    async def open_transport(address: str) -> trio.SocketStream:
+        opened.append(address)
+        raise PeerError("no answer", code="unreachable")
+
+    def no_descriptor(*_: object) -> ssl.SSLContext:
+        looked.append(trio.current_time())
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("blockrepl.services.agent.open_transport", open_transport)
+    home = joined_home(tmp_path)
+    (home.source_directory / "identity" / CA).touch()
+    agent = Agent(home)
+    monkeypatch.setattr("blockrepl.channel.enrolment.client_context", no_descriptor)
+    with trio.move_on_after(10):
+        await agent.run()
+    assert len(looked) > 1
+    assert opened == []
+    assert agent.problem is not None
+    assert "Too many open files" in str(agent.problem)
 
 
 async def test_whether_a_checkpoints_name_is_taken_is_asked_of_that_name_alone(

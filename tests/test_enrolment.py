@@ -27,7 +27,10 @@ from blockrepl.channel.certificates import (
     read_identity,
 )
 from blockrepl.channel.enrolment import (
+    CA,
+    CERTIFICATE,
     JSON_MESSAGE,
+    KEY,
     Application,
     Identity,
     Token,
@@ -46,7 +49,7 @@ from blockrepl.channel.handshake import (
     connect,
     enrol_context,
 )
-from blockrepl.errors import BlockreplError, PeerError, StateError, TrustError
+from blockrepl.errors import BlockreplError, PeerError, StateError, StorageError, TrustError
 from blockrepl.storage.trust import TrustStore
 
 HOUR_NS = 3600 * 10**9
@@ -290,6 +293,24 @@ async def test_an_unreachable_receiver_is_said_so(tmp_path: Path) -> None:
 def test_a_home_that_has_not_joined_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="not joined"):
         load_identity(tmp_path)
+
+
+@pytest.mark.parametrize("name", [KEY, CERTIFICATE, CA])
+@pytest.mark.parametrize("content", [None, b"", b"damaged", b"\xff\xfe"])
+async def test_an_identity_that_cannot_be_used_is_said_so(
+    name: str, content: bytes | None, server: Receiver, store: TrustStore, tmp_path: Path
+) -> None:
+    # Guards the except in Identity.context: OpenSSL says "[SSL] PEM lib", and names no file.
+    async with running(server, store) as place:
+        identity = await join(place.token(), "web1", tmp_path / "identity")
+    path = identity.directory / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StorageError, match=str(identity.directory)) as caught:
+        identity.context()
+    assert ("damaged" in str(caught.value)) == (content is not None)
+    assert "join again" in caught.value.hint
 
 
 # What strangers may send through the enrolment door

@@ -126,9 +126,21 @@ class Identity:
     directory: Path
 
     def context(self) -> ssl.SSLContext:
-        """For `connect` to the receiver's replication door."""
-        ca_pem = (self.directory / CA).read_text()
-        return client_context(ca_pem, self.directory / CERTIFICATE, self.directory / KEY)
+        """For `connect` to the receiver's replication door. Raises StorageError."""
+        try:
+            ca_pem = (self.directory / CA).read_text()
+            return client_context(ca_pem, self.directory / CERTIFICATE, self.directory / KEY)
+        except (ssl.SSLError, ValueError) as error:
+            # OpenSSL names no file, and says no more than "PEM lib" of what is in it.
+            raise self._unusable(f"{KEY}, {CERTIFICATE} or {CA} is damaged") from error
+        except OSError as error:
+            raise self._unusable(error.strerror or str(error)) from error
+
+    def _unusable(self, why: str) -> StorageError:
+        return StorageError(
+            f"the identity in {self.directory} cannot be used: {why}",
+            hint="if its files are lost, join again with a new token, in a new home",
+        )
 
 
 def encode_token(token: Token) -> str:

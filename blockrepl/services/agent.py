@@ -175,8 +175,9 @@ class Agent:
             await trio.sleep(wait_seconds)
 
     async def _connect_receiver(self) -> MessageStream:
+        context = self.identity.context()  # first: when it fails there is nothing to close
         transport = await open_transport(self.identity.address)
-        stream = await connect(transport, self.identity.context(), RECEIVER_SERVER_NAME)
+        stream = await connect(transport, context, RECEIVER_SERVER_NAME)
         return MessageStream(stream, {**AGENT_ACCEPTS, **RECEIVER_ACCEPTS})
 
     async def _one_session(self) -> None:
