@@ -14,9 +14,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from blockrepl.cli import main as cli
 from blockrepl.errors import BlockreplError, PointError, StateError, UsageError
+from blockrepl.services import control_client
 from blockrepl.services.control import control_application, serve_control
 from blockrepl.services.control_client import ControlClient
+from blockrepl.storage.home import Home, make_directory
 
 
 class Body(BaseModel):
@@ -91,6 +94,30 @@ async def test_refusals_arrive_as_the_errors_they_were(
     with trio.fail_after(10):  # it is logged once the answer has been sent
         while "ZeroDivisionError" not in caplog.text:
             await trio.sleep(0.01)
+
+
+async def test_what_is_due_of_retention_may_take_as_long_as_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Guards the patience of `retention run`: it failed after a minute, and the work went on.
+    async def work(request: Request) -> JSONResponse:
+        await trio.sleep(1.0)  # longer than the answer to anything else is waited for
+        return JSONResponse({})
+
+    monkeypatch.setattr(control_client, "ANSWER_SECONDS", 0.2)
+    home = Home.create(tmp_path / "home")
+    make_directory(home.run_directory)
+    routes = [
+        Route("/retention/web/run", work, methods=["POST"]),
+        Route("/retention/web", work, methods=["GET"]),
+    ]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_control, control_application(routes), home.receiver_socket)
+        for verb, status in (("run", 0), ("show", 1)):
+            words = ["--home", str(home.path), "retention", verb, "web", "--json"]
+            assert await trio.to_thread.run_sync(cli.run, words) == status
+        nursery.cancel_scope.cancel()
+    assert "did not answer" in capfd.readouterr().err
 
 
 async def test_the_socket_goes_with_the_service(tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ def set_(home: Path, /, group: str, shorten: bool, json_mode: bool, **wanted: An
 @pass_home
 def run(home: Path, group: str, json_mode: bool) -> None:
     """Do now what is due for GROUP, and wait for it."""
-    emit(_client(home).post(f"/retention/{group}/run", {}), json_mode, _shown)
+    done = _client(home).post(f"/retention/{group}/run", {}, is_long=True)
+    emit(done, json_mode, _shown)
 
 
 def _client(home: Path) -> Any:

@@ -26,12 +26,15 @@ class ControlClient:
         self._service = service
 
     def get(self, path: str) -> Any:
-        return self._request("GET", path, None)
+        return self._request("GET", path, None, ANSWER_SECONDS)
 
-    def post(self, path: str, content: object = None) -> Any:
-        return self._request("POST", path, content)
+    def post(self, path: str, content: object = None, *, is_long: bool = False) -> Any:
+        """``is_long``: waits for the answer without end; a service that dies closes the socket."""
+        return self._request("POST", path, content, None if is_long else ANSWER_SECONDS)
 
-    def _request(self, method: str, path: str, content: object) -> Any:
+    def _request(
+        self, method: str, path: str, content: object, answer_seconds: float | None
+    ) -> Any:
         try:
             with (
                 short_path(self._socket_path) as name,
@@ -45,7 +48,7 @@ class ControlClient:
                     # No certificates are read, which takes 50 ms: there is no TLS on a Unix socket.
                     transport=httpx.HTTPTransport(uds=name, verify=False),
                     base_url="http://control",
-                    timeout=ANSWER_SECONDS,
+                    timeout=httpx.Timeout(ANSWER_SECONDS, read=answer_seconds),
                 ) as client,
             ):
                 response = client.request(method, path, json=content)
