@@ -840,6 +840,22 @@ def test_the_command_tells_when_it_is_ready_and_ends_cleanly(tmp_path: Path) -> 
     assert not (home / "run" / "receiver.sock").exists()
 
 
+@pytest.mark.parametrize("host", ["", "localhost", "127.0.0.1"])
+def test_where_to_listen_is_remembered_as_it_was_told(tmp_path: Path, host: str) -> None:
+    # Guards remember_listen in the command: of all addresses and both families it kept the first.
+    home = Home.create(tmp_path / "home")
+    receiver_home.initialise(home, "vault")
+    for listen in (["--listen", f"{host}:0"], []):
+        process = start_command(home.path, "run", *listen)
+        assert process.stdout is not None
+        try:
+            port = process.stdout.readline().split()[3].rpartition(":")[2]
+        finally:
+            process.terminate()
+            assert finish(process)[0] == 0
+        assert receiver_home.read_configuration(home).listen == f"{host}:{port}"
+
+
 async def test_a_killed_receiver_loses_nothing_acknowledged(tmp_path: Path) -> None:
     home = Home.create(tmp_path / "home")
     receiver_home.initialise(home, "vault")

@@ -75,6 +75,7 @@ def run(home: Path, listen: str | None) -> None:
     from blockrepl.services.foreground import Notify, run_foreground
     from blockrepl.services.receiver import run_receiver
     from blockrepl.services.receiver_home import (
+        join_address,
         read_configuration,
         remember_listen,
         split_listen,
@@ -87,7 +88,9 @@ def run(home: Path, listen: str | None) -> None:
     async def service(notify: Notify) -> None:
         def ready(address: str) -> None:
             if listen is not None:
-                remember_listen(opened, address)
+                # The host as it was told: it may stand for more addresses than the first one. The
+                # port may have been 0.
+                remember_listen(opened, join_address(host, split_listen(address)[1]))
             click.echo(f"receiver ready on {address} (home {home})")
             notify()
 

@@ -42,7 +42,12 @@ from blockrepl.services.receiver_api import (
     receiver_application,
 )
 from blockrepl.services.receiver_groups import ReceiverGroups
-from blockrepl.services.receiver_home import load_authority, open_trust, read_configuration
+from blockrepl.services.receiver_home import (
+    join_address,
+    load_authority,
+    open_trust,
+    read_configuration,
+)
 from blockrepl.services.receiver_sessions import SourceSession
 from blockrepl.services.receiver_status import (
     GroupFacts,
@@ -386,15 +391,11 @@ def _replaced() -> PeerError:
 
 
 def _address(listener: trio.SocketListener) -> str:
-    return _written(*listener.socket.getsockname()[:2])
+    return join_address(*listener.socket.getsockname()[:2])
 
 
 def _peer_address(transport: trio.SocketStream) -> str:
     try:
-        return _written(*transport.socket.getpeername()[:2])
+        return join_address(*transport.socket.getpeername()[:2])
     except OSError:
         return "a peer that has gone"
-
-
-def _written(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -35,7 +35,7 @@ ANY_HOSTS = {"0.0.0.0", "::", ""}
 
 
 class Configuration(BaseModel):
-    """``listen`` is the last address that `receiver run` was told, HOST:PORT."""
+    """``listen`` is the last address that `receiver run` was told, HOST:PORT; its port never 0."""
 
     name: NameField
     listen: str = f"{DEFAULT_HOST}:{limits.RECEIVER_PORT}"
@@ -106,6 +106,11 @@ def split_listen(listen: str) -> tuple[str, int]:
     return _split(listen, "to listen on")
 
 
+def join_address(host: str, port: int) -> str:
+    """HOST:PORT, as `split_listen` takes it apart."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _split(address: str, purpose: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     if not (colon and port.isascii() and port.isdecimal() and int(port) < 1 << 16):
@@ -125,7 +130,7 @@ def invite(home: Home, *, expires_seconds: float, groups: list[str], address: st
     if address is None:
         host, port = split_listen(configuration.listen)
         host = socket.gethostname() if host in ANY_HOSTS else host
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        address = join_address(host, port)
     host, port = _split(address, "to reach")
     if not host or not port:
         raise _no_address(address, "to reach")
