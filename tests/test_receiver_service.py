@@ -42,6 +42,7 @@ from blockrepl.formats.messages import (
     Refusal,
     Request,
     Response,
+    ScrubPass,
     Welcome,
 )
 from blockrepl.formats.segment import HEADER_BYTES, file_name
@@ -678,6 +679,35 @@ async def test_however_much_history_there_is_an_answer_about_it_fits_a_message(
             assert told_gaps[-1]["from_ns"] == gaps[-1][1]
         assert len((await vault.group())["gaps"]) == many  # nothing limits it here
         assert len(await vault.control("GET", "/checkpoints/web")) == many
+
+
+async def test_a_source_tells_of_its_own_disks_passes_only(vault: Vault, tmp_path: Path) -> None:
+    # Guards the source in Receiver.answer: in a shared group one could say another's disk is done.
+    token = receiver_home.invite(
+        vault.home, expires_seconds=60, groups=["web"], address=vault.address
+    )
+    vault._identities["web2"] = await enrolment.join(token, "web2", tmp_path / "web2")
+    mine = UUID(int=9)
+    passes = [
+        ScrubPass(
+            disk=disk,
+            started_ns=1,
+            ended_ns=2,
+            is_asked_for=True,
+            progress=1.0,
+            skipped_regions=0,
+            differing_regions=0,
+            bytes_per_second=1.0,
+        )
+        for disk in (DISK, mine)
+    ]
+    request = Request(id=5, verb="verify", group="web", passes=passes)
+    async with vault.peer("web1") as owner, vault.peer("web2") as other:
+        await owner.attach("web")
+        await other.attach("web", mine, "data")
+        await other.stream.send(MessageType.REQUEST, messages.encode(request))
+        told = messages.decode(Response, await other.expect(MessageType.RESPONSE)).data
+    assert {one["disk"]: one["scrub"] is not None for one in told} == {"root": False, "data": True}
 
 
 async def test_status_says_what_is_there(vault: Vault) -> None:

@@ -313,7 +313,7 @@ class Receiver:
         await self._retention.run_pass(self.groups.find(group))
         return await self.retention(group)
 
-    async def answer(self, committer: GroupCommitter, request: Request) -> Any:
+    async def answer(self, committer: GroupCommitter, source: bytes, request: Request) -> Any:
         """Answer a source's request about a group of its own, with what a message takes."""
         match request.verb:
             case "group-status":
@@ -321,9 +321,10 @@ class Receiver:
                 status.gaps = newest_gaps(status.gaps, messages.GAPS_TOLD_MAX)
                 return status.model_dump()
             case "verify":
-                known = {disk.id for disk in committer.replica.status().disks}
+                disks = committer.replica.status().disks
+                own = {disk.id for disk in disks if disk.source == source}  # others share groups
                 told = {one.disk.bytes: one for one in request.passes}
-                self.passes.update({disk: told[disk] for disk in told.keys() & known})
+                self.passes.update({disk: told[disk] for disk in told.keys() & own})
                 return [proof.model_dump() for proof in await self._proofs(committer)]
             case "checkpoint-list":
                 found = await self.groups.checkpoints(committer, request.name)

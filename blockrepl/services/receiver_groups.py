@@ -43,7 +43,7 @@ class ReceiverGroups:
         self.budget = budget
         self.committers: dict[str, GroupCommitter] = {}
         self.failures: dict[str, BlockreplError] = {}
-        self.answer_with: Callable[[GroupCommitter, Request], Awaitable[Any]]
+        self.answer_with: Callable[[GroupCommitter, bytes, Request], Awaitable[Any]]
         self._home = home
         self._trust = trust
         self._nursery = nursery
@@ -68,8 +68,8 @@ class ReceiverGroups:
         await trio.to_thread.run_sync(self._trust.claim_group, identity.source_id, group)
         return await self._open(group)
 
-    async def answer(self, committer: GroupCommitter, request: Request) -> Any:
-        return await self.answer_with(committer, request)
+    async def answer(self, committer: GroupCommitter, source: bytes, request: Request) -> Any:
+        return await self.answer_with(committer, source, request)
 
     async def compare(self, committer: GroupCommitter, source: bytes, compare: Compare) -> Verdict:
         return await self.comparisons.compare(committer, source, compare)

@@ -46,7 +46,7 @@ class Groups(Protocol):
 
     async def attach(self, identity: PeerIdentity, group: str) -> GroupCommitter: ...
 
-    async def answer(self, committer: GroupCommitter, request: Request) -> Any: ...
+    async def answer(self, committer: GroupCommitter, source: bytes, request: Request) -> Any: ...
 
     async def compare(
         self, committer: GroupCommitter, source: bytes, compare: Compare
@@ -223,7 +223,8 @@ class SourceSession:
             if not self._machine.may_ask(request.group):
                 raise PeerError(f"group {request.group} is not attached", code="not-attached")
             committer = self._committers[request.group]
-            return Response(id=request.id, data=await self._groups.answer(committer, request))
+            data = await self._groups.answer(committer, self.source, request)
+            return Response(id=request.id, data=data)
         except BlockreplError as error:
             return Response(id=request.id, refusal=refusal_of(error, request.group))
 
