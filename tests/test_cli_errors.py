@@ -17,6 +17,7 @@ import pytest
 from blockrepl.cli import failure, output
 from blockrepl.cli.main import COMMANDS, cli, run
 from blockrepl.errors import PeerError, PointError, StateError, StorageError, UsageError
+from blockrepl.storage.home import Home
 from blockrepl.units import format_bytes
 
 BLOCKREPL = Path(sys.executable).with_name("blockrepl")
@@ -107,6 +108,32 @@ def test_wrong_usage_is_one_line_and_status_2(arguments: list[str], capsys: Capt
 def test_a_usage_error_of_ours_is_status_2_too(verb: Verb, capsys: Capture) -> None:
     assert run(verb(raiser(UsageError("'A B' is no group's name")))) == 2
     assert capsys.readouterr().err == "error: 'A B' is no group's name\n"
+
+
+@pytest.mark.parametrize("name", ["a\x01b", "../status", "a?b", "a#b", "a/b", "UPPER", ""])
+@pytest.mark.parametrize(
+    ("verb", "what"),
+    [
+        (("retention", "show"), "group"),
+        (("retention", "plan"), "group"),
+        (("retention", "plan", "--max-size=1G"), "group"),
+        (("retention", "set", "--max-size=1G"), "group"),
+        (("retention", "run"), "group"),
+        (("checkpoint", "list"), "group"),
+        (("verify",), "group"),
+        (("disk", "resync"), "disk"),
+    ],
+)
+def test_a_name_that_cannot_be_reaches_no_service(
+    verb: tuple[str, ...], what: str, name: str, capsys: Capture, tmp_path: Path
+) -> None:
+    # Guards check_name before each name goes into a path of the control API.
+    home = Home.create(tmp_path / "home").path
+    assert run(["--home", str(home), *verb, name]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert f"is no {what}'s name" in err
 
 
 def test_wrong_usage_with_json_is_an_object_too(capsys: Capture) -> None:

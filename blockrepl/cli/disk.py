@@ -235,10 +235,10 @@ def resync(home: Path, name: str, full: bool, wait: bool, json_mode: bool) -> No
       blockrepl disk resync vm1 --full --wait
     """
     from blockrepl.services.control_client import ControlClient
-    from blockrepl.storage.home import Home
+    from blockrepl.storage.home import Home, check_name
 
     client = ControlClient(Home(home).agent_socket, "agent")
-    begun = client.post(f"/disks/{name}/resync", {"full": full})
+    begun = client.post(f"/disks/{check_name(name, 'disk')}/resync", {"full": full})
     if not json_mode:
         what = "all of it is sent" if full else "all of it is compared, what differs is sent"
         later = "" if begun["linked"] else ", once the receiver is back"

@@ -12,6 +12,7 @@ from blockrepl.cli.checkpoint import receiver_client
 from blockrepl.cli.output import LEVEL_COLOURS, emit, json_option, pass_home, table
 from blockrepl.cli.point import complete_group
 from blockrepl.cli.sizes import SizeType
+from blockrepl.storage.home import check_name
 from blockrepl.units import format_bytes, format_instant
 
 
@@ -26,7 +27,7 @@ def retention() -> None:
 @pass_home
 def show(home: Path, group: str, json_mode: bool) -> None:
     """Show GROUP's ladder, and how much history there is at which distance of points."""
-    emit(_client(home).get(f"/retention/{group}"), json_mode, _shown)
+    emit(_client(home, group).get(f"/retention/{group}"), json_mode, _shown)
 
 
 def _policy_options(function: Any) -> Any:
@@ -81,7 +82,7 @@ def plan(home: Path, /, group: str, json_mode: bool, **wanted: Any) -> None:
 
     With options of `retention set`: as it would be with them. Nothing is changed.
     """
-    client = _client(home)
+    client = _client(home, group)
     if all(value is None for value in wanted.values()):
         document = client.get(f"/retention/{group}")
     else:
@@ -109,7 +110,7 @@ def set_(home: Path, /, group: str, shorten: bool, json_mode: bool, **wanted: An
     room: the receiver would rather stop acknowledging, and say so. `retention plan` shows what
     the same options would do.
     """
-    client = _client(home)
+    client = _client(home, group)
     policy = _policy(client, group, **wanted)
     emit(client.post(f"/retention/{group}", policy | {"shorten": shorten}), json_mode, _shown)
 
@@ -120,11 +121,13 @@ def set_(home: Path, /, group: str, shorten: bool, json_mode: bool, **wanted: An
 @pass_home
 def run(home: Path, group: str, json_mode: bool) -> None:
     """Do now what is due for GROUP, and wait for it."""
-    done = _client(home).post(f"/retention/{group}/run", {}, is_long=True)
+    done = _client(home, group).post(f"/retention/{group}/run", {}, is_long=True)
     emit(done, json_mode, _shown)
 
 
-def _client(home: Path) -> Any:
+def _client(home: Path, group: str) -> Any:
+    """For requests about a group: its name becomes a part of their paths. UsageError."""
+    check_name(group, "group")
     return receiver_client(home)
 
 
