@@ -290,6 +290,14 @@ async def test_an_unreachable_receiver_is_said_so(tmp_path: Path) -> None:
     assert (await refused(token[:-5], "web1", tmp_path / "identity")).code == "token"
 
 
+@pytest.mark.parametrize(
+    "address", ["vault", ":1", "vault:0", "vault:65536", "vault:" + "9" * 5000]
+)
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(PeerError, match="not an address"):
+        split_address(address)
+
+
 def test_a_home_that_has_not_joined_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="not joined"):
         load_identity(tmp_path)

@@ -811,7 +811,19 @@ async def test_status_of_a_receiver_at_rest_is_read_from_its_files(
     assert json.loads(capsys.readouterr().out)["code"] == "no-group"
 
 
-@pytest.mark.parametrize("address", ["foo", ":7420", "vault:0", "vault:x"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "foo",
+        ":7420",
+        "vault:0",
+        "vault:x",
+        "vault:" + "9" * 5000,
+        "v" * 300 + ":7420",
+        "v\udcff:7420",
+        "v\n:7420",
+    ],
+)
 def test_an_invitation_needs_an_address_that_can_be_reached(tmp_path: Path, address: str) -> None:
     home = Home.create(tmp_path / "home")
     receiver_home.initialise(home, None)
@@ -820,6 +832,32 @@ def test_an_invitation_needs_an_address_that_can_be_reached(tmp_path: Path, addr
     assert caught.value.hint == "write HOST:PORT"
     with pytest.raises(UsageError, match="not an address to listen on"):
         receiver_home.split_listen("foo")
+    with closing(sqlite3.connect(home.receiver_directory / "trust.sqlite")) as trust:
+        assert trust.execute("SELECT count(*) FROM invites").fetchone() == (0,)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["invite", "--expires", "99999d"],
+        ["invite", "--expires", "999999999w"],
+        ["invite", "--address", "v" * 300 + ":7420"],
+        ["run", "--listen", "a..b:7420"],
+        ["run", "--listen", "a" * 64 + ":7420"],
+        ["run", "--listen", "vault:" + "9" * 5000],
+    ],
+)
+def test_what_no_receiver_can_do_is_wrong_usage(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Guards _SECONDS_MAX in sizes.Duration, _split in receiver_home, and UnicodeError in _listen.
+    home = Home.create(tmp_path / "home")
+    receiver_home.initialise(home, "vault")
+    assert cli.run(["--home", str(home.path), "receiver", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert len(err) < 300
 
 
 def start_command(home: Path, *arguments: str) -> subprocess.Popen[str]:

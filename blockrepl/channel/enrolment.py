@@ -55,6 +55,8 @@ from blockrepl.units import MIB
 TOKEN_PREFIX = "br1."
 JSON_MESSAGE = 32  # formats.messages leaves 32 to 63 to enrolment
 UNSENT_BYTES = 1 * MIB  # in the kernel: with Trio's 16 KiB a frame takes 5 visits, for 0.5 ms more
+ADDRESS_CHARACTERS_MAX = 300  # a host's name has 253 at the most
+PORT_DIGITS_MAX = 5
 TOKEN_HINT = "paste the whole token as `blockrepl receiver invite` printed it"
 
 KEY, CERTIFICATE, CA, RECEIVER = "key.pem", "cert.pem", "ca.pem", "receiver.json"
@@ -67,7 +69,7 @@ class _Model(BaseModel):
 class Token(_Model):
     """What an invitation tells a source. `address` is HOST:PORT, [HOST]:PORT for IPv6."""
 
-    address: Annotated[str, Field(max_length=300)]
+    address: Annotated[str, Field(max_length=ADDRESS_CHARACTERS_MAX)]
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     secret: Annotated[str, Field(min_length=1, max_length=200)]
     expiry_ns: Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -168,9 +170,15 @@ def split_address(address: str) -> tuple[str, int]:
     """HOST:PORT or [HOST]:PORT. Raises PeerError."""
     host, colon, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not (colon and host and port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+    if not (colon and host and is_port(port) and int(port)):
         raise PeerError(f"{address[:300]!r} is not an address", hint="write HOST:PORT")
     return host, int(port)
+
+
+def is_port(text: str) -> bool:
+    """Whether it is a port's number, 0 included, of whatever length it is."""
+    is_number = len(text) <= PORT_DIGITS_MAX and text.isascii() and text.isdecimal()
+    return is_number and int(text) < 1 << 16
 
 
 async def join(token_text: str, source_name: str, directory: Path) -> Identity:

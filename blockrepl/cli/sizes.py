@@ -10,6 +10,7 @@ import click
 from blockrepl.units import parse_size
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_SECONDS_MAX = 36500 * 86400  # from now, instants in ns still fit 63 bits, and a calendar
 
 
 class SizeType(click.ParamType[int]):
@@ -37,7 +38,7 @@ class RateType(SizeType):
 
 
 class Duration(click.ParamType[float]):
-    """``90s``, ``15m``, ``1h``, ``7d``: seconds."""
+    """``90s``, ``15m``, ``1h``, ``7d``: seconds, of a hundred years at the most."""
 
     name = "duration"
 
@@ -49,4 +50,7 @@ class Duration(click.ParamType[float]):
         match = re.fullmatch(r"(\d{1,9})([smhdw])", str(value))
         if match is None or not int(match[1]):
             self.fail(f"{value!r} is no duration; write 90s, 15m, 1h or 7d", param, ctx)
-        return float(int(match[1]) * _SECONDS[match[2]])
+        seconds = int(match[1]) * _SECONDS[match[2]]
+        if seconds > _SECONDS_MAX:
+            self.fail(f"{value!r} is too long; at most 36500d", param, ctx)
+        return float(seconds)

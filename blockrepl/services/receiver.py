@@ -28,7 +28,14 @@ from blockrepl.channel.enrolment import serve_enrolment
 from blockrepl.channel.framing import MessageStream
 from blockrepl.channel.handshake import ENROL_SERVER_NAME, accept, server_contexts
 from blockrepl.channel.secure_stream import SecureStream
-from blockrepl.errors import BlockreplError, PeerError, StateError, StorageError, TrustError
+from blockrepl.errors import (
+    BlockreplError,
+    PeerError,
+    StateError,
+    StorageError,
+    TrustError,
+    UsageError,
+)
 from blockrepl.formats import messages
 from blockrepl.formats.messages import RECEIVER_ACCEPTS, Request, ScrubPass
 from blockrepl.services.control import serve_control
@@ -339,7 +346,7 @@ async def run_receiver(home: Home, host: str, port: int, *, ready: Callable[[str
     """Serve until cancelled; then everything is committed and closed.
 
     ``ready`` gets the address (HOST:PORT) once sources may connect. StateError when the home has no
-    receiver or is in use, or the address is taken.
+    receiver or is in use, or the address is taken; UsageError when the host cannot be one's name.
     """
     configuration = read_configuration(home)
     authority = load_authority(home)
@@ -377,6 +384,10 @@ async def run_receiver(home: Home, host: str, port: int, *, ready: Callable[[str
 async def _listen(host: str, port: int) -> list[trio.SocketListener]:
     try:
         return await trio.open_tcp_listeners(port, host=host or None, backlog=BACKLOG_CONNECTIONS)
+    except UnicodeError as error:  # a label of it is empty or too long
+        raise UsageError(
+            f"{host[:80]!r} is no host's name", hint="choose another with --listen HOST:PORT"
+        ) from error
     except OSError as error:
         taken = error.errno == errno.EADDRINUSE
         raise StateError(

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from blockrepl import limits
 from blockrepl.channel.certificates import Authority
-from blockrepl.channel.enrolment import Token, encode_token
+from blockrepl.channel.enrolment import ADDRESS_CHARACTERS_MAX, Token, encode_token, is_port
 from blockrepl.errors import StateError, UsageError
 from blockrepl.formats.marks import NameField
 from blockrepl.storage.home import Home, check_name, make_directory, write_atomically
@@ -113,13 +113,14 @@ def join_address(host: str, port: int) -> str:
 
 def _split(address: str, purpose: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
-    if not (colon and port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+    is_text = len(address) <= ADDRESS_CHARACTERS_MAX and address.isprintable()
+    if not (is_text and colon and is_port(port)):
         raise _no_address(address, purpose)
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _no_address(address: str, purpose: str) -> UsageError:
-    return UsageError(f"{address!r} is not an address {purpose}", hint="write HOST:PORT")
+    return UsageError(f"{address[:80]!r} is not an address {purpose}", hint="write HOST:PORT")
 
 
 def invite(home: Home, *, expires_seconds: float, groups: list[str], address: str | None) -> str:
