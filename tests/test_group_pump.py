@@ -3,6 +3,7 @@ nothing twice, nothing under a watermark, and no claim that is not true yet."""
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from blockrepl.errors import PeerError, StateError
 from blockrepl.formats.frame import FrameKind, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark
 from blockrepl.formats.messages import Attached
+from blockrepl.model import unreadable
 from blockrepl.services import disk_sync
 from blockrepl.services.group_pump import (
     GROW_SECONDS,
@@ -47,7 +49,7 @@ from blockrepl.services.group_pump import (
 )
 from blockrepl.services.group_replication import GroupReplication
 from blockrepl.services.source_disk import SourceDisk
-from blockrepl.storage import clock
+from blockrepl.storage import clock, pieces
 from blockrepl.storage.clock import open_clock
 from blockrepl.storage.image import lock_image
 from blockrepl.storage.pieces import Piece, read_piece
@@ -963,8 +965,9 @@ async def test_a_watermark_waits_for_the_window_too(
 
 
 async def test_a_disk_that_cannot_be_read_holds_nothing_else_up(
-    source: Source, receiver: Receiver
+    source: Source, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(unreadable, "REST_SECONDS", 0.3)
     entry, other = source.add("root", SIZE), source.add("data", SIZE)
     guest, busy = source.guest(entry), source.guest(other)
     async with pumping(source, receiver, known(entry, "gap"), known(other)) as pump:
@@ -975,7 +978,9 @@ async def test_a_disk_that_cannot_be_read_holds_nothing_else_up(
         stamp = busy.write(0, b"y" * 512)
         await until(lambda: receiver.watermark() > stamp)
         assert disk.ring is not None
-        await until(lambda: disk.ring is not None and disk.sync_after > 0)
+        sync = pump.syncs[entry.id.bytes]
+        await until(lambda: sync.problem is not None)
+        assert "root cannot be read at byte 0: Is a directory" in str(sync.problem)
         assert disk.ring.needs_sync()
         stamp = busy.write(0, b"z" * 512)
         await until(lambda: receiver.watermark() > stamp)
@@ -983,13 +988,54 @@ async def test_a_disk_that_cannot_be_read_holds_nothing_else_up(
         async with pump.between_rounds:
             assert disk.image is not None
             os.close(disk.image)
-            disk.image, disk.sync_after = (
-                image,
-                0.0,
-            )  # the disk is well again, and its time has come
+            disk.image = image  # the disk is well again, and its time comes
         await until(lambda: any(mark.mark == "consistent" for mark in receiver.marks()))
+        assert sync.problem is None
     check_stream(receiver.frames, source.watermark)
     assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+
+
+@pytest.mark.parametrize("state", ["gap", "empty"])
+async def test_a_sector_that_cannot_be_read_holds_up_no_other_region(
+    source: Source,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+    state: Literal["gap", "empty"],
+) -> None:
+    # Guards Unreadable in DiskSync: all that was under way was begun again, every 5 s, at the same
+    # first region, and what lies behind the sector was never sent.
+    monkeypatch.setattr(unreadable, "REST_SECONDS", 0.2)
+    regions = 40
+    entry = source.add("root", regions * limits.REGION_BYTES, hot=True)
+    entry.image.write_bytes(random_bytes(regions * limits.REGION_BYTES))
+    bad = 13 * limits.REGION_BYTES + 4096
+    is_bad = True
+    read = pieces._read
+
+    def failing(image: int, offset: int, length: int) -> bytes:
+        if is_bad and offset <= bad < offset + length:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(image, offset, length)
+
+    monkeypatch.setattr(pieces, "_read", failing)
+    source.guest(entry)
+    attached = known(entry, "empty", 0) if state == "empty" else known(entry, "gap")
+    async with pumping(source, receiver, attached) as pump:
+        disk, sync = pump.disks[0], pump.syncs[entry.id.bytes]
+        ring = disk.ring
+        assert ring is not None
+        await until(lambda: (ring.stale | ring.syncing).nonzero()[0].tolist() == [13])
+        await until(lambda: sync.problem is not None)
+        assert f"cannot be read at byte {13 * limits.REGION_BYTES}: Input/output error" in str(
+            sync.problem
+        )
+        assert not [mark for mark in receiver.marks() if mark.mark == "consistent"]
+        is_bad = False
+        await until(lambda: any(mark.mark == "consistent" for mark in receiver.marks()))
+        assert sync.problem is None
+    assert replay(receiver.frames, entry.id.bytes, regions * limits.REGION_BYTES) == (
+        entry.image.read_bytes()
+    )
 
 
 async def test_payload_that_waits_for_the_window_is_not_overwritten(

@@ -291,6 +291,8 @@ def _disk_status(
     if not problem and ring and ring.flush_failed():
         problem = failed_flush(entry)
     sync = group.pump.syncs.get(entry.id.bytes) if group and group.pump else None
+    if not problem and sync:
+        problem = sync.problem
     stale = int((ring.stale | ring.syncing).sum()) if ring else 0
     hot = int(agent.disks.hot_regions(entry).sum())
     return {

@@ -33,15 +33,16 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 
 import trio
 
 from blockrepl import limits
-from blockrepl.errors import PeerError
+from blockrepl.errors import PeerError, StorageError
 from blockrepl.formats.comparison import Compare, Purpose, Verdict, encode_compare
 from blockrepl.formats.frame import Columns, FrameKind, encode_frame
+from blockrepl.model.unreadable import Unreadable
 from blockrepl.services.outbox import Outbox
 from blockrepl.services.source_disk import SourceDisk
 from blockrepl.session.release import Release
@@ -56,7 +57,6 @@ from blockrepl.storage.pieces import (
 
 log = logging.getLogger(__name__)
 
-UNREADABLE_SECONDS = 5.0  # until a disk whose image gave an error is read again
 COMPARISONS_MAX = 4  # under way per disk: hides the round trip
 AHEAD_BYTES = limits.WINDOW_BYTES // 2  # of frames that wait: content must not hold up records
 COMPARE_REGIONS_MAX = limits.COMPARE_BYTES_MAX // limits.REGION_BYTES
@@ -65,7 +65,10 @@ tokens = count(1)  # of all comparisons of this process
 
 
 class DiskSync:
-    """The content that one disk still owes. ``differing_bytes`` counts what verdicts found."""
+    """The content that one disk still owes. ``differing_bytes`` counts what verdicts found.
+
+    ``problem``: why some of it cannot be sent now.
+    """
 
     def __init__(
         self,
@@ -76,6 +79,7 @@ class DiskSync:
     ) -> None:
         self.disk = disk
         self.differing_bytes = 0
+        self.problem: StorageError | None = None
         self._outbox = outbox
         self._source = source
         self._catch_up = catch_up  # put all records of the disk there are; False: not now
@@ -85,6 +89,8 @@ class DiskSync:
         # token -> regions, their turn, where the last one ended: the disk may grow meanwhile
         self._comparing: dict[int, tuple[range, int, int]] = {}
         self._differing: deque[tuple[int, int, list[int]]] = deque()  # region, turn, its blocks
+        self._unreadable = Unreadable()
+        self._reading: Sequence[int] = ()  # the regions whose content is being looked at
 
     def interrupted(self) -> None:
         """What was under way is lost."""
@@ -108,14 +114,14 @@ class DiskSync:
 
     def wants(self) -> bool:
         """Whether there is something to read now."""
-        disk = self.disk
-        if disk.ring is None or trio.current_time() < disk.sync_after:
-            return False
-        if self._outbox.waiting_bytes >= AHEAD_BYTES:
+        ring = self.disk.ring
+        if ring is None or self._outbox.waiting_bytes >= AHEAD_BYTES:
             return False
         if self._differing:
             return True
-        return disk.ring.needs_sync() and len(self._comparing) < COMPARISONS_MAX
+        if len(self._comparing) >= COMPARISONS_MAX or not ring.needs_sync():
+            return False
+        return bool(self._unreadable.choice(ring.stale, trio.current_time()).any())
 
     async def step(self, watermark: int) -> bool:
         """Read and send one piece. ``watermark``: of the frames sent so far. True when it did."""
@@ -130,21 +136,46 @@ class DiskSync:
             else:
                 await self._send_regions(watermark)
         except OSError as error:
-            self.interrupted()
-            disk.sync_after = trio.current_time() + UNREADABLE_SECONDS
-            log.error("disk %s cannot be read: %s", disk.entry.name, error.strerror)
+            self._failed(error)
             return False
         return True
+
+    def _failed(self, error: OSError) -> None:
+        """The regions that are being looked at cannot be read: put them back, and go on."""
+        disk, ring = self.disk, self.disk.ring
+        for region in self._reading:
+            self._turns.pop(region, None)
+            if ring is not None:
+                ring.cancel_sync(region)
+        self._unreadable.failed(self._reading, trio.current_time())
+        if regions := self._unreadable.regions():
+            is_news = self.problem is None
+            places = ", ".join(str(region * limits.REGION_BYTES) for region in regions[:3])
+            more = f" and {len(regions) - 3} more" if len(regions) > 3 else ""
+            self.problem = StorageError(
+                f"disk {disk.entry.name} cannot be read at byte {places}{more}: {error.strerror}",
+                hint=f"look at {disk.entry.image} and its device; the rest of it is replicated",
+                code="unreadable",
+            )
+            if is_news:
+                log.error("%s", self.problem)
+
+    def _were_read(self) -> None:
+        self._unreadable.were_read(self._reading)
+        if self.problem is not None and not self._unreadable.regions():
+            self.problem = None
 
     async def _begin(self, hole_regions_max: int) -> range:
         """The regions to read next; none when the link was lost meanwhile."""
         ring, image, epoch = self.disk.ring, self.disk.image, self._epoch
         assert ring is not None
         assert image is not None
+        stale = self._unreadable.choice(ring.stale.copy(), trio.current_time())
+        self._reading = (int(stale.argmax()),)
         regions = await trio.to_thread.run_sync(
             choose_regions,
             image,
-            ring.stale.copy(),
+            stale,
             self.disk.entry.size_bytes,
             hole_regions_max,
         )
@@ -154,6 +185,7 @@ class DiskSync:
         for region in regions:
             ring.begin_sync(region)
             self._turns[region] = self._turn
+        self._reading = regions
         if not await self._catch_up(self.disk):
             for region in regions:
                 ring.cancel_sync(region)
@@ -176,6 +208,7 @@ class DiskSync:
         piece = await trio.to_thread.run_sync(
             read_piece, image, regions, disk.entry.size_bytes, stamp
         )
+        self._were_read()
         if epoch != self._epoch:
             return
         for region in regions[len(piece.regions) :]:
@@ -195,6 +228,7 @@ class DiskSync:
         start = regions.start * limits.REGION_BYTES
         end = min(regions.stop * limits.REGION_BYTES, disk.entry.size_bytes)
         digests = await trio.to_thread.run_sync(digest_range, disk.image, start, end)
+        self._were_read()
         if epoch != self._epoch:
             return
         token = next(tokens)
@@ -243,6 +277,7 @@ class DiskSync:
         stamp = max(watermark, disk.sent_stamp)
         count_of_regions = min(len(self._differing), DATA_REGIONS_MAX)
         taken = [self._differing.popleft() for _ in range(count_of_regions)]
+        self._reading = [region for region, _, _ in taken]
         self._turn += 1
         turn = self._turn
         for region, begun, _ in taken:
@@ -251,6 +286,7 @@ class DiskSync:
         blocks = [block for _, _, found in taken for block in found]
         ranges = _ranges(blocks, disk.entry.size_bytes)
         columns, payload = await trio.to_thread.run_sync(read_ranges, disk.image, ranges, stamp)
+        self._were_read()
         if epoch != self._epoch:
             return
         self.differing_bytes += sum(end - start for start, end in ranges)

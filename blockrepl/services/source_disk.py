@@ -47,7 +47,6 @@ class SourceDisk:
         self.state: DiskState = "empty"
         self.epoch = 0
         self.cursor = 0
-        self.sync_after = 0.0  # no content is read before, by Trio's clock
         self.sent_stamp = 0  # of the last record or gap sent
         self.gap_in_flight = 0
         self.rings_seen = 0  # opened since the disk was taken up
