@@ -150,6 +150,8 @@ class Run:
     def _why_not_converged(self) -> str:
         if len(self.source.servers) < len(self.plan.disks):  # only it knows what it had in flight
             return "a disk's server is not back"
+        if any(server.is_busy for server in self.source.servers.values()):
+            return "requests are under way"
         if self.receiver.has_failed:
             self.receiver.kill(0)
         committer = self.receiver.committer
