@@ -312,7 +312,7 @@ class StalledWrite:
         self.begun = threading.Event()
         self.goes_on = threading.Event()
 
-    def __call__(self, path: Path, data: bytes, mode: int = 0o644) -> None:
+    def __call__(self, path: Path, data: bytes, mode: int = 0o600) -> None:
         assert threading.current_thread() is not threading.main_thread()
         self.begun.set()
         self.goes_on.wait(PATIENCE_SECONDS)

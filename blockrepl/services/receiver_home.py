@@ -90,7 +90,7 @@ def remember_listen(home: Home, listen: str) -> None:
 
 def _write(home: Home, configuration: Configuration) -> None:
     data = configuration.model_dump_json(indent=2).encode() + b"\n"
-    write_atomically(home.receiver_directory / "receiver.json", data, 0o644)
+    write_atomically(home.receiver_directory / "receiver.json", data)
 
 
 def load_authority(home: Home) -> Authority:

@@ -81,6 +81,8 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
     """A connection in one of SQLite's modes (ro, rw, rwc). StateError when there is no file."""
     if mode != "rwc" and not path.exists():
         raise StateError(f"there is no catalog at {path}", code="no-catalog")
+    if mode == "rwc":  # SQLite would let others read it, and what it keeps beside it
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     with translated(path):
         return sqlite3.connect(
             f"file:{quote(str(path.absolute()))}?mode={mode}",

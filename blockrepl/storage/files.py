@@ -37,6 +37,11 @@ class Files:
         os.ftruncate(descriptor, size_bytes)
 
 
+def private(path: str, flags: int) -> int:
+    """An ``opener`` for files that only their owner may read, from their first moment on."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
 def write_all(files: Files, descriptor: int, buffers: Sequence[Buffer], offset: int) -> int:
     """Write buffers back to back, however short each write falls; the offset after them."""
     for first in range(0, len(buffers), VECTOR_BUFFERS_MAX):

@@ -36,7 +36,7 @@ from typing import Any
 from blockrepl.errors import DamageError, StateError
 from blockrepl.limits import FORK_RESERVE_BYTES, FORK_RESERVE_SHARE, FORKS_MAX
 from blockrepl.storage import pins
-from blockrepl.storage.files import Files
+from blockrepl.storage.files import Files, private
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.home import (
     ExclusiveLock,
@@ -171,7 +171,8 @@ def _fill(directory: Path, fork: Fork) -> None:
     if fork.name:
         write_atomically(directory / FILE_NAME, data, 0o600)
     else:
-        (directory / FILE_NAME).write_bytes(data)
+        with open(directory / FILE_NAME, "xb", opener=private) as file:
+            file.write(data)
 
 
 def open_fork(replica: Path, group: str, name: str, now_ns: int) -> OpenFork:

@@ -7,9 +7,12 @@ format         ``blockrepl 1`` and a newline: version of all that follows
 receiver/      the receiver's certificates, sources and configuration
 source/        the agent's key, disks and spools
 replicas/G/    the replica of group G
-run/           sockets and locks of running services, mode 0700
+run/           sockets and locks of running services
 log/           logs
 =============  =========================================================
+
+What guests wrote is in many of these files, so they and their directories are their owner's alone,
+whatever the umask: a home may have been a directory of somebody's, and a replica may be moved.
 
 Small files are replaced whole or not at all: a temporary file beside them, fsync, rename, fsync of
 the directory. A service that must run once per home holds an advisory lock (flock), which the
@@ -60,7 +63,7 @@ class Home:
             if not home.path.is_dir():
                 make_directory(home.path.absolute(), 0o700)
             if not home._format_file.exists():
-                write_atomically(home._format_file, FORMAT, 0o644)
+                write_atomically(home._format_file, FORMAT)
         except OSError as error:
             raise StateError(
                 f"cannot make a home at {path}: {error.strerror}",
@@ -151,7 +154,7 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def make_directory(path: Path, mode: int = 0o755) -> None:
+def make_directory(path: Path, mode: int = 0o700) -> None:
     """Make a directory and its parents, durably."""
     if not path.is_dir():
         make_directory(path.parent, mode)
@@ -159,7 +162,7 @@ def make_directory(path: Path, mode: int = 0o755) -> None:
     sync_directory(path.parent)  # also where it is: who made it may not have come so far
 
 
-def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
+def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replace a file durably: after a crash it has the old content or the new, never a mix."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)

@@ -46,7 +46,7 @@ from blockrepl.formats.segment import RunEntry, file_name
 from blockrepl.model import levels
 from blockrepl.model.levels import Merge
 from blockrepl.storage import merged_runs
-from blockrepl.storage.files import failure
+from blockrepl.storage.files import failure, private
 from blockrepl.storage.home import make_directory, sync_directory
 from blockrepl.storage.journal import DIRECTORY_NAME as SEGMENTS_NAME
 from blockrepl.storage.merged_runs import MergedFile, MergedRunError
@@ -229,7 +229,7 @@ def write_merged(
 
     OSError; DamageError when what comes out is not what went in.
     """
-    with path.open("xb") as file:
+    with open(path, "xb", opener=private) as file:
         header = merged_run.encode_header(group)
         file.write(header)
         offset = len(header)

@@ -91,7 +91,7 @@ def create_segment(
     header = segments.encode_header(segments.SegmentHeader(group, number, created_ns))
     descriptor = -1
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         write_all(files, descriptor, [header], 0)
         files.sync(descriptor)
         sync_directory(directory)

@@ -46,7 +46,7 @@ from blockrepl.formats import frame as frames
 from blockrepl.formats.frame import Buffer, FrameHeader, FrameKind
 from blockrepl.formats.marks import Mark, decode_mark
 from blockrepl.formats.messages import AttachDisk, Attached
-from blockrepl.storage.files import Files, failure, write_all
+from blockrepl.storage.files import Files, failure, private, write_all
 from blockrepl.storage.home import make_directory, sync_directory
 from blockrepl.storage.spool_recovery import FileRecovery
 
@@ -228,7 +228,8 @@ class Spool:
         """Not synced at first (rule 4): what stalls here would cost the ring its room."""
         path, new = self.directory / STATE, self.directory / f".{STATE}.new"
         try:
-            new.write_bytes(state.model_dump_json().encode())
+            with open(new, "wb", opener=private) as file:
+                file.write(state.model_dump_json().encode())
             if durably:
                 self._sync_path(new)
             new.rename(path)

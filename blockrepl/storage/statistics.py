@@ -27,7 +27,7 @@ from blockrepl.formats.segment import file_name
 from blockrepl.formats.statistics import Statistics
 from blockrepl.model.timeline import Bins, edges, summarise
 from blockrepl.storage.catalog import SegmentRow
-from blockrepl.storage.files import failure
+from blockrepl.storage.files import failure, private
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.journal import DIRECTORY_NAME as SEGMENTS_NAME
 from blockrepl.storage.reading import GoneError, ReadFiles, looking
@@ -204,10 +204,11 @@ def _made(segment: SegmentReader) -> tuple[Statistics, list[DamageError]]:
 
 def _keep(path: Path, data: bytes) -> None:
     """Put the file in its place whole. Not synced: its digest says whether it is true."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_bytes(data)
+        with open(temporary, "xb", opener=private) as file:
+            file.write(data)
         temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
