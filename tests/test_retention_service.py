@@ -20,7 +20,7 @@ from journal_model import Journal, small_segments
 from test_thinning import SIZES, check
 from test_view import flip
 
-from blockrepl.errors import DamageError, PointError
+from blockrepl.errors import DamageError, PointError, StorageError
 from blockrepl.formats.marks import ConsistentMark, GapMark
 from blockrepl.model.points import Instant, Point
 from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
@@ -146,9 +146,43 @@ async def test_nothing_that_is_promised_goes_to_make_room(journal: Journal) -> N
         floor_ns = floor_of(journal)
         assert journal.stamp - 90 * SECOND < floor_ns <= journal.stamp - 60 * SECOND
         assert "less room than the promised" in retention.groups["web"].problem
-        told = describe_retention(journal.directory, catalog, journal.stamp, "no room")
+        rows = journal.replica.segments()
+        told = describe_retention(journal.directory, catalog, rows, journal.stamp, "no room")
         assert (told.level, told.floor_ns) == ("error", floor_ns)
         assert check(journal, read_kept(catalog), floor_ns)[0] > 60
+
+
+def receiver_of(committer: GroupCommitter) -> Receiver:
+    """Just what answers about retention."""
+    receiver = object.__new__(Receiver)
+    receiver.groups = cast(Any, SimpleNamespace(find=lambda _group: committer))
+    receiver._retention = Retention()
+    return receiver
+
+
+async def test_what_is_in_the_open_segment_is_told_of_like_the_rest(journal: Journal) -> None:
+    # Guards open_rows in Replica.segments: the catalog's row is as the segment was when it began.
+    journal.run(60)
+    async with committing(journal) as committer:
+        journal.write("root", 0, bytes(4096))
+        [row] = [row for row in journal.replica.catalog.segments() if not row.sealed]
+        journal.write("root", 4096, os.urandom(16 * KIB))
+        told = await receiver_of(committer).retention("web")
+        assert told.journal_bytes == journal.replica.status().journal_bytes
+        [stretch] = told.stretches
+        assert stretch.journal_bytes == told.journal_bytes
+        assert row.bytes + 16 * KIB < stretch.journal_bytes
+        assert told.bytes_per_day == 24 * told.journal_bytes  # it is younger than an hour
+
+
+async def test_a_group_that_takes_nothing_says_why_where_its_room_is_told(journal: Journal) -> None:
+    # Guards `explain` in Receiver.retention: `status` alone said that there was no room left.
+    async with committing(journal) as committer:
+        journal.replica.error = StorageError("no room left", hint="free some", code="full")
+        for policy in (None, Policy(ladder="all:1h")):
+            told = await receiver_of(committer).retention("web", policy)
+            assert (told.level, told.reason) == ("error", "no room left. free some")
+        journal.replica.error = None
 
 
 async def test_a_source_whose_clock_is_ahead_makes_no_history_old(
@@ -166,9 +200,7 @@ async def test_a_source_whose_clock_is_ahead_makes_no_history_old(
         assert floor_of(journal) == before
         assert check(journal, read_kept(journal.replica.catalog), before)[0] > 40
         # Guards `newest_ns` at the others: `retention set` refused what lets go of nothing.
-        receiver = object.__new__(Receiver)
-        receiver.groups = cast(Any, SimpleNamespace(find=lambda _group: committer))
-        receiver._retention = Retention()
+        receiver = receiver_of(committer)
         policy = Policy(ladder="all:20s,5s:60s,20s:90s")
         told = await receiver.set_retention("web", policy, shorten=False)
         assert told.latest_ns == honest

@@ -35,6 +35,7 @@ from blockrepl.errors import (
     StorageError,
     TrustError,
     UsageError,
+    explain,
 )
 from blockrepl.formats import messages
 from blockrepl.formats.messages import RECEIVER_ACCEPTS, Request, ScrubPass
@@ -289,18 +290,26 @@ class Receiver:
                 await self._retention.run_pass(committer)
 
     async def retention(self, group: str, policy: Policy | None = None) -> RetentionStatus:
-        """What retention keeps of a group, or what it would with another policy. UsageError."""
+        """What retention keeps of a group, or what it would with another policy. UsageError.
+
+        A group that takes nothing says why here, too.
+        """
         replica = self.groups.find(group).replica
         if policy is not None:
             await trio.to_thread.run_sync(check_policy, replica.catalog, policy)
         known = self._retention.groups.get(group)
+        problem = known.problem if known and policy is None else ""
+        if replica.error is not None:
+            problem = explain(replica.error)
         return await trio.to_thread.run_sync(
-            describe_retention,
-            replica.directory,
-            replica.catalog,
-            replica.newest_ns(),
-            known.problem if known and policy is None else "",
-            policy,
+            lambda: describe_retention(
+                replica.directory,
+                replica.catalog,
+                replica.segments(),
+                replica.newest_ns(),
+                problem,
+                policy,
+            )
         )
 
     async def set_retention(self, group: str, policy: Policy, shorten: bool) -> RetentionStatus:

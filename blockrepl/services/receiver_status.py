@@ -17,7 +17,7 @@ means nothing: it is unknown, and the status says how far they are ahead.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from blockrepl.services.receiver_api import (
 from blockrepl.services.receiver_home import read_configuration
 from blockrepl.services.retention_status import HistoryOutlook, describe_retention
 from blockrepl.services.verification import PassStatus
-from blockrepl.storage.catalog import Catalog, DiskRow, GapRow
+from blockrepl.storage.catalog import Catalog, DiskRow, GapRow, SegmentRow
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.home import Home
 from blockrepl.storage.proofs import Proofs, Proven
@@ -73,7 +73,9 @@ def facts_of(
     """
     status, now = replica.status(), time.time_ns()
     proven: dict[bytes, Proven] = {}
-    seen = _outlook(replica.directory, replica.catalog, replica.newest_ns(), problem)
+    seen = _outlook(
+        replica.directory, replica.catalog, replica.segments, replica.newest_ns(), problem
+    )
     with suppress(BlockreplError):  # the group's error says it
         proven = {row.id: replica.proofs.proven(row.id, row.size_bytes) for row in status.disks}
     return GroupFacts(
@@ -99,10 +101,15 @@ def facts_of_failed(directory: Path, error: BlockreplError) -> GroupFacts:
 
 
 def _outlook(
-    directory: Path, catalog: Catalog, latest_ns: int, problem: str
+    directory: Path,
+    catalog: Catalog,
+    segments: Callable[[], list[SegmentRow]],
+    latest_ns: int,
+    problem: str,
 ) -> HistoryOutlook | None:
     with suppress(BlockreplError, OSError):
-        return HistoryOutlook.of(describe_retention(directory, catalog, latest_ns, problem))
+        told = describe_retention(directory, catalog, segments(), latest_ns, problem)
+        return HistoryOutlook.of(told)
     return None
 
 
@@ -248,7 +255,13 @@ def _facts_at_rest(directory: Path) -> GroupFacts:
                 history.history(state).floor_ns,
                 state.gaps,
                 proven={row.id: proofs.proven(row.id, row.size_bytes) for row in state.disks},
-                outlook=_outlook(directory, history.catalog, min(state.latest_ns, now), ""),
+                outlook=_outlook(
+                    directory,
+                    history.catalog,
+                    history.catalog.segments,
+                    min(state.latest_ns, now),
+                    "",
+                ),
             )
     except BlockreplError as error:
         return GroupFacts(directory.name, error=error)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -102,17 +103,18 @@ class HistoryOutlook(BaseModel):
 def describe_retention(
     directory: Path,
     catalog: Catalog,
+    rows: Sequence[SegmentRow],
     latest_ns: int,
     problem: str = "",
     policy: Policy | None = None,
 ) -> RetentionStatus:
     """The state of a group's retention, or what it were with another ``policy``. Blocks.
 
-    ``latest_ns``: as `Replica.newest_ns` has it, for age is measured from there. StorageError.
+    ``rows`` and ``latest_ns``: as `Replica.segments` and `Replica.newest_ns` have them, for age is
+    measured from there. StorageError.
     """
     policy = policy or read_policy(catalog)
     kept = read_kept(catalog)
-    rows = catalog.segments()
     floors = [row.ready_ns for row in catalog.disks(removed=True) if row.ready_ns is not None]
     floor_ns = min(floors, default=None)
     pins = [
@@ -157,7 +159,7 @@ def describe_retention(
     )
 
 
-def _bytes_per_day(rows: list[SegmentRow], floor_ns: int | None, latest_ns: int) -> int:
+def _bytes_per_day(rows: Sequence[SegmentRow], floor_ns: int | None, latest_ns: int) -> int:
     """Of the last day. A history that is younger counts for as long as it is, or an hour."""
     begin_ns = max(latest_ns - DAY_NS, min(floor_ns or 0, latest_ns - HOUR_NS))
     written = sum(row.bytes for row in rows if row.last_stamp > begin_ns)
@@ -166,7 +168,7 @@ def _bytes_per_day(rows: list[SegmentRow], floor_ns: int | None, latest_ns: int)
 
 def _room(
     policy: Policy,
-    rows: list[SegmentRow],
+    rows: Sequence[SegmentRow],
     pins: list[PinStatus],
     latest_ns: int,
     per_day: int,
@@ -201,7 +203,7 @@ def _reason(seen: Outlook, per_day: int) -> str:
 
 
 def _stretches(
-    kept: Kept, rows: list[SegmentRow], floor_ns: int | None, latest_ns: int
+    kept: Kept, rows: Sequence[SegmentRow], floor_ns: int | None, latest_ns: int
 ) -> list[StretchStatus]:
     bounds = [(one.from_ns, one.to_ns, one.step_ns) for one in kept.stretches]
     begin = bounds[-1][1] if bounds else floor_ns or 0
@@ -211,7 +213,9 @@ def _stretches(
             from_ns=first,
             to_ns=last,
             step_seconds=step_ns / NANOSECONDS_PER_SECOND,
-            journal_bytes=sum(row.bytes for row in rows if first < row.last_stamp <= last),
+            journal_bytes=sum(
+                row.bytes for row in rows if first < min(row.last_stamp, latest_ns) <= last
+            ),
         )
         for first, last, step_ns in bounds
     ]

@@ -90,6 +90,11 @@ class Journal:
         waiting = (*(segment for segment, _ in self._sealing), *self._unsealed)
         return self._sealed_bytes + self.segment_bytes + sum(s.size_bytes for s in waiting)
 
+    def open_rows(self) -> list[SegmentRow]:
+        """The segments that are not sealed, as they are now. Any thread may ask."""
+        waiting = (*self._unsealed, *(segment for segment, _ in self._sealing))
+        return [open_row(segment) for segment in (*waiting, self._writer.segment)]
+
     def resized(self, by_bytes: int) -> None:
         """Retention has replaced sealed segments by others."""
         self._sealed_bytes += by_bytes

@@ -545,6 +545,14 @@ class Replica:
             self._sources,
         )
 
+    def segments(self) -> list[SegmentRow]:
+        """The journal's, as they are now: in the catalog, one that is not sealed is still as it
+        was when it began. Any thread may ask. StorageError.
+        """
+        live = {row.number: row for row in self._journal.open_rows()}
+        rows = self.catalog.segments()
+        return [row if row.sealed else live.get(row.number, row) for row in rows]
+
     def close(self) -> None:
         """Commit nothing more; leave the catalog up to date. Safe after a failure."""
         self._forget_staged()
