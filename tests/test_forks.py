@@ -462,15 +462,26 @@ def test_pins_are_of_living_processes_only(journal: Journal, tmp_path: Path) -> 
     """Guards the lock in `pins.hold`: a dead process's pin holds nothing back."""
     stamp, option = at(journal, 10)
     with Mounted(journal, tmp_path / "m", option) as mounted:
-        assert pinned(journal) == [(stamp, "mount")]
+        assert pinned(journal) == [(stamp, f"mount {mounted.directory}")]
         os.kill(serving_process(mounted.directory), signal.SIGKILL)
         wait_for(lambda: pinned(journal) == [], "the dead mount's pin void")
     assert not list((journal.directory / "pins").iterdir())
     with Mounted(journal, tmp_path / "tree") as mounted:
         assert pinned(journal) == []
         (mounted / "at" / format_instant(stamp)).stat()
-        assert pinned(journal) == [(stamp, "mount")]
+        assert pinned(journal) == [(stamp, f"mount {mounted.directory}")]
     assert pinned(journal) == []
+
+
+def test_a_pin_names_its_place_however_long_or_strange(journal: Journal) -> None:
+    # Guards _told in pins.hold: a pin that is cut off does not parse, and half a letter cannot be
+    # printed.
+    stamp, _ = at(journal, 10)
+    long = "mount /" + "\udcff" * 4000
+    with ReplicaHistory(journal.directory) as history, pins.holding(history, stamp, stamp, long):
+        [pin] = pins.held(journal.directory)
+    assert pin.what.startswith("mount /\N{REPLACEMENT CHARACTER}")
+    assert len(pin.what) == pins.WHAT_LETTERS_MAX
 
 
 def test_who_looks_without_the_lock_finds_a_whole_pin_or_none(

@@ -175,6 +175,21 @@ async def test_what_is_in_the_open_segment_is_told_of_like_the_rest(journal: Jou
         assert told.bytes_per_day == 24 * told.journal_bytes  # it is younger than an hour
 
 
+async def test_who_holds_back_much_is_named_once(journal: Journal) -> None:
+    # Guards dict.fromkeys in _upcoming: a mount of several instants was named for each.
+    journal.run(60)
+    async with committing(journal) as committer:
+        floor_ns = floor_of(journal)
+        with (
+            ReplicaHistory(journal.directory) as history,
+            pins.holding(history, floor_ns, floor_ns, "mount /mnt"),
+            pins.holding(history, floor_ns, floor_ns, "mount /mnt"),
+        ):
+            told = await receiver_of(committer).retention("web", Policy(ladder="all:1s"))
+    assert [one.held_by for one in told.upcoming] == [["mount /mnt"]]
+    assert len(told.pins) == 2
+
+
 async def test_a_group_that_takes_nothing_says_why_where_its_room_is_told(journal: Journal) -> None:
     # Guards `explain` in Receiver.retention: `status` alone said that there was no room left.
     async with committing(journal) as committer:

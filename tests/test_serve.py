@@ -98,7 +98,7 @@ def test_a_point_is_served_read_only_one_export_per_disk(journal: Journal, tmp_p
     with serving(journal, socket, option) as served:
         assert stat.S_IMODE(socket.stat().st_mode) == 0o600
         assert (served.answer["at_ns"], served.answer["writable"]) == (stamp, False)
-        assert pinned(journal) == [(stamp, "serve")]
+        assert pinned(journal) == [(stamp, f"serve {socket}")]
         wanted = journal.model.at(stamp)
         for disk in served.answer["disks"]:
             out = tmp_path / f"{disk['name']}.out"

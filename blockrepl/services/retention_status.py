@@ -292,7 +292,11 @@ def _upcoming(
             from_ns=first,
             to_ns=last,
             step_seconds=step,
-            held_by=[pin.what for pin in pins if pin.first_ns <= last and pin.last_ns >= first],
+            held_by=list(
+                dict.fromkeys(
+                    pin.what for pin in pins if pin.first_ns <= last and pin.last_ns >= first
+                )
+            ),
         )
         for what, first, last, step in found
     ]

@@ -47,6 +47,7 @@ from blockrepl.units import format_instant
 LOCK_NAME = "pins.lock"
 DIRECTORY_NAME = "pins"
 _UNFINISHED = "."
+WHAT_LETTERS_MAX = 256  # up to 12 bytes each in JSON, of which `held` reads 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def hold(history: ReplicaHistory, first_ns: int, last_ns: int, what: str) -> Hel
 
     None on a read-only file system, where nobody shortens history. StorageError.
     """
-    pin = Pin(first_ns, last_ns, what, os.getpid(), time.time_ns())
+    pin = Pin(first_ns, last_ns, _told(what), os.getpid(), time.time_ns())
     try:
         with lock(history.directory):
             check_reachable(history, first_ns, last_ns)
@@ -99,6 +100,12 @@ def hold(history: ReplicaHistory, first_ns: int, last_ns: int, what: str) -> Hel
         raise StorageError(
             f"{problem}: {error.strerror}", hint="run it as the user that the replica belongs to"
         ) from error
+
+
+def _told(what: str) -> str:
+    """Text that can be printed, and not too long: paths may be neither."""
+    text = os.fsencode(what).decode(errors="replace")
+    return text if len(text) <= WHAT_LETTERS_MAX else f"{text[: WHAT_LETTERS_MAX - 3]}..."
 
 
 def _make(directory: Path, pin: Pin) -> HeldPin:

@@ -76,14 +76,20 @@ ROOT, CHECKPOINTS, AT = InodeT(pyfuse3.ROOT_INODE), InodeT(2), InodeT(3)
 
 
 class ViewFileSystem(pyfuse3.Operations):
-    """What the kernel asks, answered from a replica. ``at_ns``: mount that instant alone."""
+    """What the kernel asks, answered from a replica. ``at_ns``: mount that instant alone.
+
+    ``what`` says of the pins whose they are.
+    """
 
     supports_dot_lookup = False
     enable_writeback_cache = False
 
-    def __init__(self, replica: ReplicaHistory, at_ns: int | None, state: State) -> None:
+    def __init__(
+        self, replica: ReplicaHistory, at_ns: int | None, state: State, what: str = "mount"
+    ) -> None:
         super().__init__()
         self._replica = replica
+        self._what = what
         self._windows = window_cache()
         self._views: dict[int, AnyView] = {}
         self._pins: dict[int, pins.HeldPin | None] = {}
@@ -101,7 +107,7 @@ class ViewFileSystem(pyfuse3.Operations):
             self._views[at_ns] = View(replica, at_ns, state, self._windows)
 
     def _pin(self, at_ns: int) -> pins.HeldPin | None:
-        return pins.hold(self._replica, at_ns, at_ns, "mount")
+        return pins.hold(self._replica, at_ns, at_ns, self._what)
 
     def close(self) -> None:
         """Let go of what is pinned."""

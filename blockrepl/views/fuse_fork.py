@@ -50,8 +50,9 @@ class ForkFileSystem(ViewFileSystem):
         at_ns: int,
         state: State,
         overlays: dict[str, Overlay],
+        what: str = "mount",
     ) -> None:
-        super().__init__(replica, at_ns, state)
+        super().__init__(replica, at_ns, state, what)
         self._fork = WritableView(View(replica, at_ns, state, self._windows), overlays)
         self._views[at_ns] = self._fork
 

@@ -87,7 +87,8 @@ def serve(
         else:
             assert wanted.at is not None
             resolved = resolve(replica, wanted.at)
-            closing.enter_context(pins.holding(replica, resolved.at_ns, resolved.at_ns, "serve"))
+            what = f"serve {path}"
+            closing.enter_context(pins.holding(replica, resolved.at_ns, resolved.at_ns, what))
         arguments.append(f"at_ns={resolved.at_ns}")
         disks = [(row.name, row.size_bytes) for row in replica.state().disks_at(resolved.at_ns)]
         process = closing.enter_context(_on_socket(path, arguments, locks))

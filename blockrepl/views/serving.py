@@ -47,7 +47,7 @@ def serve(
         give_way()
     with contextlib.ExitStack() as closing:
         replica = closing.enter_context(ReplicaHistory.open(home, group))
-        files, resolved = closing.enter_context(_files(replica, wanted))
+        files, resolved = closing.enter_context(_files(replica, wanted, f"mount {path}"))
         closing.enter_context(mounted(files, path, group, is_writable=wanted.is_fork))
         trio.run(_serve, path, partial(ready, resolved))
 
@@ -80,7 +80,7 @@ def mounted(files: ViewFileSystem, path: Path, group: str, *, is_writable: bool)
 
 @contextlib.contextmanager
 def _files(
-    replica: ReplicaHistory, wanted: Wanted
+    replica: ReplicaHistory, wanted: Wanted, what: str
 ) -> Iterator[tuple[ViewFileSystem, Resolved | None]]:
     """The file system that is wanted, and the instant if it is of one."""
     files: ViewFileSystem
@@ -89,13 +89,13 @@ def _files(
             opened, resolved = open_wanted(replica, wanted)
             closing.callback(opened.close)
             overlays = open_overlays(opened.directory, opened.fork)
-            files = ForkFileSystem(replica, resolved.at_ns, replica.state(), overlays)
+            files = ForkFileSystem(replica, resolved.at_ns, replica.state(), overlays, what)
         else:
             state = replica.state()
             resolved = None
             if wanted.at is not None:
                 resolved = replica.resolve(points.parse(wanted.at), time.time_ns(), state)
-            files = ViewFileSystem(replica, resolved.at_ns if resolved else None, state)
+            files = ViewFileSystem(replica, resolved.at_ns if resolved else None, state, what)
         closing.callback(files.close)
         yield files, resolved
 
