@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+from rich.text import Text
 
 from blockrepl.cli import failure, output
 from blockrepl.cli.main import COMMANDS, cli, run
@@ -352,6 +353,18 @@ def test_progress_without_a_terminal_is_a_line_a_tenth(capsys: Capture) -> None:
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 11
     assert lines[-1] == "export: 100% (1 MiB of 1 MiB)"
+
+
+def test_a_line_into_a_pipe_is_a_line_however_long(capsys: Capture) -> None:
+    # Guards PIPE_COLUMNS: `grep` for a gap met half of it.
+    words = " ".join(["word"] * 200)
+    output.emit(words, False, Text)
+    output.emit([("web", words)], False, lambda rows: output.table(("name", "problem"), rows))
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == words
+    assert [line for line in told[1:] if words in line] == [told[-1]]
+    assert len(told) == 4
+    assert output.picture_columns() == output.PICTURE_COLUMNS
 
 
 def test_a_table_takes_foreign_text_as_it_is(capsys: Capture) -> None:

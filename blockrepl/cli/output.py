@@ -34,7 +34,8 @@ Result = TypeVar("Result")
 Parameters = ParamSpec("Parameters")
 Command = TypeVar("Command", bound=Callable[..., object])
 
-PIPE_WIDTH_COLUMNS = 200  # tables into a pipe are not folded to a terminal's width
+PIPE_COLUMNS = 1 << 20  # more than any line has: into a pipe none is folded
+PICTURE_COLUMNS = 200  # of what is drawn into a pipe
 PROGRESS_LINES_MAX = 10  # without a terminal: a line a tenth, not a line a chunk
 PROGRESS_UNKNOWN_SECONDS = 10.0  # without a total: a line every so often
 
@@ -97,8 +98,13 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else PIPE_WIDTH_COLUMNS
+    width = None if stream.isatty() else PIPE_COLUMNS
     return Console(stderr=stderr, width=width, highlight=False)
+
+
+def picture_columns() -> int:
+    """How wide to draw what takes all of a line."""
+    return console().width if sys.stdout.isatty() else PICTURE_COLUMNS
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: str = "") -> Table:

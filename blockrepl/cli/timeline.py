@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blockrepl.cli.output import console, emit, json_option, pass_home, print_rich, progress
+from blockrepl.cli.output import (
+    emit,
+    json_option,
+    pass_home,
+    picture_columns,
+    print_rich,
+    progress,
+)
 from blockrepl.cli.point import complete_group, complete_point
 from blockrepl.model import points
 from blockrepl.units import NANOSECONDS_PER_SECOND, format_instant
@@ -97,7 +104,7 @@ def timeline(
         check_target(output, force=force)
     count = intervals or INTERVALS_DEFAULT
     if output is None and not json_mode and intervals is None:
-        count = timeline_text.columns(console().width)
+        count = timeline_text.columns(picture_columns())
     with ExitStack() as closing:
         history = closing.enter_context(ReplicaHistory.open(home, group))
         state = history.state()
