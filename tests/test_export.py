@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 from journal_model import GROUP, Journal, small_segments
 from test_view import find, flip, segments_of
 
+from blockrepl.cli.main import run
 from blockrepl.storage.home import exclusive_lock
 from blockrepl.units import KIB, MIB, format_instant
 
@@ -50,6 +52,39 @@ def test_a_raw_export_is_the_disk_and_its_holes_are_holes(journal: Journal, tmp_
     assert json.loads(done.stdout)["at_ns"] == at
     assert out.read_bytes() == journal.model.at(at)["root"]
     assert out.stat().st_blocks * 512 < SIZES["root"] * 0.8
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
+def test_an_export_without_room_names_its_file(
+    journal: Journal,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    call: str,
+) -> None:
+    # Guards naming in export: "No space left on device" alone does not say of which.
+    def full(*_arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"blockrepl.views.export.os.{call}", full)
+    out = tmp_path / "out.img"
+    words = ["--home", str(journal.home), "export", GROUP, "root", str(out), "--at=latest"]
+    assert run(words) == 1
+    monkeypatch.undo()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {out}: No space left on device (ENOSPC). free some room")
+    assert list(tmp_path.glob("*out*")) == []
+
+
+def test_a_qcow2_export_without_room_names_its_file(journal: Journal, tmp_path: Path) -> None:
+    # Guards "what" in ErrorLines.failure.
+    out = tmp_path / "out.qcow2"
+    words = command(journal, "export", GROUP, "root", out, "--at=latest", "--format=qcow2")
+    limited = ["prlimit", f"--fsize={256 * KIB}", *words]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert f"error: {out} could not be written: " in done.stderr
+    assert list(tmp_path.glob("*out*")) == []
 
 
 def test_a_qcow2_export_is_sound_and_holds_the_disk(journal: Journal, tmp_path: Path) -> None:

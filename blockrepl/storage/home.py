@@ -27,6 +27,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -162,12 +163,23 @@ def make_directory(path: Path, mode: int = 0o700) -> None:
     sync_directory(path.parent)  # also where it is: who made it may not have come so far
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """The operating system's errors inside name the file: those of a write or a sync name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replace a file durably: after a crash it has the old content or the new, never a mix."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with open(descriptor, "wb") as file:
+        with naming(path), open(descriptor, "wb") as file:
             os.fchmod(file.fileno(), mode)
             file.write(data)
             file.flush()

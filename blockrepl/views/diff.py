@@ -19,6 +19,7 @@ from blockrepl.limits import SECTOR_BYTES
 from blockrepl.model import ranges
 from blockrepl.storage.changes import changed_ranges
 from blockrepl.storage.history import ReplicaHistory, State
+from blockrepl.storage.home import naming
 from blockrepl.units import MIB
 from blockrepl.views.export import replacing
 from blockrepl.views.view import View
@@ -98,7 +99,7 @@ def write_patch(view: View, found: DiskDiff, target: Path, progress: Progress) -
     """
     l1 = np.zeros(qcow2.l1_entries(found.size_bytes), np.uint64)
     firsts, lasts = ranges.clusters(found.starts, found.ends, CLUSTER_BYTES)
-    with replacing(target) as temporary, temporary.open("r+b") as file:
+    with replacing(target) as temporary, naming(target), temporary.open("r+b") as file:
         file.seek(CLUSTER_BYTES)
         cluster, done = 1, 0
         table, area = np.zeros(L2_ENTRIES, np.uint64), -1

@@ -22,7 +22,7 @@ from typing import IO
 
 from blockrepl.errors import StateError
 from blockrepl.limits import BLOCK_BYTES
-from blockrepl.storage.home import sync_directory
+from blockrepl.storage.home import naming, sync_directory
 from blockrepl.units import MIB
 from blockrepl.views.nbd import ErrorLines, ending_in_order, nbdkit, require, running
 from blockrepl.views.view import View
@@ -37,7 +37,11 @@ Progress = Callable[[int], None]
 def export_raw(view: View, disk: str, target: Path, progress: Progress) -> None:
     """Write a sparse raw image. DamageError, StorageError, OSError."""
     size_bytes = view.disk(disk).size_bytes
-    with replacing(target) as temporary, temporary.open("r+b", buffering=0) as file:
+    with (
+        replacing(target) as temporary,
+        naming(target),
+        temporary.open("r+b", buffering=0) as file,
+    ):
         file.truncate(size_bytes)
         for area in range(0, size_bytes, AREA_BYTES):
             for extent in view.extents(disk, area, AREA_BYTES):
@@ -84,7 +88,7 @@ def export_qcow2(replica: Path, view: View, disk: str, target: Path, progress: P
                 progress(int(size_bytes * percent / 100))
             status = process.wait()
         if status:
-            raise errors.failure(status)
+            raise errors.failure(status, f"{target} could not be written")
         progress(size_bytes)
 
 
@@ -107,7 +111,7 @@ def replacing(target: Path) -> Iterator[Path]:
         try:
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             yield temporary
-            with temporary.open("rb") as file:
+            with naming(target), temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.rename(target)
         except BaseException:

@@ -197,13 +197,15 @@ class ErrorLines:
                 if line:
                     self._lines.append(line)
 
-    def failure(self, status: int) -> StorageError | DamageError:
+    def failure(
+        self, status: int, what: str = "serving the view failed"
+    ) -> StorageError | DamageError:
         """Why a program has failed, when all have ended: the view's own words, or the last line."""
         self.close()
         if self._told:
             return DamageError(self._told, hint="an earlier point may be readable")
         last = self._lines[-1] if self._lines else f"status {status}"
-        return StorageError(f"serving the view failed: {last}", hint="see: blockrepl doctor")
+        return StorageError(f"{what}: {last}", hint="see: blockrepl doctor")
 
 
 @contextmanager
