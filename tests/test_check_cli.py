@@ -10,7 +10,7 @@ from journal_model import GROUP, Journal, small_segments
 from test_check import contents_of, flip, frames_of, sealed
 from test_forks import call
 
-from blockrepl.storage.home import Home, exclusive_lock
+from blockrepl.storage.home import Home, exclusive_lock, make_directory
 from blockrepl.units import KIB
 
 SIZES = {"root": 320 * KIB, "data": 96 * KIB}
@@ -72,7 +72,25 @@ def test_a_home_without_a_receiver_is_not_called_sound(journal: Journal, tmp_pat
     other = Home.create(tmp_path / "other")
     status, said, told = call(journal, "--home", other.path, "receiver", "check")
     assert (status, said) == (1, "")
-    assert told.startswith(f"error: there is no receiver in {other.path}")
+    assert told.startswith(f"error: there is no receiver in {other.path}. run `blockrepl rec")
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["receiver check", "retention show web", "retention set web --ladder all:1h"],
+)
+def test_what_is_asked_of_a_receiver_is_not_for_a_sources_home(
+    journal: Journal, tmp_path: Path, words: str
+) -> None:
+    # Guards read_configuration in retention's _client: "start it" would be told where none is.
+    source = Home.create(tmp_path / "source")
+    make_directory(source.source_directory)
+    status, said, told = call(journal, "--home", source.path, *words.split())
+    assert (status, said) == (1, "")
+    assert told == (
+        f"error: there is no receiver in {source.path}. this home is a source's: run the command "
+        "on the receiver's host, or name its home with --home\n"
+    )
 
 
 def test_what_a_bisect_leaves_is_known(journal: Journal) -> None:

@@ -12,7 +12,7 @@ from blockrepl.cli.checkpoint import receiver_client
 from blockrepl.cli.output import LEVEL_COLOURS, emit, json_option, pass_home, table
 from blockrepl.cli.point import complete_group
 from blockrepl.cli.sizes import SizeType
-from blockrepl.storage.home import check_name
+from blockrepl.storage.home import Home, check_name
 from blockrepl.units import format_bytes, format_instant
 
 
@@ -127,7 +127,10 @@ def run(home: Path, group: str, json_mode: bool) -> None:
 
 def _client(home: Path, group: str) -> Any:
     """For requests about a group: its name becomes a part of their paths. UsageError."""
+    from blockrepl.services.receiver_home import read_configuration
+
     check_name(group, "group")
+    read_configuration(Home.open(home))  # says where there is no receiver at all
     return receiver_client(home)
 
 

@@ -72,9 +72,15 @@ def read_configuration(home: Home) -> Configuration:
     try:
         return Configuration.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
+        hint = "run `blockrepl receiver init` first, or name the right home with --home"
+        if home.source_directory.exists():
+            hint = (
+                "this home is a source's: run the command on the receiver's host, or name its home "
+                "with --home"
+            )
         raise StateError(
             f"there is no receiver in {home.path}",
-            hint="run `blockrepl receiver init` first, or name the right home with --home",
+            hint=hint,
             code="no-receiver",
         ) from error
     except ValidationError as error:
