@@ -49,6 +49,7 @@ from blockrepl.channel.handshake import (
     connect,
     enrol_context,
 )
+from blockrepl.cli.main import run
 from blockrepl.errors import BlockreplError, PeerError, StateError, StorageError, TrustError
 from blockrepl.storage.trust import TrustStore
 
@@ -296,6 +297,17 @@ async def test_an_unreachable_receiver_is_said_so(tmp_path: Path) -> None:
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(PeerError, match="not an address"):
         split_address(address)
+
+
+def test_a_bad_name_is_wrong_usage_before_anything_is_asked_or_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Guards check_name in agent join: it was the only bad name that ended with status 1.
+    home = tmp_path / "home"
+    assert run(["--home", str(home), "agent", "join", "br1.x", "--name", "Web 1"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: 'Web 1' is no source's name. use up to 63 of a-z")
+    assert not home.exists()
 
 
 def test_a_home_that_has_not_joined_is_said_so(tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ def test_what_cannot_be_drawn_is_one_line(journal: Journal) -> None:
         (("--from", at(1000), "--to", at(2000)), 1, "outside the history"),
         (("--from", at(-9), "--to", at(-5)), 1, "outside the history"),
         (("--from", at(30), "--to", at(20)), 2, "before it begins"),
+        (("--from", at(20), "--to", at(20)), 2, "is empty: it begins and ends at"),
         (("--from", "tag:nowhere"), 1, "nowhere"),
         (("--from", "no time"), 2, "neither a time nor a name"),
         (("--disk", "swap"), 1, "no disk swap"),

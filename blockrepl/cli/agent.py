@@ -41,9 +41,9 @@ def join(home: Path, token: str, name: str | None) -> None:
     import trio
 
     from blockrepl.channel import enrolment
-    from blockrepl.storage.home import Home, make_directory
+    from blockrepl.storage.home import Home, check_name, make_directory
 
-    wanted = name or _host_name()
+    wanted = check_name(name or _host_name(), "source")
     enrolment.decode_token(token)
     opened = Home.create(home)
     make_directory(opened.source_directory)

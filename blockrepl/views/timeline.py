@@ -89,7 +89,12 @@ def window(
         from_ns = min(to_ns, known.latest_ns) - WINDOW_SECONDS * NANOSECONDS_PER_SECOND
     else:
         from_ns = _instant(history, state, begin, now_ns)
-        if from_ns >= to_ns:
+        if from_ns == to_ns:
+            raise UsageError(
+                f"the window is empty: it begins and ends at {format_instant(to_ns)}",
+                hint="give --from and --to two instants",
+            )
+        if from_ns > to_ns:
             raise UsageError(
                 f"the window ends ({format_instant(max(0, to_ns))}) before it begins",
                 hint="--from is the earlier point",
