@@ -76,8 +76,8 @@ def test_history_is_shortened_as_it_was_set_and_what_is_gone_is_refused(place: P
     ladder = ("retention", "set", "g", *SHORT)
     bad = blockrepl(home, *ladder)
     assert (bad.returncode, bad.stdout) == (1, "")
-    assert f"what stays is from {format_instant(first)} to " in bad.stderr
-    assert "the checkpoints goes go. add --shorten" in bad.stderr
+    assert f"there now: from {format_instant(first)} to " in bad.stderr
+    assert "; the checkpoint goes goes too. add --shorten" in bad.stderr
     assert len(bad.stderr.splitlines()) == 1
     assert place.receiver_json("retention", "show", "g")["policy"] == shown["policy"]
     place.receiver_json("retention", "set", "g", "--ladder", "all:2d,1m:1w,1h:90d")  # more is kept

@@ -20,7 +20,7 @@ from journal_model import Journal, small_segments
 from test_thinning import SIZES, check
 from test_view import flip
 
-from blockrepl.errors import DamageError, PointError, StorageError
+from blockrepl.errors import DamageError, PointError, StateError, StorageError
 from blockrepl.formats.marks import ConsistentMark, GapMark
 from blockrepl.model.points import Instant, Point
 from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
@@ -32,7 +32,7 @@ from blockrepl.storage import pins, retained
 from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.retained import Policy, fold_due, raise_floor, read_kept, write_policy
 from blockrepl.storage.retention_worker import Order
-from blockrepl.units import KIB, MIB, NANOSECONDS_PER_SECOND
+from blockrepl.units import KIB, MIB, NANOSECONDS_PER_SECOND, format_instant
 
 SECOND = NANOSECONDS_PER_SECOND
 LADDER = "all:20s,5s:60s,20s:120s"
@@ -188,6 +188,37 @@ async def test_who_holds_back_much_is_named_once(journal: Journal) -> None:
             told = await receiver_of(committer).retention("web", Policy(ladder="all:1s"))
     assert [one.held_by for one in told.upcoming] == [["mount /mnt"]]
     assert len(told.pins) == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [
+        (0, ""),
+        (1, "; the checkpoint c0 goes too"),
+        (2, "; the checkpoints c0 and c1 go too"),
+        (7, "; the checkpoints c0, c1, c2, c3, c4 and 2 more go too"),
+    ],
+)
+async def test_what_a_ladder_lets_go_of_is_told_in_one_sentence(
+    journal: Journal, count: int, told: str
+) -> None:
+    # Guards the wording in check_shortening.
+    journal.run(60)
+    for number in range(count):
+        journal.checkpoint(f"c{number}")
+    journal.run(24)
+    async with committing(journal) as committer:
+        first, last = format_instant(floor_of(journal)), format_instant(journal.stamp - SECOND)
+        wanted = Policy(ladder="all:1s")
+        with pytest.raises(StateError) as refused:
+            await receiver_of(committer).set_retention("web", wanted, shorten=False)
+        assert str(refused.value) == (
+            "that ladder lets go of history that is there now: "
+            f"from {first} to {last} nothing stays{told}"
+        )
+        thinned = Policy(ladder="all:1s,5s:1h")
+        with pytest.raises(StateError, match=r" only a point every 5 s stays(; the|$)"):
+            await receiver_of(committer).set_retention("web", thinned, shorten=False)
 
 
 async def test_a_group_that_takes_nothing_says_why_where_its_room_is_told(journal: Journal) -> None:

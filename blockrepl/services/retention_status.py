@@ -244,15 +244,19 @@ def check_shortening(catalog: Catalog, status: RetentionStatus, wanted: Policy) 
         return
     parts = [
         f"from {format_instant(one.from_ns)} to {format_instant(one.to_ns)} "
-        + ("nothing" if one.what == "fold" else f"a point every {one.step_seconds:g} s")
+        + ("nothing" if one.what == "fold" else f"only a point every {one.step_seconds:g} s")
+        + " stays"
         for one in goes
     ]
     names = [one.name for one in catalog.checkpoints() if not one.kept and _goes(one.at_ns, goes)]
-    if names:
-        more = f" and {len(names) - NAMES_TOLD} more" if len(names) > NAMES_TOLD else ""
-        parts.append(f"the checkpoints {', '.join(names[:NAMES_TOLD])}{more} go")
+    if len(names) == 1:
+        parts.append(f"the checkpoint {names[0]} goes too")
+    elif names:
+        rest = len(names) - NAMES_TOLD
+        told, last = (names[:NAMES_TOLD], f"{rest} more") if rest > 0 else (names[:-1], names[-1])
+        parts.append(f"the checkpoints {', '.join(told)} and {last} go too")
     raise StateError(
-        f"that ladder lets go of history that is there now; what stays is {', '.join(parts)}",
+        f"that ladder lets go of history that is there now: {'; '.join(parts)}",
         hint="add --shorten if that is what you want",
         code="shortens",
     )
