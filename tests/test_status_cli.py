@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from oracle.nbd_client import Client
+from rich.console import Console
 from serving import Disk, place, wait_for
 
 from blockrepl.cli import status
@@ -107,6 +108,40 @@ def test_a_disk_says_what_is_proven_and_what_differs(capsys: pytest.CaptureFixtu
     )
     proven = disk | {"mismatches": 0, "verified_ns": time.time_ns() - 7200 * 10**9}
     assert "2 h ago" in shown(capsys, disks=[proven | {"scrub": scrub | {"ended_ns": 1}}])
+
+
+@pytest.mark.parametrize(
+    ("width", "headers"),
+    [
+        (120, "disk size state hot sync verified served"),
+        (70, "disk size state sync served"),
+        (40, "disk size state"),
+        (30, "disk state"),
+    ],
+)
+def test_on_a_narrow_terminal_the_least_columns_go_and_no_name_is_torn(
+    width: int, headers: str
+) -> None:
+    # Guards FittingTable: at 40 columns the headers read "di/sk" and the states "rep/lic/ati/ng".
+    disk = {
+        "name": "database",
+        "size_bytes": 1536 * MIB,
+        "state": "initial-sync",
+        "hot_bytes": 64 * MIB,
+        "synced_bytes": 700 * MIB,
+        "verified_ns": None,
+        "serving": True,
+    }
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(status._disks([disk], "source"))
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= width
+    assert lines[0].split() == headers.split()
+    assert len(lines) == 3
+    assert lines[2].startswith("  database")
+    assert ("1.5 GiB" in lines[2]) == ("size" in headers)
+    assert " initial-sync " in f"{lines[2]} "
 
 
 def test_what_is_promised_and_held_and_pinned_and_the_room_are_told(

@@ -26,7 +26,7 @@ import click
 from blockrepl.units import format_bytes
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table
 
 Data = TypeVar("Data")
@@ -36,6 +36,8 @@ Command = TypeVar("Command", bound=Callable[..., object])
 
 PIPE_COLUMNS = 1 << 20  # more than any line has: into a pipe none is folded
 PICTURE_COLUMNS = 200  # of what is drawn into a pipe
+COLUMN_GAP = 3  # between the columns of a table
+FOLDED_COLUMNS_MIN = 16  # a column that may be folded can be read with so much
 PROGRESS_LINES_MAX = 10  # without a terminal: a line a tenth, not a line a chunk
 PROGRESS_UNKNOWN_SECONDS = 10.0  # without a total: a line every so often
 
@@ -107,10 +109,13 @@ def picture_columns() -> int:
     return console().width if sys.stdout.isatty() else PICTURE_COLUMNS
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: str = "") -> Table:
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: str = "", whole: str = ""
+) -> Table:
     """A plain table. ``right`` names the right-aligned columns: their headers, space-separated.
 
-    A right-aligned header is one word. Cells are text, never markup.
+    They and those of ``whole`` are never folded; such a header is one word. Cells are text, never
+    markup.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -120,11 +125,48 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: str =
     for header in headers:
         if header in right.split():
             result.add_column(Text(header), justify="right", no_wrap=True)
+        elif header.strip() in whole.split():
+            result.add_column(Text(header), no_wrap=True)
         else:
             result.add_column(Text(header), overflow="fold")
     for row in rows:
         result.add_row(*(Text(cell) for cell in row))
     return result
+
+
+@dataclass
+class FittingTable:
+    """A `table` without the columns of ``least`` that it has no room for; its first goes first."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    right: str
+    whole: str
+    least: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        shown = list(range(len(self.headers)))
+        for name in self.least.split():
+            if self._columns(shown) <= options.max_width:
+                break
+            shown = [place for place in shown if self.headers[place] != name]
+        yield table(
+            [self.headers[place] for place in shown],
+            [[row[place] for place in shown] for row in self.rows],
+            right=self.right,
+            whole=self.whole,
+        )
+
+    def _columns(self, shown: list[int]) -> int:
+        """How much room those columns want."""
+        from rich.cells import cell_len
+
+        wanted = COLUMN_GAP * (len(shown) - 1)
+        for place in shown:
+            longest = max(cell_len(row[place]) for row in (self.headers, *self.rows))
+            is_folded = self.headers[place].strip() not in f"{self.right} {self.whole}".split()
+            wanted += min(longest, FOLDED_COLUMNS_MIN) if is_folded else longest
+        return wanted
 
 
 LEVEL_COLOURS = {"ok": "", "warning": "yellow", "error": "bold red"}

@@ -249,7 +249,7 @@ def _gap(gap: dict[str, Any]) -> str:
 
 
 def _disks(disks: list[dict[str, Any]], role: Role) -> Any:
-    from blockrepl.cli.output import table
+    from blockrepl.cli.output import FittingTable
 
     rows = []
     for disk in disks:
@@ -275,7 +275,13 @@ def _disks(disks: list[dict[str, Any]], role: Role) -> Any:
         )
     served = ["served"] if role == "source" else []
     headers = ["  disk", "size", "state", "hot", "sync", "verified", *served, ""]
-    return table(headers, rows, right="size hot")
+    return FittingTable(
+        headers,
+        rows,
+        right="size hot",
+        whole="disk state served",
+        least="hot verified sync served size",
+    )
 
 
 def _verified(disk: dict[str, Any]) -> str:
