@@ -39,7 +39,7 @@ BOUNDS: dict[str, object] = {
     "services.disk_sync.DATA_REGIONS_MAX": DATA_REGIONS_MAX,
     "services.disk_sync.COMPARE_REGIONS_MAX": 4,
     "services.disk_sync.BLOCKS_PER_REGION": REGION_BYTES // BLOCK_BYTES,
-    "services.disk_sync.UNREADABLE_SECONDS": 0.3,
+    "model.unreadable.REST_SECONDS": 0.3,
     "services.outbox.MEMORY_FRAMES": 256,
     "services.outbox.MEMORY_BYTES": 1024 * KIB,
     "services.outbox.PRESSURE_SECONDS": 0.02,
