@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -411,6 +412,29 @@ async def test_comparisons_hold_up_neither_commits_nor_more_than_a_few_of_each_o
             gate.set()
         tokens = {(await verdict(peer)).token for _ in range(limits.COMPARISONS_MAX + 1)}
         assert tokens == {*range(limits.COMPARISONS_MAX), 99}
+
+
+async def test_a_comparison_behind_frames_that_find_no_room_is_no_lie(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the look at the generation in SourceSession._compare: the session was ended, with all
+    # its groups, for a comparison at an instant that was not durable.
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async with vault.peer() as peer:
+        agent = await peer.attach()
+        with monkeypatch.context() as patch:
+            patch.setattr(Files, "write", no_room)
+            await peer.send(agent.writes())
+            await ask(peer, agent, bytes(65536))
+            refusal = await peer.refusal()
+            assert (refusal.code, refusal.group) == ("full", "web")
+            await peer.stream.send(MessageType.PING)
+            await peer.expect(MessageType.PONG)
+        await peer.attach()
+        await peer.stream.send(MessageType.PING)
+        await peer.expect(MessageType.PONG)
 
 
 async def test_a_source_with_too_many_comparisons_is_not_read_from(

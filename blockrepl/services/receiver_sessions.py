@@ -194,6 +194,9 @@ class SourceSession:
             send = self._machine.compared(group, generation, verdict)
             if send is not None:
                 await self._stream.send(send.type, send.payload)
+        except PeerError:
+            if self._machine.is_current(group, generation):
+                raise  # else it was refused meanwhile, and frames before this one dropped
         except StorageError as error:
             logger.error("group %s cannot be compared: %s", group, error)
             self.refused(group, generation, error)
