@@ -278,6 +278,32 @@ def test_remove_keeps_the_image_and_nothing_else(
     assert add(disks, image).id != entry.id
 
 
+def test_the_name_of_a_replicated_disk_stays_taken_in_its_group(
+    disks: SourceDisks, image: Path
+) -> None:
+    # The receiver would refuse the whole group for the one disk.
+    entry = disks.bind_replica(add(disks, image), UUID(int=7))
+    disks.remove(entry)
+    with pytest.raises(StateError, match="history is kept") as caught:
+        add(SourceDisks(disks.home), image.with_name("new.img"), create_bytes=SIZE)
+    assert caught.value.code == "taken"
+    assert "another name" in caught.value.hint
+    assert not image.with_name("new.img").exists()
+    assert add(disks, image, group="mail").group == "mail"  # history there knows no such disk
+
+
+def test_a_name_that_its_receiver_has_forgotten_can_be_freed(
+    disks: SourceDisks, image: Path
+) -> None:
+    disks.remove(disks.bind_replica(add(disks, image), UUID(int=7)))
+    with pytest.raises(StateError) as caught:
+        add(disks, image)
+    found = re.search(r"remove (\S+),", caught.value.hint)
+    assert found
+    Path(found[1]).unlink()
+    assert add(disks, image).name == "root"
+
+
 def test_a_disk_that_is_served_is_not_removed(disks: SourceDisks, image: Path) -> None:
     entry = add(disks, image)
     held = lock_image(image)

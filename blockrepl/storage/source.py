@@ -34,6 +34,7 @@ from blockrepl.storage.home import (
     write_atomically,
 )
 from blockrepl.storage.image import check_size, image_size, is_locked, lock_image
+from blockrepl.storage.retired_names import check_not_retired, note_retired
 from blockrepl.storage.ring import (
     RingReader,
     create_ring,
@@ -151,6 +152,7 @@ class SourceDisks:
                     hint="choose another name; `blockrepl disk list` shows those taken",
                     code="taken",
                 )
+            check_not_retired(self.home, group, name)
             created = create_bytes is not None and _create_image(image, create_bytes)
             try:
                 return self._add(name, image.absolute(), group, ring_bytes)
@@ -195,6 +197,8 @@ class SourceDisks:
             descriptor = lock_image(entry.image) if entry.image.exists() else None
             try:
                 check_unwritten(entry)
+                if entry.replica is not None:  # else no history has the name
+                    note_retired(self.home, entry.group, entry.name, entry.id)
                 (self.directory / f"{entry.name}.json").unlink()
                 self.hot_map_path(entry).unlink(missing_ok=True)
                 ring_path(entry.id.bytes).unlink(missing_ok=True)
