@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any, cast
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 import trio
@@ -551,12 +551,37 @@ async def _last_refusal(peer: Peer) -> Refusal:
             return messages.decode(Refusal, message[1])
 
 
+async def test_a_group_that_is_refused_to_its_source_is_shown_as_an_error(vault: Vault) -> None:
+    async with vault.peer() as peer:
+        agent = await peer.attach()
+        await peer.send(agent.base(0, bytes(65536)), agent.consistent())
+        await peer.acknowledged(2)
+        assert (await vault.group())["state"] == "replicating"
+        await peer.ask_to_attach(disk=uuid4())  # another disk under a name that is taken
+        assert (await peer.refusal()).code == "disk-name-taken"
+        group = await vault.group()
+        assert (group["state"], group["disks"][0]["state"]) == ("error", "error")
+        assert "source web1 is refused" in group["problem"]
+        assert "another disk named root" in group["problem"]
+        assert group["sources"] == [{"name": "web1", "connected": True}]
+        await peer.attach()
+        group = await vault.group()
+        assert group["state"] == "replicating"
+        assert "refused" not in (group["problem"] or "")
+        await peer.ask_to_attach(disk=uuid4())
+        await peer.refusal()
+    with trio.fail_after(WAIT_SECONDS):
+        while (await vault.group())["state"] != "disconnected":
+            await trio.sleep(0.01)
+
+
 async def test_a_group_of_another_source_is_refused_and_the_session_goes_on(vault: Vault) -> None:
     async with vault.peer("web1") as owner, vault.peer("web2") as other:
         await owner.attach("web")
         await other.ask_to_attach("web", UUID(int=9), "data")
         refusal = await other.refusal()
         assert (refusal.code, refusal.group) == ("not-owner", "web")
+        assert (await vault.group())["state"] == "initial-sync"  # no fault of the group's
         assert (await other.ask("group-status")).refusal is not None
         agent = await other.attach("mine")
         await other.send(agent.writes())

@@ -237,7 +237,15 @@ class Receiver:
             source_names=self._source_names,
             bytes_per_second=bytes_per_second,
             passes=self.passes,
+            refused=self._refused(facts.name),
         )
+
+    def _refused(self, group: str) -> dict[bytes, BlockreplError]:
+        return {
+            source: session.refusals[group]
+            for source, session in self._sessions.items()
+            if group in session.refusals
+        }
 
     def _connected(self, group: str) -> set[bytes]:
         return {source for source, session in self._sessions.items() if session.has_group(group)}

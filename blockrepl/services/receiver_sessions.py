@@ -84,6 +84,7 @@ class SourceSession:
         self.source = source
         self.instance = 0  # of the agent process; known once it has been admitted
         self.ended = trio.Event()
+        self.refusals: dict[str, BlockreplError] = {}  # of groups of its own, until they attach
         self._stream = stream
         self._machine = ReceiverSession(receiver)
         self._groups = groups
@@ -206,16 +207,21 @@ class SourceSession:
     async def _attach(self, effect: AttachGroup) -> None:
         group, generation = effect.attach.group, effect.generation
         send: Send | None
+        is_ours = False
         try:
             committer = await self._groups.attach(self.identity, group)
+            is_ours = True
             attached = await committer.perform(
                 lambda: committer.replica.attach(self.source, effect.attach.disks)
             )
         except BlockreplError as error:
             logger.warning("source %s, group %s: refused: %s", self.identity.name, group, error)
+            if is_ours:  # else the group is another's, or says itself what is wrong
+                self.refusals[group] = error
             send = self._machine.refused(group, generation, refusal_of(error, group))
         else:
             self._committers[group] = committer
+            self.refusals.pop(group, None)
             self._acks.pop(group, None)  # they count messages of before
             send = self._machine.accepted(generation, attached)
         if send is not None:
@@ -252,6 +258,7 @@ class SourceSession:
     def refused(self, group: str, generation: int, error: BlockreplError) -> None:
         send = self._machine.refused(group, generation, refusal_of(error, group))
         if send is not None:
+            self.refusals[group] = error
             # An acknowledgement of before must not follow the refusal.
             if (ack := self._acks.pop(group, None)) is not None:
                 self._others.append(ack)

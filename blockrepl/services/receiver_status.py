@@ -4,6 +4,8 @@
 of a group, the first that holds        state
 ======================================  =============
 its replica cannot be used              error
+a source that is here is refused with   error
+it
 a source with disks in it is not here   disconnected
 a disk's first sync is not done         initial-sync
 a disk's gap is open                    resync
@@ -120,8 +122,12 @@ def describe_group(
     source_names: Mapping[bytes, str],
     bytes_per_second: float = 0.0,
     passes: Mapping[bytes, ScrubPass] | None = None,
+    refused: Mapping[bytes, BlockreplError] | None = None,
 ) -> GroupStatus:
-    """``connected`` are the sources with a session that has attached the group."""
+    """``connected`` are the sources with a session that has attached the group; ``refused`` says
+    why the group does not take what others with a session have.
+    """
+    refused = refused or {}
     floor = facts.floor_ns
     latest = facts.watermark if floor is not None and facts.watermark >= floor else None
     sources = sorted({disk.source for disk in facts.disks})
@@ -129,7 +135,7 @@ def describe_group(
     ahead_seconds = _ahead_seconds(facts)
     return GroupStatus(
         name=facts.name,
-        state=_group_state(facts, connected),
+        state=_group_state(facts, connected, refused),
         lag_seconds=max(0.0, (facts.now - facts.watermark) / NANOSECONDS_PER_SECOND)
         if facts.watermark and ahead_seconds is None
         else None,
@@ -144,13 +150,22 @@ def describe_group(
         ],
         journal_bytes=facts.journal_bytes,
         disks=[
-            _disk_status(facts, disk, connected, source_names, (passes or {}).get(disk.id))
+            _disk_status(
+                facts,
+                disk,
+                _disk_state(facts, disk, connected, refused),
+                source_names,
+                (passes or {}).get(disk.id),
+            )
             for disk in facts.disks
         ],
-        problem=_problem(facts, ahead_seconds),
+        problem=_problem(facts, ahead_seconds, _refusals(refused, source_names)),
         received_bytes_per_second=bytes_per_second,
         sources=[
-            SourceStatus(name=_source_name(source, source_names), connected=source in connected)
+            SourceStatus(
+                name=_source_name(source, source_names),
+                connected=source in connected or source in refused,
+            )
             for source in sources
         ],
         retention=facts.outlook,
@@ -166,7 +181,7 @@ def newest_gaps(gaps: Sequence[GapStatus], count: int) -> list[GapStatus]:
 def _disk_status(
     facts: GroupFacts,
     disk: DiskRow,
-    connected: Collection[bytes],
+    state: GroupState,
     source_names: Mapping[bytes, str],
     scrub: ScrubPass | None,
 ) -> DiskStatus:
@@ -174,7 +189,7 @@ def _disk_status(
     return DiskStatus(
         name=disk.name,
         size_bytes=disk.size_bytes,
-        state=_disk_state(facts, disk, connected),
+        state=state,
         verified_ns=proven.oldest_ns if proven and proven.is_whole else None,
         mismatches=proven.mismatches if proven else 0,
         scrub=PassStatus.of(scrub) if scrub else None,
@@ -189,10 +204,19 @@ def _ahead_seconds(facts: GroupFacts) -> float | None:
     return ahead_seconds if ahead_seconds >= limits.CLOCK_AHEAD_SECONDS else None
 
 
-def _problem(facts: GroupFacts, ahead_seconds: float | None) -> str | None:
+def _problem(facts: GroupFacts, ahead_seconds: float | None, refusals: str) -> str | None:
     if facts.error is not None:
         return explain(facts.error)
+    if refusals:
+        return refusals
     return "; ".join(facts.unreadable) or _clock_problem(ahead_seconds)
+
+
+def _refusals(refused: Mapping[bytes, BlockreplError], names: Mapping[bytes, str]) -> str:
+    return "; ".join(
+        f"source {_source_name(source, names)} is refused: {explain(error)}"
+        for source, error in refused.items()
+    )
 
 
 def _clock_problem(ahead_seconds: float | None) -> str | None:
@@ -204,16 +228,20 @@ def _clock_problem(ahead_seconds: float | None) -> str | None:
     )
 
 
-def _group_state(facts: GroupFacts, connected: Collection[bytes]) -> GroupState:
-    if facts.error is not None:
+def _group_state(
+    facts: GroupFacts, connected: Collection[bytes], refused: Collection[bytes]
+) -> GroupState:
+    if facts.error is not None or refused:
         return "error"
-    states = {_disk_state(facts, disk, connected) for disk in facts.disks} or {"disconnected"}
+    states = {_disk_state(facts, disk, connected, ()) for disk in facts.disks} or {"disconnected"}
     order: tuple[GroupState, ...] = ("disconnected", "initial-sync", "resync", "replicating")
     return next(state for state in order if state in states)
 
 
-def _disk_state(facts: GroupFacts, disk: DiskRow, connected: Collection[bytes]) -> GroupState:
-    if facts.error is not None:
+def _disk_state(
+    facts: GroupFacts, disk: DiskRow, connected: Collection[bytes], refused: Collection[bytes]
+) -> GroupState:
+    if facts.error is not None or disk.source in refused:
         return "error"
     if disk.source not in connected:
         return "disconnected"
