@@ -46,6 +46,7 @@ from blockrepl.formats.messages import (
     Welcome,
 )
 from blockrepl.formats.segment import HEADER_BYTES, file_name
+from blockrepl.model import presence
 from blockrepl.services import receiver_home, receiver_status
 from blockrepl.services.control_client import ControlClient
 from blockrepl.services.group_committer import MemoryBudget
@@ -460,7 +461,7 @@ async def test_a_second_session_of_an_agent_replaces_the_first(vault: Vault) -> 
             await second.acknowledged(1)
 
 
-async def test_of_two_agents_with_one_identity_the_older_is_refused_for_good(
+async def test_of_two_agents_with_one_identity_the_older_is_refused(
     vault: Vault, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Guards the comparison with the newest number in TrustStore.admit, and that Receiver takes a
@@ -486,6 +487,40 @@ async def test_of_two_agents_with_one_identity_the_older_is_refused_for_good(
                 await second.send(agent.writes())
                 assert await second.acknowledged(turn + 1) == turn + 1
     assert "another agent with this source's identity" in caplog.text
+
+
+async def test_the_older_agent_comes_back_when_the_newer_has_gone(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards Presence in Receiver: the true agent stayed out for good after its copy was stopped.
+    async def comes_in(peer: Peer, instance: int) -> bool:
+        hello = Hello(version=messages.PROTOCOL_VERSION, instance=instance)
+        await peer.stream.send(MessageType.HELLO, messages.encode(hello))
+        message = await peer.stream.receive()
+        assert message is not None
+        return message[0] == MessageType.WELCOME
+
+    async with vault.peer(greet=False) as first:
+        old = await first.greet()
+    async with vault.peer(greet=False) as second:
+        new = await second.greet()
+    async with vault.peer(greet=False) as first:
+        assert not await comes_in(first, old)
+    monkeypatch.setattr(presence, "AWAY_SECONDS", 0.0)
+    async with vault.peer(greet=False) as second:
+        assert await second.greet(new) == new
+        async with vault.peer(greet=False) as first:
+            assert not await comes_in(first, old)  # while the newer has a session
+    with trio.fail_after(WAIT_SECONDS):
+        is_in = False
+        while not is_in:  # until the receiver has seen the other go
+            async with vault.peer(greet=False) as first:
+                is_in = await comes_in(first, old)
+    async with vault.peer(greet=False) as first:
+        assert await first.greet(old) == old
+        async with vault.peer(greet=False) as second:
+            assert await second.greet(new) == new  # the newer may always come back
+            assert (await _last_refusal(first)).code == "fenced"
 
 
 async def test_a_restarted_agent_always_comes_in_also_after_the_receiver_was_restarted(

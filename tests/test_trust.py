@@ -225,6 +225,8 @@ def test_numbers_of_agent_processes_only_grow_and_one_that_is_behind_is_refused(
             store.admit(web.id, behind)
         assert caught.value.code == "fenced"
         assert caught.value.hint
+    assert store.admit(web.id, 2, may_return=True) == 2
+    assert store.admit(web.id, 3) == 3  # is still the newest
     assert store.admit(web.id, 9) == 9  # as after the store came back from a backup
     again = TrustStore(path)
     assert again.admit(web.id, 0) == 10

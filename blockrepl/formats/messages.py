@@ -27,7 +27,8 @@ Types 32 to 63 belong to enrolment. After ATTACHED, DATA for the group starts co
 
 Instances: every agent process has a number of its own, given to it in WELCOME and said again in
 each HELLO after that. A process that has just started says 0 and gets the next number, so it comes
-before all of its source that started earlier: those are refused (code ``fenced``).
+before all of its source that started earlier: those are refused (code ``fenced``), until the
+later ones have had no session for some minutes.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Limits at the door: HANDSHAKES_MAX connections that have not shown who they are, SESSIONS_MAX that
 have; more are closed at once. A source has one session: a new one replaces the older, unless it is
 of an agent process that started earlier (storage/trust.py): then it is refused, and the session
-there is does not notice. A source that is revoked, by whatever process, is dropped within half a
-second.
+there is does not notice. When the later one has gone, the earlier comes back (model/presence.py).
+A source that is revoked, by whatever process, is dropped within half a second.
 
 Nothing that one peer does ends another's session: every connection's failure stays in its task.
 """
@@ -39,6 +39,7 @@ from blockrepl.errors import (
 )
 from blockrepl.formats import messages
 from blockrepl.formats.messages import RECEIVER_ACCEPTS, Request, ScrubPass
+from blockrepl.model.presence import Presence
 from blockrepl.services.control import serve_control
 from blockrepl.services.group_committer import GroupCommitter, MemoryBudget
 from blockrepl.services.index_merging import IndexMerging
@@ -101,6 +102,7 @@ class Receiver:
         self._greeting: dict[bytes, SourceSession] = {}  # connected, hello not yet said
         self._sessions: dict[bytes, SourceSession] = {}
         self._admitting = trio.StrictFIFOLock()
+        self._presence = Presence(trio.current_time())
         self._source_names: dict[bytes, str] = {}
         self.passes: dict[bytes, ScrubPass] = {}  # by disk, as their sources told last
         self._retention = Retention()
@@ -166,13 +168,18 @@ class Receiver:
             for sessions in (self._greeting, self._sessions):
                 if sessions.get(session.source) is session:
                     del sessions[session.source]
+            if session.instance:
+                self._presence.ended(session.source, session.instance, trio.current_time())
 
     async def _admit(self, session: SourceSession, instance: int) -> int:
         """Let an agent process in that has said hello; the session before it ends."""
         async with self._admitting:
-            number = await trio.to_thread.run_sync(
-                self._trust.admit, session.identity.source_id, instance
+            there = self._sessions.get(session.source)
+            may_return = self._presence.may_return(
+                session.source, instance, there.instance if there else 0, trio.current_time()
             )
+            admit = partial(self._trust.admit, may_return=may_return)
+            number = await trio.to_thread.run_sync(admit, session.identity.source_id, instance)
             if self._greeting.get(session.source) is session:
                 del self._greeting[session.source]
             older = self._sessions.get(session.source)

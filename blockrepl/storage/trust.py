@@ -25,7 +25,8 @@ Rules:
 5. Secrets are not stored, only their digests.
 6. Numbers of agent processes only grow. One that is behind its source's newest is refused, so of
    two agents with one identity (a copied home) the one that started last is let in, and the other
-   one not, however often it tries. No clock decides it.
+   one not, however often it tries, until the last one has gone (model/presence.py). It keeps its
+   number then: the newest may come back at any time.
 7. WAL mode, synchronous=FULL: a revocation that was reported is durable. A running receiver sees
    one made by another process by asking for `data_version` (a few microseconds).
 
@@ -84,8 +85,9 @@ def fenced() -> TrustError:
     """What an agent is told that is not the newest one of its source."""
     return TrustError(
         "another agent with this source's identity has started since this one",
-        hint="stop one of the two; a host whose home was copied needs an identity of its own: join "
-        "it with a new token, in a new home",
+        hint="stop one of the two; this one goes on by itself some minutes after the other has "
+        "ended, or at once when it is restarted. A host whose home was copied needs an identity of "
+        "its own: join it with a new token, in a new home",
         code="fenced",
     )
 
@@ -200,10 +202,10 @@ class TrustStore:
         with self._read() as connection:
             return _sources(connection)
 
-    def admit(self, source_id: str, instance: int) -> int:
+    def admit(self, source_id: str, instance: int, *, may_return: bool = False) -> int:
         """The number of an agent process, which is 0 when it has just started.
 
-        TrustError "fenced" when a later one has been admitted.
+        TrustError "fenced" when a later one has been admitted, unless it ``may_return``.
         """
         with self._read() as connection:
             newest = _newest_instance(connection, source_id)
@@ -212,6 +214,8 @@ class TrustStore:
         with self._change() as connection:
             newest = _newest_instance(connection, source_id)
             if 0 < instance < newest:
+                if may_return:
+                    return instance
                 raise fenced()
             number = instance or newest + 1
             connection.execute(

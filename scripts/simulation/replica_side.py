@@ -36,8 +36,10 @@ class _Trust:
 
     instance = 0
 
-    def admit(self, _source: str, instance: int) -> int:
+    def admit(self, _source: str, instance: int, *, may_return: bool = False) -> int:
         if instance not in {0, self.instance}:
+            if may_return:
+                return instance
             raise fenced()
         if instance == 0:
             self.instance += 1
