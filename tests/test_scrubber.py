@@ -7,6 +7,7 @@ truth about the stream. What a test flips in the image behind the product's back
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
@@ -125,7 +126,10 @@ async def test_a_quiet_disk_is_proven_region_by_region(source: Source) -> None:
     assert receiver.marks() == []
 
 
-async def test_what_differs_is_found_exactly_and_healed_in_one_gap(source: Source) -> None:
+async def test_what_differs_is_found_exactly_and_healed_in_one_gap(
+    source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     content = random_bytes(SIZE)
     entry = source.add("root", SIZE, content=content)
     receiver = Receiver(before={entry.id.bytes: content})
@@ -146,6 +150,29 @@ async def test_what_differs_is_found_exactly_and_healed_in_one_gap(source: Sourc
     now = replay(receiver.frames, entry.id.bytes, SIZE, before=content)
     assert now == entry.image.read_bytes()
     check_stream(receiver.frames, source.watermark)
+    (line,) = (one for one in caplog.records if "history has a gap" in one.message)
+    assert line.levelno == logging.INFO
+    assert "disk root: the scrub found a difference: history" in line.message
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+async def test_a_gap_that_was_asked_for_says_so_unless_something_is_lost(
+    source: Source, caplog: pytest.LogCaptureFixture, is_lost: bool
+) -> None:
+    # Guards GroupPump._put_gap: "some records are lost" was said of every resync.
+    caplog.set_level(logging.INFO)
+    entry = source.add("root", SIZE, content=random_bytes(SIZE))
+    guest = source.guest(entry)
+    async with pumping(source, Receiver(), known(entry)) as pump:
+        async with pump.between_rounds:
+            if is_lost:
+                guest.write(0, b"x" * 512, kept=False)
+            pump.disks[0].doubt(slice(None), source.watermark + 1, "a resync was asked for")
+        await until(lambda: "history has a gap" in caplog.text)
+    (told,) = (one for one in caplog.records if "history has a gap" in one.message)
+    assert told.levelno == (logging.WARNING if is_lost else logging.INFO)
+    assert ("a resync was asked for" in told.message) == (not is_lost)
+    assert ("1 records were not kept" in told.message) == is_lost
 
 
 class Load:
@@ -408,7 +435,7 @@ async def test_a_doubt_that_was_never_told_is_made_good_by_the_next_agent(source
     receiver = Receiver(before={entry.id.bytes: content})
     flip(entry.image, MIB)
     disk = make_pump(source, attach(source, known(entry))).disks[0]
-    disk.doubt(np.array([1]), source.watermark + 1)
+    disk.doubt(np.array([1]), source.watermark + 1, "it was asked for")
     disk.close()
     async with pumping(source, receiver, known(entry)) as pump:
         await until(lambda: len(receiver.marks()) == 2)
@@ -437,7 +464,7 @@ async def test_a_doubt_that_was_noted_and_not_marked_is_carried_out_by_the_next_
     note_rings = source.disks.note_rings
     monkeypatch.setattr(source.disks, "note_rings", killed_behind_it)
     with pytest.raises(KilledError):
-        disk.doubt(slice(None), source.watermark + 1, send_all=True)
+        disk.doubt(slice(None), source.watermark + 1, "it was asked for", send_all=True)
     monkeypatch.undo()
     disk.close()
     async with pumping(source, receiver, known(entry)) as pump:
@@ -465,7 +492,7 @@ def test_a_doubt_whose_marks_are_there_is_marked_no_further(source: Source) -> N
     # Guards the second note in SourceDisk._doubt: one region would become all of them.
     entry = source.add("root", SIZE)
     disk = a_disk(source, entry)
-    disk.doubt(np.array([1]), source.watermark + 1)
+    disk.doubt(np.array([1]), source.watermark + 1, "it was asked for")
     disk.close()
     again = a_disk(source, source.disks.load("root"))
     assert again.ring is not None
@@ -606,7 +633,7 @@ def test_a_doubt_outlives_the_acknowledgement_of_an_older_mark(source: Source) -
     # Guards ``needs_sync`` in SourceDisk.consistent_durable: a lost ring would take it along.
     entry = source.add("root", MIB)
     disk = a_disk(source, entry)
-    disk.doubt(slice(None), source.watermark + 1)
+    disk.doubt(slice(None), source.watermark + 1, "it was asked for")
     disk.consistent_durable()
     assert source.disks.load("root").stale_ring == known(entry).ring_id
     disk.close()
@@ -628,7 +655,7 @@ def test_a_mark_acknowledged_amid_a_doubt_leaves_its_note(
         return disk.entry
 
     monkeypatch.setattr(source.disks, "note_rings", acknowledged_behind_it)
-    disk.doubt(slice(None), source.watermark + 1)
+    disk.doubt(slice(None), source.watermark + 1, "it was asked for")
     assert source.disks.load("root").stale_ring == known(entry).ring_id
     disk.close()
 
@@ -640,7 +667,7 @@ def test_a_doubt_amid_the_acknowledgement_of_a_mark_is_noted(
     entry = source.add("root", MIB)
     disk = a_disk(source, entry)
     disk.entry = source.disks.note_rings(entry, stale_ring=known(entry).ring_id, base_ring=0)
-    doubt = threading.Thread(target=disk.doubt, args=(slice(None), source.watermark + 1))
+    doubt = threading.Thread(target=disk.doubt, args=(slice(None), source.watermark + 1, "asked"))
     note_rings = source.disks.note_rings
 
     def doubted_behind_it(*arguments: Any, **changes: Any) -> DiskEntry:

@@ -175,7 +175,8 @@ async def _resync(agent: Agent, name: str, full: bool) -> dict[str, Any]:
                 f"disk {name!r} is not taken up yet", hint="try again in a moment"
             )
         from_ns = pump.outbox.due.watermark + 1
-        await trio.to_thread.run_sync(partial(disk.doubt, slice(None), from_ns, send_all=full))
+        doubt = partial(disk.doubt, slice(None), from_ns, "a resync was asked for", send_all=full)
+        await trio.to_thread.run_sync(doubt)
     return {
         "disk": name,
         "group": entry.group,

@@ -329,14 +329,16 @@ class GroupPump:
         first_after = disk.ring.first_after(from_ns, disk.cursor, head)
         watermark = self.outbox.due.watermark
         await self._put_records([(disk, first_after)], watermark)
-        why = "some records are lost"
-        if dropped := disk.ring.dropped():
+        reason = disk.gap_reason()
+        why = reason or "some records are lost"
+        if not reason and (dropped := disk.ring.dropped()):
             size = format_bytes(disk.entry.ring_bytes)
             why = (
                 f"{dropped} records were not kept, for its ring of {size} was full (see `disk add "
                 "--ring`), the local disk failed, or its server was killed"
             )
-        log.warning(
+        log.log(
+            logging.INFO if reason else logging.WARNING,
             "disk %s: %s: history has a gap from %s on, until what differs has been sent again",
             disk.entry.name,
             why,

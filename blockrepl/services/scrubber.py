@@ -61,6 +61,7 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.1  # how often a disk that cannot be scrubbed now is looked at
 HEAL_SECONDS = 0.4  # finds within it are healed in one gap
+FOUND = "the scrub found a difference"
 UNREADABLE_SECONDS = 5.0  # until a disk whose image gave an error is read again
 
 assert UNDER_WAY_MAX < limits.COMPARISONS_MAX  # a resync has places left
@@ -365,7 +366,7 @@ class GroupScrub:
             regions = np.array(sorted(scrub.doubted), np.intp)
             from_ns = pump.outbox.due.watermark + 1
             try:
-                await trio.to_thread.run_sync(disk.doubt, regions, from_ns)
+                await trio.to_thread.run_sync(disk.doubt, regions, from_ns, FOUND)
             except (BlockreplError, OSError) as error:
                 log.error("disk %s: %s", disk.entry.name, error)
                 scrub.doubted_since = trio.current_time() + UNREADABLE_SECONDS

@@ -53,6 +53,7 @@ class SourceDisk:
         self._was_blank = False  # the replica held nothing of the disk at its attachment
         self.durable = (0, 0)  # ring, and its records before which all are durable at the receiver
         self._gap_before_ring = 0  # a gap that no ring reports: history broken since this stamp
+        self._gap_reason = ""  # why that one is, where no record is lost
         self._known_ring = 0
         self._unsettled: frozenset[tuple[int, int]] | None = None
         self._doubting = threading.Lock()  # from before a doubt's note until its marks are there
@@ -129,6 +130,7 @@ class SourceDisk:
         is_doubted = known.state == "ready" and ring.needs_sync() and not ring.gap_from()
         if plan.gap or is_doubted:  # by `doubt`, whose gap the receiver was never told
             self._gap_before_ring = watermark + 1
+            self._gap_reason = "" if plan.gap else "a resync that was begun is to be ended"
         # The group may have gone on without the disk: nothing can be added beneath its watermark.
         # What is skipped stays in the ring until a later position is durable at the receiver.
         cursor = ring.first_after(watermark, plan.cursor, state.head)
@@ -138,6 +140,7 @@ class SourceDisk:
                 base_ring = 0
             if known.state == "ready":
                 self._gap_before_ring = ring.stamp(plan.cursor)
+                self._gap_reason = ""
         # Noted after the marks and before a record is released: a crash between loses neither.
         self.entry = self._disks.note_rings(
             self.entry, stale_ring=stale_ring, base_ring=base_ring, send_all=send_all
@@ -250,6 +253,10 @@ class SourceDisk:
             return 0
         return found
 
+    def gap_reason(self) -> str:
+        """Why there is a gap although no record is lost; empty where some are."""
+        return "" if self.ring is None or self.ring.gap_from() else self._gap_reason
+
     def gap_reported(self, from_ns: int) -> None:
         self.gap_in_flight = from_ns
         self.sent_stamp = max(self.sent_stamp, from_ns)
@@ -312,19 +319,24 @@ class SourceDisk:
         return not self._unsettled
 
     def doubt(
-        self, regions: npt.NDArray[np.intp] | slice, from_ns: int, *, send_all: bool = False
+        self,
+        regions: npt.NDArray[np.intp] | slice,
+        from_ns: int,
+        reason: str,
+        *,
+        send_all: bool = False,
     ) -> None:
         """The replica may lack these regions' content, whatever the hot map says: sync them.
 
-        ``from_ns``: a gap from there on, past the watermark, unless history is broken already.
-        ``send_all``: all that is owed is sent without asking what differs. Blocks on the disk.
-        Between rounds. StateError, StorageError.
+        ``from_ns``: a gap from there on, past the watermark, unless history is broken already;
+        ``reason`` is for the log. ``send_all``: all that is owed is sent without asking what
+        differs. Blocks on the disk. Between rounds. StateError, StorageError.
         """
         with self._doubting:
-            self._doubt(regions, from_ns, send_all=send_all)
+            self._doubt(regions, from_ns, reason, send_all=send_all)
 
     def _doubt(
-        self, regions: npt.NDArray[np.intp] | slice, from_ns: int, *, send_all: bool
+        self, regions: npt.NDArray[np.intp] | slice, from_ns: int, reason: str, *, send_all: bool
     ) -> None:
         with self._disks.lock(self.entry):
             self._disks.check_served_ring(self.entry, self._clock)
@@ -341,6 +353,8 @@ class SourceDisk:
         self.entry = note(self.entry, is_unmarked=True)
         self.ring.stale[regions] = 1
         if self.state == "ready":
+            if not self._gap_before_ring:
+                self._gap_reason = reason
             self._gap_before_ring = min(self._gap_before_ring or from_ns, from_ns)
         self._unsettled = None
         self.entry = note(self.entry)
