@@ -92,6 +92,15 @@ def test_before_the_first_sync_there_is_no_history(capsys: pytest.CaptureFixture
     assert "history none yet: the first sync is not done" in shown(capsys)
 
 
+def test_a_source_that_was_refused_does_not_say_that_nobody_answers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refused = {"state": "error", "journal_bytes": None}
+    told = shown(capsys, **refused, problem="no room left")
+    assert "no room left\n  history unknown until that is solved" in told
+    assert "history unknown: the receiver does not answer" in shown(capsys, **refused)
+
+
 def test_a_spool_is_told_with_when_it_is_drained(capsys: pytest.CaptureFixture[str]) -> None:
     spool = {"waiting_bytes": 3 << 20, "limit_bytes": 10 << 30, "drain_seconds": 90.0}
     told = shown(capsys, spool=spool)

@@ -238,6 +238,8 @@ def _history(group: dict[str, Any]) -> str:
     # A source that the receiver has not answered knows nothing of the history.
     if group["state"] in ("disconnected", "spooling"):
         return "unknown while disconnected"
+    if group.get("problem"):
+        return "unknown until that is solved"
     return "unknown: the receiver does not answer"
 
 
