@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,26 @@ def test_a_pass_of_a_source_that_does_not_answer_is_not_waited_for(
             cli_verify._pass_now(receiver_client(place.receiver_home), "/verify/g", "g")
     finally:
         agent.send_signal(signal.SIGCONT)
+
+
+def test_who_waits_for_a_group_that_is_refused_is_told_why(place: Pair) -> None:
+    # Guards the order in agent_api: "group g is not attached" told nothing.
+    disk = started(place, os.urandom(MIB))
+    place.source("disk", "remove", "d1", quiet=True)
+    wait_for(lambda: not place.group("g")["disks"], "the disk is retired")
+    shutil.rmtree(place.source_home / "source" / "retired")  # as a version of before left it
+    Disk(place, image=disk.image)
+    wait_for(lambda: place.group("g")["state"] == "error", "the group is refused")
+    wait_for(lambda: "history unknown until that is" in place.source("status", quiet=True), "there")
+    for home, words in [
+        (place.source_home, ("checkpoint", "create", "g", "now")),
+        (place.source_home, ("verify", "g", "--now")),
+        (place.receiver_home, ("verify", "g", "--now")),
+        (place.source_home, ("disk", "resync", "d1", "--wait")),
+    ]:
+        done = blockrepl(home, *words)
+        assert done.returncode == 1, words
+        assert "another disk named d1" in done.stderr, words
 
 
 def test_a_resync_sends_what_differs_and_survives_a_killed_agent_and_a_full_one_sends_all(

@@ -252,17 +252,22 @@ def resync(home: Path, name: str, full: bool, wait: bool, json_mode: bool) -> No
 
 
 def _wait_synced(client: ControlClient, begun: dict[str, Any]) -> None:
-    """Until nothing is owed any more. Ctrl-C leaves the resync running."""
+    """Until nothing is owed any more. Ctrl-C leaves the resync running. StateError."""
+    from blockrepl.cli.waiting import check_working, find_group
+
     total = begun["to_sync_bytes"]
     with progress(f"resync of {begun['disk']}", total) as tell:
         while True:
-            groups = client.get("/status")["groups"]
-            group: dict[str, Any] = next(
-                (one for one in groups if one["name"] == begun["group"]), {"disks": []}
-            )
-            disk = next((one for one in group["disks"] if one["name"] == begun["disk"]), None)
+            group = find_group(client, begun["group"])
+            disks = group["disks"] if group else []
+            disk = next((one for one in disks if one["name"] == begun["disk"]), None)
             if disk is None:
                 raise StateError(f"disk {begun['disk']!r} was removed", code="unknown-disk")
+            check_working(
+                group,
+                f"the resync of disk {begun['disk']} does not get on",
+                "it goes on by itself when that is solved",
+            )
             tell(max(0, total - disk["to_sync_bytes"]))
             if disk["state"] == "replicating" and not disk["to_sync_bytes"]:
                 return

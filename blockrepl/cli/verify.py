@@ -30,6 +30,7 @@ from blockrepl.cli.output import (
     table,
 )
 from blockrepl.cli.point import complete_group
+from blockrepl.cli.waiting import check_working, find_group
 from blockrepl.errors import StateError
 from blockrepl.services.control_client import ControlClient
 from blockrepl.units import format_bytes, format_instant
@@ -37,6 +38,7 @@ from blockrepl.units import format_bytes, format_instant
 Proofs = list[dict[str, Any]]
 FOUND_SHOWN = 20  # of a disk; all of them with --json
 LOOK_SECONDS = 0.5
+LOOK_UP_SECONDS = 1.0  # without progress, until the status is asked why
 PATIENCE_SECONDS = 60.0  # with a pass that does not get on; a region is read again within 16
 
 
@@ -90,7 +92,13 @@ def _pass_now(client: ControlClient, path: str, group: str) -> Proofs:
                 proofs = client.get(path)
                 if _passes(proofs) != _passes(seen):
                     seen, since = proofs, time.monotonic()
-                elif time.monotonic() > since + PATIENCE_SECONDS:
+                elif time.monotonic() > since + LOOK_UP_SECONDS:
+                    check_working(
+                        find_group(client, group),
+                        f"the pass of group {group} does not get on",
+                        "a pass that has begun goes on when that is solved",
+                    )
+                if time.monotonic() > since + PATIENCE_SECONDS:
                     raise StateError(
                         f"the pass of group {group} has not got on for {PATIENCE_SECONDS:g} s",
                         hint="is its source connected? See `blockrepl status`; a pass that has "

@@ -44,6 +44,7 @@ from blockrepl.storage.source import DiskEntry
 from blockrepl.units import NANOSECONDS_PER_SECOND, format_instant
 
 CHECKPOINT_SECONDS = 30.0
+LOOK_SECONDS = 0.1  # how often the group's error is looked at meanwhile
 
 
 class _WantedCheckpoint(BaseModel):
@@ -82,6 +83,8 @@ def agent_application(agent: Agent) -> Starlette:
         group = request.path_params["group"]
         session = _session(agent, group)
         replication = _replication(agent, group)
+        if request.method == "POST" and (error := _error_of(replication)):
+            raise error
         proofs = await session.verify(replication)
         if request.method == "POST":
             replication.scrub.begin_now()
@@ -133,8 +136,39 @@ def _replication(agent: Agent, group: str) -> GroupReplication:
     return replication
 
 
+def _error_of(replication: GroupReplication) -> BlockreplError | None:
+    """What holds the group up: nothing of it becomes durable until that is solved."""
+    return replication.error or next(iter(replication.errors.values()), None)
+
+
+async def _durable(replication: GroupReplication, checkpoint: WantedCheckpoint) -> None:
+    """Wait for a checkpoint; not any longer than the group works. StateError."""
+    deadline = trio.current_time() + CHECKPOINT_SECONDS
+    while not checkpoint.durable.is_set():
+        if error := _error_of(replication):
+            raise StateError(
+                f"checkpoint {checkpoint.name!r} is not durable: {explain(error)}",
+                hint="it comes when that is solved; `blockrepl checkpoint list` shows if it came",
+                code=error.code,
+            )
+        if trio.current_time() > deadline:
+            raise StateError(
+                f"checkpoint {checkpoint.name!r} was not durable within {CHECKPOINT_SECONDS:.0f} s",
+                hint="see `blockrepl status` for the lag; `blockrepl checkpoint list` shows if it "
+                "came",
+                code="slow",
+            )
+        with trio.move_on_after(LOOK_SECONDS):
+            await checkpoint.durable.wait()
+
+
 async def _take_checkpoint(agent: Agent, group: str, wanted: _WantedCheckpoint) -> dict[str, Any]:
     session = _session(agent, group)
+    replication = _replication(agent, group)
+    if error := _error_of(replication):
+        raise StateError(
+            f"checkpoint {wanted.name!r} cannot be taken: {error}", hint=error.hint, code=error.code
+        )
     taken = await session.request("checkpoint-list", group, wanted.name)
     if any(checkpoint["name"] == wanted.name for checkpoint in taken):
         raise StateError(
@@ -146,14 +180,7 @@ async def _take_checkpoint(agent: Agent, group: str, wanted: _WantedCheckpoint) 
     assert pump is not None
     checkpoint = WantedCheckpoint(wanted.name, wanted.keep)
     pump.want_checkpoint(checkpoint)
-    with trio.move_on_after(CHECKPOINT_SECONDS) as scope:
-        await checkpoint.durable.wait()
-    if scope.cancelled_caught:
-        raise StateError(
-            f"checkpoint {wanted.name!r} was not durable within {CHECKPOINT_SECONDS:.0f} s",
-            hint="see `blockrepl status` for the lag; `blockrepl checkpoint list` shows if it came",
-            code="slow",
-        )
+    await _durable(replication, checkpoint)
     return {
         "name": wanted.name,
         "at": format_instant(checkpoint.at_ns),

@@ -276,6 +276,12 @@ class Receiver:
         proofs = await self.verify(group)
         asked = [session.verify(group) for session in self._sessions.values()]
         if not any(asked):
+            for error in self._refused(group).values():
+                raise StateError(
+                    f"group {group} is refused to its source: {error}",
+                    hint=error.hint,
+                    code=error.code,
+                )
             raise StateError(
                 f"no source of group {group} is connected: only it can read its disks",
                 hint="see `blockrepl status`; start the agent there, or wait until it is back",
