@@ -2,12 +2,16 @@
 
 Parameters: ``image_fd`` and ``ring_fd``, the shared memory (both opened and locked by the program
 that starts nbdkit), ``map`` (the hot map), ``size`` and ``region`` in bytes, ``hot`` (the bound on
-hot regions). PYTHONPATH names the directory that holds the blockrepl package.
+hot regions), ``disk`` (its name) and ``image`` (the path), for the log. PYTHONPATH names the
+directory that holds the blockrepl package.
 """
 
 from __future__ import annotations
 
+import builtins
 import os
+import traceback
+from types import TracebackType
 
 import nbdkit
 
@@ -25,7 +29,16 @@ def config(key: str, value: str) -> None:
 
 
 def config_complete() -> None:
-    missing = {"image_fd", "ring_fd", "map", "size", "region", "hot"} - _parameters.keys()
+    missing = {
+        "image_fd",
+        "ring_fd",
+        "map",
+        "size",
+        "region",
+        "hot",
+        "disk",
+        "image",
+    } - _parameters.keys()
     if missing:
         raise RuntimeError(f"missing parameters: {', '.join(sorted(missing))}")
 
@@ -39,6 +52,19 @@ def thread_model() -> int:
     return int(nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS)
 
 
+_format_exception = traceback.format_exception
+
+
+def _failed_request(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> builtins.list[str]:
+    """nbdkit logs what this makes of an error: what failed is the image's file system, not us."""
+    if not isinstance(error, OSError):
+        return _format_exception(kind, error, trace)
+    disk, image = _parameters["disk"], _parameters["image"]
+    return [f"disk {disk}: {error.strerror} (image {image})"]
+
+
 def after_fork() -> None:
     _core.start(
         int(_parameters["image_fd"]),
@@ -49,6 +75,7 @@ def after_fork() -> None:
         int(_parameters["hot"]),
         nbdkit.set_error,
     )
+    traceback.format_exception = _failed_request  # type: ignore[assignment]  # no other way in
 
 
 def cleanup() -> None:

@@ -393,6 +393,11 @@ def test_a_write_that_the_local_disk_refuses_is_not_a_record(
         with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
             client.write(3 * MIB + 512, b"y" * (3 * MIB))
         client.write(4096, b"goes on")
+    # Guards _failed_request in the plugin: a traceback for each, and none named the disk.
+    log = place.services["disk-d1"].log.read_text()
+    assert "Traceback" not in log
+    (line,) = (line for line in log.splitlines() if "pwrite" in line)
+    assert f"disk d1: No space left on device (image {image})" in line
     assert [record.offset for record in replay.drain()] == [0, 4096]
     assert stale_regions(replay.reader) == [3, 4, 5, 6]
     assert replay.reader.gap_from() > 0

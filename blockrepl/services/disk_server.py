@@ -87,6 +87,8 @@ def exec_server(disks: SourceDisks, name: str) -> None:
         f"size={entry.size_bytes}",
         f"region={limits.REGION_BYTES}",
         f"hot={limits.HOT_REGIONS_MAX}",
+        f"disk={name}",
+        f"image={entry.image}",
     ]
     print(f"disk {name} ready on {path}", flush=True)
     os.execve(program, command, environment)
