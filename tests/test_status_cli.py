@@ -179,6 +179,28 @@ def test_what_is_promised_and_held_and_pinned_and_the_room_are_told(
     assert "WARNING: too little" in told
 
 
+def test_an_image_that_was_cut_short_is_named_in_status_and_log(place: Pair) -> None:
+    # Guards cut_short: status said replicating, and the agent nothing.
+    disk = Disk(place)
+    place.receiver("receiver", "init", quiet=True)
+    place.start_receiver()
+    place.join()
+    disk.start()
+    place.start_agent()
+    place.wait_replicating("g")
+    os.truncate(disk.image, MIB)
+    what = f"image {disk.image} has {MIB} bytes, not {disk.size_bytes}"
+    (group,) = place.source_json("status")["groups"]
+    assert (group["state"], group["disks"][0]["state"]) == ("error", "error")
+    assert what in group["disks"][0]["problem"]
+    log = place.services["agent"].log
+    wait_for(lambda: what in log.read_text(), "the log says it")
+    os.truncate(disk.image, disk.size_bytes)
+    (group,) = place.source_json("status")["groups"]
+    assert group["disks"][0]["problem"] is None
+    assert log.read_text().count(what) == 1
+
+
 def test_status_says_before_the_promise_cannot_be_kept(place: Pair) -> None:
     # Guards describe_retention in facts_of and in status_at_rest.
     disk = Disk(place)

@@ -39,6 +39,7 @@ from blockrepl.services.control import control_application
 from blockrepl.services.flush_doubts import failed_flush
 from blockrepl.services.group_pump import WantedCheckpoint
 from blockrepl.services.group_replication import GroupReplication
+from blockrepl.services.image_watch import cut_short
 from blockrepl.services.verification import PassStatus
 from blockrepl.storage.source import DiskEntry
 from blockrepl.units import NANOSECONDS_PER_SECOND, format_instant
@@ -288,7 +289,7 @@ def _spool_status(group: GroupReplication | None) -> dict[str, Any]:
 def _group_state(group: GroupReplication | None) -> str:
     if group is None or group.pump is None:
         return "error" if group and group.error else "disconnected"
-    if group.error or group.errors:
+    if group.error or group.errors or any(cut_short(disk) for disk in group.disks):
         return "error"
     if group.spool.has_unread():
         return "spooling"
@@ -311,6 +312,7 @@ def _disk_status(
     disk = next((d for d in group.disks if d.entry.name == entry.name), None) if group else None
     ring = disk.ring if disk else None
     problem = group.errors.get(entry.name) if group else None
+    problem = problem or (cut_short(disk) if disk else None)
     state = "disconnected"
     if problem:
         state = "error"

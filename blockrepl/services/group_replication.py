@@ -32,6 +32,7 @@ from blockrepl.formats.messages import AttachDisk, Attached
 from blockrepl.services.error_groups import ours_of
 from blockrepl.services.flush_doubts import FlushDoubts
 from blockrepl.services.group_pump import GroupPump
+from blockrepl.services.image_watch import ImageWatch
 from blockrepl.services.outbox_ends import LostError, Send, Shape
 from blockrepl.services.scrub_pace import ScrubPool
 from blockrepl.services.scrubber import GroupScrub
@@ -119,6 +120,7 @@ class GroupReplication:
                     nursery.start_soon(self._run_pump)
                     nursery.start_soon(self._retire_rings)
                     nursery.start_soon(self._flush_doubts.run, lambda: self.disks)
+                    nursery.start_soon(ImageWatch().run, lambda: self.disks)
                     nursery.start_soon(self._keep_note)
                     nursery.start_soon(self._watch_spool)
                     nursery.start_soon(self.scrub.run)
