@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import errno
 import os
 import threading
 from collections.abc import AsyncIterator, Iterator
