@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from oracle.nbd_client import Client
@@ -20,6 +20,7 @@ from blockrepl import limits
 from blockrepl.cli import verify as cli_verify
 from blockrepl.cli.checkpoint import receiver_client
 from blockrepl.errors import StateError
+from blockrepl.services.control_client import ControlClient
 from blockrepl.storage.home import Home
 from blockrepl.units import MIB
 from scripts.guest.pair import Pair
@@ -133,6 +134,60 @@ def test_what_differs_is_told_to_people_side_by_side_and_not_for_pages() -> None
         console.print(cli_verify._render([disk]))
     assert said.get().count("differed at") == cli_verify.FOUND_SHOWN
     assert f"disk d1: and {99 - cli_verify.FOUND_SHOWN} more; see --json" in said.get()
+
+
+class _Told:
+    """Answers with what a service says, look by look."""
+
+    def __init__(self, asked: list[dict[str, Any]], *looks: list[dict[str, Any]]) -> None:
+        self.asked = asked
+        self.looks = list(looks)
+
+    def post(self, _path: str) -> list[dict[str, Any]]:
+        return self.asked
+
+    def get(self, path: str) -> Any:
+        if path == "/status":
+            return {"groups": []}
+        return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+
+
+def told(
+    disk: str, started: int | None, ended: int | None = None, *, is_asked_for: bool = True
+) -> dict[str, Any]:
+    scrub = {"started_ns": started, "ended_ns": ended, "is_asked_for": is_asked_for}
+    said = {**scrub, "progress": float(ended is not None)} if started else None
+    return {"disk": disk, "size_bytes": MIB, "scrub": said}
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [
+        pytest.param(
+            [[told("a", 5, 6), told("b", 5)], [told("a", 8, is_asked_for=False), told("b", 5, 9)]],
+            id="the next pass of a small disk has begun",
+        ),
+        pytest.param(
+            [
+                [told("a", 5), told("b", None)],
+                [told("a", 7, 8, is_asked_for=False), told("b", 5, 9)],
+            ],
+            id="an agent was started anew, and its receiver too",
+        ),
+        pytest.param(
+            [[told("a", 5, 6), told("b", 5, 6), told("c", 2)]],
+            id="another source's disk was not asked",
+        ),
+    ],
+)
+def test_a_pass_is_over_when_each_disk_that_was_asked_has_ended_one(
+    looks: list[list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards `over`, `before` and _is_new in _pass_now: it waited for ever.
+    monkeypatch.setattr(cli_verify, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(cli_verify, "PATIENCE_SECONDS", 0.5)
+    client = _Told([told("a", 1, 2), told("b", None)], [told("a", 1, 2), told("b", None)], *looks)
+    assert cli_verify._pass_now(cast(ControlClient, client), "/verify/g", "g") == looks[-1]
 
 
 def test_a_pass_of_a_source_that_does_not_answer_is_not_waited_for(

@@ -7,8 +7,9 @@ has the group's replica     the running receiver, else its files
 otherwise, has a source     the agent, and through it the receiver
 ==========================  ====================================================
 
-A pass that was asked for is over when every disk of the group has ended one that began after the
-asking. The exit status is 1 when something differs that is not healed, or cannot be compared.
+A pass that was asked for is over when every disk that was asked has ended one that began after the
+asking: the receiver asks all sources that are there, a source its own disks. The exit status is 1
+when something differs that is not healed, or cannot be compared.
 """
 
 from __future__ import annotations
@@ -80,18 +81,25 @@ def _proofs(home: Path, client: ControlClient, path: str, group: str, is_here: b
 
 
 def _pass_now(client: ControlClient, path: str, group: str) -> Proofs:
-    before = {disk["disk"]: _began(disk) for disk in client.post(path)}
-    proofs: Proofs = client.get(path)
-    total = sum(disk["size_bytes"] for disk in proofs)
-    seen, since = proofs, time.monotonic()
+    asked: Proofs = client.post(path)
+    before = {disk["disk"]: _began(disk) for disk in asked}
+    over: set[str] = set()  # for good: a later pass of such a disk does not matter
+    seen, since = None, time.monotonic()
     try:
-        with progress(f"verifying {group}", total) as tell:
-            while not all(_is_over(disk, before.get(disk["disk"])) for disk in proofs):
-                tell(sum(_done_bytes(disk, before.get(disk["disk"])) for disk in proofs))
-                time.sleep(LOOK_SECONDS)
-                proofs = client.get(path)
-                if _passes(proofs) != _passes(seen):
-                    seen, since = proofs, time.monotonic()
+        with progress(f"verifying {group}", sum(disk["size_bytes"] for disk in asked)) as tell:
+            while True:
+                proofs: Proofs = client.get(path)
+                asked = [disk for disk in proofs if disk["disk"] in before]
+                over |= {one["disk"] for one in asked if _is_over(one, before[one["disk"]])}
+                waiting = [disk for disk in asked if disk["disk"] not in over]
+                tell(
+                    sum(disk["size_bytes"] for disk in asked if disk["disk"] in over)
+                    + sum(_done_bytes(disk, before[disk["disk"]]) for disk in waiting)
+                )
+                if not waiting:
+                    return proofs
+                if _passes(waiting) != seen:
+                    seen, since = _passes(waiting), time.monotonic()
                 elif time.monotonic() > since + LOOK_UP_SECONDS:
                     check_working(
                         find_group(client, group),
@@ -105,11 +113,10 @@ def _pass_now(client: ControlClient, path: str, group: str) -> Proofs:
                         "begun goes on when it is",
                         code="stalled",
                     )
-            tell(total)
+                time.sleep(LOOK_SECONDS)
     except KeyboardInterrupt:
         print(f"the pass goes on; see: blockrepl verify {group}", file=sys.stderr)
         raise
-    return proofs
 
 
 def _passes(proofs: Proofs) -> list[Any]:
@@ -120,16 +127,17 @@ def _began(disk: dict[str, Any]) -> int | None:
     return disk["scrub"]["started_ns"] if disk["scrub"] else None
 
 
-def _is_ours(disk: dict[str, Any], before: int | None) -> bool:
-    return _began(disk) != before and bool(disk["scrub"]["is_asked_for"])
+def _is_new(disk: dict[str, Any], before: int | None) -> bool:
+    """Whether its pass began after the asking; also one that nobody asked for, behind a restart."""
+    return _began(disk) not in (None, before)
 
 
 def _is_over(disk: dict[str, Any], before: int | None) -> bool:
-    return _is_ours(disk, before) and disk["scrub"]["ended_ns"] is not None
+    return _is_new(disk, before) and disk["scrub"]["ended_ns"] is not None
 
 
 def _done_bytes(disk: dict[str, Any], before: int | None) -> int:
-    if not _is_ours(disk, before):
+    if not _is_new(disk, before):
         return 0
     return int(disk["scrub"]["progress"] * disk["size_bytes"])
 

@@ -9,7 +9,7 @@ GET /checkpoints/G                    the group's newest checkpoints, as the rec
 POST /checkpoints/G                   ``{"name", "keep"}``: takes one, answers when it is durable
 POST /checkpoints/G/NAME/remove       forgets one
 GET /verify/G                         what the scrub has proven, per disk
-POST /verify/G                        begins a pass of all disks; as before it
+POST /verify/G                        begins a pass of this source's disks; their proofs before it
 POST /disks/NAME/resync               ``{"full"}``: compares all of a disk and sends what differs,
                                       or sends all of it
 POST /disks/NAME/grow                 ``{"size_bytes"}``: takes the size that its image has got
@@ -89,6 +89,8 @@ def agent_application(agent: Agent) -> Starlette:
         proofs = await session.verify(replication)
         if request.method == "POST":
             replication.scrub.begin_now()
+            own = {disk.entry.name for disk in replication.disks}
+            proofs = [proof for proof in proofs if proof["disk"] in own]
         return JSONResponse(proofs)
 
     async def resync(request: Request) -> JSONResponse:
