@@ -511,7 +511,7 @@ async def test_a_comparison_of_a_refused_group_is_dropped(
         assert (await verdict(peer)).differing == ()
 
 
-async def test_a_scrub_over_the_wire_proves_and_a_consistent_mark_heals(
+async def test_a_scrub_over_the_wire_proves_and_its_next_proof_heals(
     vault: Vault, tmp_path: Path
 ) -> None:
     async with vault.peer() as peer:
@@ -533,8 +533,14 @@ async def test_a_scrub_over_the_wire_proves_and_a_consistent_mark_heals(
         assert (await verdict(peer)).differing == (1,)
         disk = (await vault.group())["disks"][0]
         assert (disk["verified_ns"], disk["mismatches"]) == (None, 1)
-        await peer.send(agent.consistent())
-        await peer.acknowledged(4)
+        # A gap of other bytes: what differs was not sent again.
+        await peer.send(agent.gap(), write(agent, MIB, data[:65536]), agent.consistent())
+        await peer.acknowledged(6)
+        assert (await vault.group())["disks"][0]["mismatches"] == 1
+        await peer.send(write(agent, 65536, data[65536:131072]))  # by the guest, say
+        await peer.acknowledged(7)
+        await ask(peer, agent, data, purpose=Purpose.SCRUB)
+        assert (await verdict(peer)).differing == ()
         assert (await vault.group())["disks"][0]["mismatches"] == 0
 
 

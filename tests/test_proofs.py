@@ -127,7 +127,7 @@ def test_chunks_that_wait_to_be_written_are_bounded(
     reader.close()
 
 
-def test_a_mismatch_is_one_row_until_the_next_consistent_mark_heals_it(catalog: Catalog) -> None:
+def test_a_mismatch_is_one_row_until_its_range_is_proven_again(catalog: Catalog) -> None:
     proofs = Proofs(catalog)
     proofs.prove(DISK, SIZE, 0, SIZE, 9)
     proofs.differ(DISK, 65536, 131072, 10)
@@ -138,13 +138,57 @@ def test_a_mismatch_is_one_row_until_the_next_consistent_mark_heals_it(catalog: 
     proofs.differ(DISK, 65536, 65536, 11)  # found again: part of what is known
     proofs.differ(OTHER, 0, 65536, 11)
     assert len(proofs.mismatches(DISK)) == 1
-    catalog.set_consistent(DISK, 12)
+    proofs.prove(DISK, SIZE, 0, REGION_BYTES, 12)
     assert proofs.mismatches(DISK) == []
     assert proofs.mismatches(DISK, healed_too=True) == [Mismatch(DISK, 65536, 131072, 10, 12)]
     assert proofs.mismatches(DISK, healed_too=True, after_ns=10) == []
     assert len(proofs.mismatches(OTHER)) == 1
     proofs.differ(DISK, 65536, 65536, 13)  # and once more
     assert proofs.mismatches(DISK) == [Mismatch(DISK, 65536, 65536, 13)]
+
+
+def test_no_gap_of_anything_else_heals_a_mismatch(catalog: Catalog) -> None:
+    # Guards set_consistent: the end of a short gap (a full ring) hid that a region was still wrong.
+    proofs = Proofs(catalog)
+    proofs.differ(DISK, 2 * REGION_BYTES, 65536, 10)
+    catalog.begin_gap(DISK, 11)
+    catalog.set_consistent(DISK, 12)
+    proofs.prove(DISK, SIZE, 0, 2 * REGION_BYTES, 13)
+    proofs.prove(DISK, SIZE, 3 * REGION_BYTES, REGION_BYTES, 13)
+    assert proofs.mismatches(DISK) == [Mismatch(DISK, 2 * REGION_BYTES, 65536, 10)]
+
+
+def test_a_mismatch_of_many_regions_is_healed_when_all_of_them_are_proven(catalog: Catalog) -> None:
+    proofs = Proofs(catalog)
+    start, length = REGION_BYTES - 512, 2 * REGION_BYTES  # in four regions
+    proofs.differ(DISK, start, length, 10, 9)
+    proofs.prove(DISK, SIZE, 0, SIZE, 10)  # no later than it was found
+    proofs.prove(DISK, SIZE, 0, SIZE, 8)
+    proofs.prove(DISK, SIZE, 2 * REGION_BYTES, REGION_BYTES, 15)
+    proofs.prove(DISK, SIZE, 0, REGION_BYTES + 4096, 13)
+    assert len(proofs.mismatches(DISK)) == 1
+    proofs.write()
+    catalog.close()
+    catalog = Catalog.open(catalog.path)
+    proofs = Proofs(catalog)
+    proofs.prove(DISK, SIZE, REGION_BYTES, REGION_BYTES, 14)
+    assert proofs.mismatches(DISK, healed_too=True) == [Mismatch(DISK, start, length, 10, 15, 9)]
+    catalog.close()
+
+
+def test_a_mismatch_at_the_end_of_a_disk_that_has_grown_is_healed_by_its_proof(
+    catalog: Catalog,
+) -> None:
+    proofs = Proofs(catalog)
+    last = (REGIONS - 1) * REGION_BYTES
+    proofs.differ(DISK, last, SIZE - last, 10)
+    grown = catalog.grow(DISK, SIZE + 4096, 11)
+    assert grown == SIZE
+    proofs.grown(DISK, SIZE)
+    proofs.prove(DISK, SIZE + 4096, last, SIZE - last, 12)  # sent before it grew: of a part
+    assert len(proofs.mismatches(DISK)) == 1
+    proofs.prove(DISK, SIZE + 4096, last, REGION_BYTES, 13)
+    assert proofs.mismatches(DISK) == []
 
 
 def test_mismatches_are_bounded_the_oldest_healed_go_first(
@@ -154,7 +198,7 @@ def test_mismatches_are_bounded_the_oldest_healed_go_first(
     proofs = Proofs(catalog)
     proofs.differ(DISK, 0, 10, 5)
     proofs.differ(OTHER, 0, 10, 6)
-    catalog.set_consistent(OTHER, 7)
+    proofs.prove(OTHER, SIZE, 0, SIZE, 7)
     proofs.differ(DISK, 100, 10, 8)
     proofs.differ(DISK, 200, 10, 9)
     assert [m.start for m in proofs.mismatches(DISK)] == [0, 100, 200]
@@ -210,10 +254,11 @@ def test_a_catalog_of_version_1_is_upgraded_and_nothing_in_it_is_lost(old: Path)
     proofs = Proofs(catalog)
     proofs.prove(DISK, SIZE, 0, SIZE, 9)
     proofs.differ(DISK, 0, 512, 10)
-    catalog.set_consistent(DISK, 11)
+    proofs.prove(DISK, SIZE, 0, REGION_BYTES, 11)
+    proofs.write()
     catalog.close()
     again = Catalog.open(old)
-    assert Proofs(again).proven(DISK, SIZE) == Proven(SIZE - REGION_BYTES, 9, False, 0)
+    assert Proofs(again).proven(DISK, SIZE) == Proven(SIZE, 9, True, 0)
     assert again.checkpoints() == [CheckpointRow("a", 5, "crash", True)]
     again.close()
 

@@ -6,7 +6,8 @@ An answer, in this order:
 2. the index sees them; nothing is read that is not durable
 3. in a worker thread, region by region: the range's content at exactly the comparison's stamp, and
    its digests. Whatever is appended meanwhile is younger, and does not show
-4. of a scrub: what does not differ is a proof, what differs an alarm (storage/proofs.py)
+4. of a scrub: what does not differ is a proof, and heals what differed there before; what differs
+   is an alarm (storage/proofs.py)
 
 Comparisons hold up no commit: they have THREADS_MAX threads of their own, and wait for a commit
 without asking for one.

@@ -20,11 +20,11 @@ Only disks that are ready are scrubbed, over a direct link, and only after this 
 watermark: records that an earlier one sent may be younger than the watermark it left.
 
 A region that differs is doubted (source_disk.py): a gap from now on, in which the region is
-compared and what differs is sent, ended by a consistent mark. It is read again afterwards, so a
-pass ends with its proof. The gap says that history has a new beginning, and no more: the instants
-before it stay reachable as they are. That the region's bytes are not to be trusted from its last
-proof to the heal is what the mismatch in the receiver's catalog says (storage/proofs.py). Finds
-that come together are healed together, in one gap.
+compared and what differs is sent, ended by a consistent mark. It is read again right afterwards, so
+a pass ends with its proof, and nothing but that proof heals the mismatch in the receiver's catalog
+(storage/proofs.py). The gap says that history has a new beginning, and no more: the instants before
+it stay reachable as they are. That the region's bytes are not to be trusted from its last proof to
+the heal is what the mismatch says. Finds that come together are sent together, in one gap.
 
 Nothing here holds up replication. The pump waits only while an instant is taken; of the receiver's
 places for comparisons (limits.COMPARISONS_MAX) an agent's scrubs together take UNDER_WAY_MAX, and

@@ -37,7 +37,7 @@ class PassStatus(BaseModel):
 
 
 class Difference(BaseModel):
-    """Bytes that differed at ``at_ns``, last proven before at ``proven_ns``."""
+    """Bytes that differed at ``at_ns``; proven before at ``proven_ns``, again at ``healed_ns``."""
 
     start: int
     length: int

@@ -332,12 +332,6 @@ class Catalog:
                 at_ns,
                 disk.hex(),
             )
-            self.change(
-                "UPDATE mismatches SET healed_ns = max(at_ns, ?1) "
-                "WHERE disk = ?2 AND healed_ns IS NULL",
-                at_ns,
-                disk.hex(),
-            )
 
     def checkpoints(self) -> list[CheckpointRow]:
         """All, by instant."""

@@ -8,10 +8,12 @@ Proofs are written late: they stand in memory, chunk by chunk, until ``write`` i
 seconds, and when the replica is closed), or CHUNKS_MAX of them are waiting. A crash loses the last
 ones, which only means that they are proven again. Mismatches are written at once.
 
-A mismatch is healed by the disk's next consistent mark (catalog.set_consistent). The proof of a
-region that differs is taken back; the mismatch keeps it. From then (from the floor, when there was
-none) to the heal, that range of the disk is not to be trusted. Those instants stay reachable: all
-else in them is what it was, and it may be all that is left of them.
+The proof of a region that differs is taken back; the mismatch keeps it. A mismatch is healed when
+every region of its range is proven at a later instant than it was found at, in whatever order. No
+consistent mark does it, nor does a resync, a growth or a fold: they may be of other bytes, and say
+nothing of these. From the last proof (from the floor, when there was none) to the heal, that range
+of the disk is not to be trusted. Those instants stay reachable: all else in them is what it was,
+and it may be all that is left of them.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ _VERSION = 2  # of the catalog that has these tables
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Bytes [start, start + length) of a disk differed at ``at_ns``, and not at ``proven_ns``."""
+    """Bytes [start, start + length) of a disk differed at ``at_ns``, and not at ``proven_ns``.
+
+    ``healed_ns``: the first instant at which all of them are known to be right again.
+    """
 
     disk: bytes
     start: int
@@ -70,14 +75,18 @@ class Proofs:
     def prove(self, disk: bytes, size_bytes: int, offset: int, length: int, stamp: int) -> None:
         """A range equalled the source's at ``stamp``. Regions it covers in part stay as they are.
 
-        StorageError.
+        Heals the mismatches of which all is proven by now. StorageError.
         """
         end = offset + length
+        first = -(-offset // REGION_BYTES)
         last = _count(size_bytes) if end == size_bytes else end // REGION_BYTES
+        if first >= last:
+            return
         with self.lock:
-            for chunk, places in _chunks(-(-offset // REGION_BYTES), last):
+            for chunk, places in _chunks(first, last):
                 stamps = self._chunk(disk, chunk)
                 stamps[places] = np.maximum(stamps[places], np.uint64(stamp))
+            self._heal(disk, first * REGION_BYTES, last * REGION_BYTES)
             if len(self._waiting) >= CHUNKS_MAX:
                 self.write()
 
@@ -115,6 +124,27 @@ class Proofs:
             chunk, place = divmod(before_bytes // REGION_BYTES, CHUNK_REGIONS)
             self._chunk(disk, chunk)[place] = 0
             self._write_chunks()
+
+    def _heal(self, disk: bytes, start: int, end: int) -> None:
+        """Close the mismatches that touch a range and are proven since."""
+        query = (
+            "SELECT start, length, at_ns FROM mismatches WHERE disk = ? AND healed_ns IS NULL "
+            "AND start < ? AND start + length > ?"
+        )
+        healed = []
+        for first, length, at_ns in self._rows(query, disk.hex(), end, start):
+            oldest, newest = self._span(disk, first, length)
+            if oldest > at_ns:
+                healed.append((newest, disk.hex(), first, length, at_ns))
+        if not healed:
+            return
+        with self._catalog.transaction():
+            for row in healed:
+                self._catalog.change(
+                    "UPDATE mismatches SET healed_ns = ? "
+                    "WHERE disk = ? AND start = ? AND length = ? AND at_ns = ?",
+                    *row,
+                )
 
     def _is_known(self, disk: bytes, start: int, length: int) -> bool:
         """Whether a mismatch that is not healed has all of the range."""
@@ -214,9 +244,7 @@ class Proofs:
     def proven_at(self, disk: bytes, start: int, length: int) -> int | None:
         """When all of a range was proven last; None when some of it never was. StorageError."""
         with self.lock:
-            pieces = _chunks(start // REGION_BYTES, -(-(start + length) // REGION_BYTES))
-            oldest = [int(self._peek(disk, chunk)[places].min()) for chunk, places in pieces]
-            return min(oldest) or None
+            return self._span(disk, start, length)[0] or None
 
     def mismatches(
         self, disk: bytes, *, after_ns: int = -1, healed_too: bool = False
@@ -230,6 +258,12 @@ class Proofs:
             healed_too,
         )
         return [Mismatch(disk, *rest) for _, *rest in rows]
+
+    def _span(self, disk: bytes, start: int, length: int) -> tuple[int, int]:
+        """The oldest and the newest stamp of the regions that a range touches."""
+        pieces = _chunks(start // REGION_BYTES, -(-(start + length) // REGION_BYTES))
+        stamps = [self._peek(disk, chunk)[places] for chunk, places in pieces]
+        return min(int(part.min()) for part in stamps), max(int(part.max()) for part in stamps)
 
     def _all_sums(self, disk: bytes) -> dict[int, tuple[int, int, int]]:
         """By chunk: regions proven, oldest stamp, newest stamp."""
