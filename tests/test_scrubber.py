@@ -427,6 +427,29 @@ async def test_a_verdict_of_another_range_is_the_receivers_fault(source: Source)
             pump.verdict(Verdict(asked.group, asked.token, 1, ()))
 
 
+async def test_what_differs_is_sent_again_though_the_disk_grows_meanwhile(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards ``doubted`` in GroupScrub.follow: a new scrub of the grown disk knew nothing of it.
+    heal_seconds = scrubber.HEAL_SECONDS
+    monkeypatch.setattr(scrubber, "HEAL_SECONDS", math.inf)
+    content = random_bytes(SIZE)
+    entry = source.add("root", SIZE, content=content)
+    receiver = Receiver(before={entry.id.bytes: content})
+    flip(entry.image, 2 * MIB)
+    # No rate: no pass of the grown disk finds it once more.
+    async with scrubbing(source, receiver, entry, rate=0.0) as (pump, scrub):
+        scrub.begin_now()
+        await until(lambda: scrub.disks[entry.id.bytes].doubted)
+        before = scrub.disks[entry.id.bytes]
+        before.plan.size_bytes -= MIB  # as if it had been of less
+        scrub.follow(pump)
+        assert scrub.disks[entry.id.bytes].plan is not before.plan
+        monkeypatch.setattr(scrubber, "HEAL_SECONDS", heal_seconds)
+        await until(lambda: len(receiver.marks()) == 2)
+    assert replay(receiver.frames, entry.id.bytes, SIZE, before=content) == entry.image.read_bytes()
+
+
 async def test_a_doubt_that_was_never_told_is_made_good_by_the_next_agent(source: Source) -> None:
     # Guards ``is_doubted`` in SourceDisk._resume: a ready disk with stale regions and no gap would
     # never be synced, and its pump never rest.

@@ -147,12 +147,15 @@ class GroupScrub:
             self._pool.remove(self.disks.pop(gone).plan)
         for disk in pump.disks:
             size_bytes = disk.entry.size_bytes
-            if disk.id in self.disks and self.disks[disk.id].plan.size_bytes != size_bytes:
-                self._pool.remove(self.disks.pop(disk.id).plan)  # it has grown: begin anew
-            if disk.id not in self.disks:
-                plan = ScrubPlan(size_bytes, trio.current_time(), rate=self._pool.rate)
-                self._pool.add(plan)
-                self.disks[disk.id] = DiskScrub(plan)
+            before = self.disks.get(disk.id)
+            if before is not None and before.plan.size_bytes == size_bytes:
+                continue
+            plan = ScrubPlan(size_bytes, trio.current_time(), rate=self._pool.rate)
+            self._pool.add(plan)
+            scrub = self.disks[disk.id] = DiskScrub(plan)
+            if before is not None:  # it has grown: begin anew; what is to be sent again still is
+                self._pool.remove(before.plan)
+                scrub.doubted, scrub.doubted_since = before.doubted, before.doubted_since
 
     def close(self) -> None:
         self.follow(None)
