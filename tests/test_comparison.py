@@ -25,7 +25,7 @@ from blockrepl.formats.frame import RecordKind
 from blockrepl.formats.messages import MessageType
 from blockrepl.limits import COMPARE_BLOCK_BYTES, REGION_BYTES
 from blockrepl.services.comparison import GroupComparison
-from blockrepl.storage.content import ContentReader
+from blockrepl.storage.content import ContentReader, Window
 from blockrepl.storage.digests import digest_blocks, zero_digests
 from blockrepl.storage.files import Files
 from blockrepl.storage.proofs import Mismatch, Proven
@@ -231,16 +231,48 @@ def test_a_segment_that_is_lost_makes_all_differ_for_a_resync_and_nothing_for_a_
     assert (proofs.proven(disk, SIZES["root"]), proofs.mismatches(disk)) == (proven, [])
     assert (
         f"disk root cannot be compared with its source: segment {lost.name}"
-        in (comparison.unreadable[disk])
+        in (comparison.hidden.reasons()[disk])
     )
     assert sum("cannot be compared" in line for line in caplog.messages) == 1
     comparison.close()
     (journal.directory / "lost.seg").rename(lost)
     again = GroupComparison(journal.replica)
-    again.unreadable = comparison.unreadable
+    again.hidden = comparison.hidden
     assert differing(again, scrub) == []
-    assert (again.unreadable, proofs.proven(disk, SIZES["root"]).is_whole) == ({}, True)
+    assert (again.hidden.reasons(), proofs.proven(disk, SIZES["root"]).is_whole) == ({}, True)
     again.close()
+
+
+def test_a_region_that_cannot_be_compared_is_told_until_that_very_region_is(
+    journal: Journal, comparison: GroupComparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards HiddenRegions: the next region hid that nothing was known of the first.
+    content, disk = journal.model.at(journal.stamp)["data"], journal.ids["data"].bytes
+    whole = of(journal, "data", journal.stamp, content, purpose=Purpose.SCRUB)
+    first, second = (
+        of(journal, "data", journal.stamp, content, purpose=Purpose.SCRUB, offset=at, length=length)
+        for at, length in ((0, REGION_BYTES), (REGION_BYTES, SIZES["data"] - REGION_BYTES))
+    )
+    resolve = ContentReader.resolve
+
+    def failing(self: ContentReader, disk: bytes, at: int, end: int, at_ns: int) -> Window:
+        if at < REGION_BYTES:
+            raise StorageError("input/output error")
+        return resolve(self, disk, at, end, at_ns)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ContentReader, "resolve", failing)
+        for compare in (first, second):
+            assert differing(comparison, compare) == []
+        assert "input/output error" in comparison.hidden.reasons()[disk]
+        assert differing(comparison, second) == []
+        assert differing(comparison, whole) == []  # of the second nothing is known either
+    part = replace(first, length=COMPARE_BLOCK_BYTES, digests=first.digests[:16])
+    for compare in (part, second, part):
+        assert differing(comparison, compare) == []
+        assert list(comparison.hidden.reasons()) == [disk]
+    assert differing(comparison, first) == []
+    assert comparison.hidden.reasons() == {}
 
 
 def test_lies_are_the_peers_fault(journal: Journal, comparison: GroupComparison) -> None:

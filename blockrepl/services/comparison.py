@@ -17,7 +17,8 @@ of the replica cannot be read   then
 ==============================  ====================================================================
 a block                         it differs: sent again, it can be read from that instant on
 which records there are: a      sending does not help, for they may be newer. Of a resync all
-damaged index, a lost segment   differs, once; a scrub proves nothing, sends nothing, and says why
+damaged index, a lost segment   differs, once; a scrub proves nothing, sends nothing, and says why,
+                                until that very region is compared (hidden_regions.py)
 ==============================  ====================================================================
 
 A base image may be written to meanwhile, by frames of a first sync. That does no harm: a source
@@ -39,6 +40,7 @@ from blockrepl.errors import PeerError, StorageError, explain
 from blockrepl.formats.comparison import DIGEST_BYTES, Compare, Purpose, Verdict
 from blockrepl.limits import COMPARE_BLOCK_BYTES, REGION_BYTES
 from blockrepl.services.group_committer import GroupCommitter
+from blockrepl.services.hidden_regions import HiddenRegions
 from blockrepl.storage.base import image_path
 from blockrepl.storage.catalog import DiskRow
 from blockrepl.storage.content import ContentReader, Extent
@@ -80,9 +82,9 @@ class Comparisons:
         return known.newest_stamps.get(disk, 0) if known is not None else 0
 
     def unreadable(self, group: str) -> dict[bytes, str]:
-        """Why disks of a group could not be compared when it was tried last, by id."""
+        """Why some of a disk could not be compared when it was tried last, by the disk's id."""
         known = self._groups.get(group)
-        return dict(known.unreadable) if known is not None else {}
+        return known.hidden.reasons() if known is not None else {}
 
     def close(self) -> None:
         for group in self._groups.values():
@@ -98,7 +100,7 @@ class GroupComparison:
 
     def __init__(self, replica: Replica) -> None:
         self.newest_stamps: dict[bytes, int] = {}
-        self.unreadable: dict[bytes, str] = {}
+        self.hidden = HiddenRegions()
         self._replica = replica
         self._lock = threading.Lock()
         self._history: ReplicaHistory | None = None
@@ -133,12 +135,13 @@ class GroupComparison:
             try:
                 mine = self._digests(reader, disk, at, length, compare.stamp, is_last)
             except _HiddenError as error:
-                self._hidden(disk, error)
-                if compare.purpose is Purpose.SCRUB:
+                is_scrub = compare.purpose is Purpose.SCRUB
+                self._hide(disk, at, compare.length - first if is_scrub else length, error)
+                if is_scrub:
                     return Verdict(compare.group, compare.token, compare.block_count, ())
                 mine = [b""] * -(-length // COMPARE_BLOCK_BYTES)
             else:
-                self.unreadable.pop(disk.id, None)
+                self.hidden.compared(disk.id, disk.size_bytes, at, length)
             block = first // COMPARE_BLOCK_BYTES
             for place, digest in enumerate(mine):
                 at = (block + place) * DIGEST_BYTES
@@ -233,12 +236,11 @@ class GroupComparison:
         if isinstance(error, GoneError) and not is_last:
             raise error
 
-    def _hidden(self, disk: DiskRow, error: _HiddenError) -> None:
-        """Note, and say once, that a disk cannot be compared."""
+    def _hide(self, disk: DiskRow, offset: int, length: int, error: _HiddenError) -> None:
+        """Note, and say once, that a range of a disk cannot be compared."""
         why = f"disk {disk.name} cannot be compared with its source: {error}"
-        if self.unreadable.get(disk.id) != why:
+        if self.hidden.hide(disk.id, offset, length, why):
             logger.error("group %s: %s", self._replica.name, why)
-            self.unreadable[disk.id] = why
 
     def _unreadable(self, disk: DiskRow, error: StorageError, is_last: bool) -> None:
         """What cannot be read differs."""

@@ -61,7 +61,8 @@ class Difference(BaseModel):
 class DiskProof(BaseModel):
     """``mismatches`` counts those that are not healed; ``found`` names healed ones too.
 
-    ``unreadable``: why the disk could not be compared, when it was tried last; None when it could.
+    ``unreadable``: why some of the disk could not be compared, when it was tried last; None when
+    all could.
     """
 
     disk: str

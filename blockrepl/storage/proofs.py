@@ -77,9 +77,7 @@ class Proofs:
 
         Heals the mismatches of which all is proven by now. StorageError.
         """
-        end = offset + length
-        first = -(-offset // REGION_BYTES)
-        last = _count(size_bytes) if end == size_bytes else end // REGION_BYTES
+        first, last = whole_regions(size_bytes, offset, length)
         if first >= last:
             return
         with self.lock:
@@ -281,6 +279,13 @@ class Proofs:
     def _peek(self, disk: bytes, chunk: int) -> U64:
         stamps = self._waiting.get((disk, chunk))
         return self._read(disk, chunk) if stamps is None else stamps
+
+
+def whole_regions(size_bytes: int, offset: int, length: int) -> tuple[int, int]:
+    """The first region that a range of a disk covers whole, and the one after the last."""
+    end = offset + length
+    last = _count(size_bytes) if end == size_bytes else end // REGION_BYTES
+    return -(-offset // REGION_BYTES), last
 
 
 def _count(size_bytes: int) -> int:
