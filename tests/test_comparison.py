@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -29,6 +30,7 @@ from blockrepl.storage.content import ContentReader, Window
 from blockrepl.storage.digests import digest_blocks, zero_digests
 from blockrepl.storage.files import Files
 from blockrepl.storage.proofs import Mismatch, Proven
+from blockrepl.storage.reading import LOOKS_MAX, GoneError
 from blockrepl.units import KIB, MIB
 
 # The second disk ends in a short block of a short region.
@@ -273,6 +275,41 @@ def test_a_region_that_cannot_be_compared_is_told_until_that_very_region_is(
         assert list(comparison.hidden.reasons()) == [disk]
     assert differing(comparison, first) == []
     assert comparison.hidden.reasons() == {}
+
+
+@pytest.mark.parametrize("call", ["resolve", "add_extents", "read_into"])
+@pytest.mark.parametrize("purpose", Purpose)
+def test_what_retention_takes_away_again_and_again_is_no_difference(
+    journal: Journal,
+    comparison: GroupComparison,
+    monkeypatch: pytest.MonkeyPatch,
+    purpose: Purpose,
+    call: str,
+) -> None:
+    # Guards `looking` in GroupComparison.compare: after two looks what was gone was a difference.
+    content, disk = journal.model.at(journal.stamp)["data"], journal.ids["data"].bytes
+    compare = of(journal, "data", journal.stamp, content, purpose=purpose, length=REGION_BYTES)
+    done = getattr(ContentReader, call)
+    gone = LOOKS_MAX - 1
+
+    def replaced(self: ContentReader, *arguments: Any) -> Any:
+        nonlocal gone
+        if gone:
+            gone -= 1
+            raise GoneError("segment 1 is gone")
+        return done(self, *arguments)
+
+    monkeypatch.setattr(ContentReader, call, replaced)
+    assert differing(comparison, compare) == []
+    assert (gone, comparison.hidden.reasons()) == (0, {})
+    gone = 1 << 30  # lost, rather
+    found = differing(comparison, compare)
+    proofs = journal.replica.proofs
+    if purpose is Purpose.SCRUB:
+        assert (found, proofs.mismatches(disk)) == ([], [])
+        assert "segment 1 is gone" in comparison.hidden.reasons()[disk]
+    else:
+        assert found  # sent again, it can be read
 
 
 def test_lies_are_the_peers_fault(journal: Journal, comparison: GroupComparison) -> None:

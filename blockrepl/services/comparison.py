@@ -19,6 +19,8 @@ a block                         it differs: sent again, it can be read from that
 which records there are: a      sending does not help, for they may be newer. Of a resync all
 damaged index, a lost segment   differs, once; a scrub proves nothing, sends nothing, and says why,
                                 until that very region is compared (hidden_regions.py)
+a file that is gone             looked for LOOKS_MAX times: retention may have replaced it. If it
+                                is lost: of a resync its blocks differ; for a scrub, as above
 ==============================  ====================================================================
 
 A base image may be written to meanwhile, by frames of a first sync. That does no harm: a source
@@ -46,7 +48,7 @@ from blockrepl.storage.catalog import DiskRow
 from blockrepl.storage.content import ContentReader, Extent
 from blockrepl.storage.digests import digest_blocks, zero_digests
 from blockrepl.storage.history import ReplicaHistory
-from blockrepl.storage.reading import GoneError
+from blockrepl.storage.reading import GoneError, looking
 from blockrepl.storage.replica import Replica
 from blockrepl.units import format_instant
 
@@ -92,7 +94,7 @@ class Comparisons:
 
 
 class _HiddenError(Exception):
-    """Which records of a range there are cannot be told."""
+    """Which records of a range there are cannot be told, or a file of theirs is gone."""
 
 
 class GroupComparison:
@@ -112,12 +114,17 @@ class GroupComparison:
     def compare(self, source: bytes, compare: Compare, check: Callable[[], None]) -> Verdict:
         """``check`` is called now and then, and may raise. PeerError, StorageError."""
         try:
-            return self._compare(source, compare, check, is_last=False)
-        except GoneError:  # retention has replaced a segment: look again
-            with self._lock:
-                if self._history is not None:
-                    self._history.look_again()
+            return looking(
+                lambda: self._compare(source, compare, check, is_last=False), self._look_again
+            )
+        except GoneError:  # lost, rather than replaced by retention
+            self._look_again()
             return self._compare(source, compare, check, is_last=True)
+
+    def _look_again(self) -> None:
+        with self._lock:
+            if self._history is not None:
+                self._history.look_again()
 
     def _compare(
         self, source: bytes, compare: Compare, check: Callable[[], None], *, is_last: bool
@@ -133,7 +140,7 @@ class GroupComparison:
             length = min(REGION_BYTES, compare.length - first)
             at = compare.offset + first
             try:
-                mine = self._digests(reader, disk, at, length, compare.stamp, is_last)
+                mine = self._digests(reader, disk, compare, at, length, is_last)
             except _HiddenError as error:
                 is_scrub = compare.purpose is Purpose.SCRUB
                 self._hide(disk, at, compare.length - first if is_scrub else length, error)
@@ -193,25 +200,29 @@ class GroupComparison:
         self,
         reader: ContentReader,
         disk: DiskRow,
+        compare: Compare,
         offset: int,
         length: int,
-        at_ns: int,
         is_last: bool,
     ) -> list[bytes]:
-        """A region's digests, block by block; empty for what cannot be read. _HiddenError."""
+        """A region's digests, block by block; empty for what cannot be read.
+
+        GoneError, unless it is the last look; _HiddenError.
+        """
         count = -(-length // COMPARE_BLOCK_BYTES)
         end = offset + length
         image = image_path(self._replica.directory, disk.name)
         extents: list[Extent] = []
         try:
-            window = reader.resolve(disk.id, offset, end, at_ns)
+            window = reader.resolve(disk.id, offset, end, compare.stamp)
         except StorageError as error:
-            self._look_once_more(error, is_last)
+            if isinstance(error, GoneError) and not is_last:
+                raise
             raise _HiddenError(explain(error)) from error
         try:
             reader.add_extents(extents, image, window, offset, end)
         except StorageError as error:
-            self._unreadable(disk, error, is_last)
+            self._unreadable(disk, compare, error, is_last)
             return [b""] * count
         digests: list[bytes] = []
         has_data = _blocks_with_data(extents, offset, count)
@@ -225,16 +236,11 @@ class GroupComparison:
             try:
                 reader.read_into(image, window, at, memoryview(data))
             except StorageError as error:
-                self._unreadable(disk, error, is_last)
+                self._unreadable(disk, compare, error, is_last)
                 digests.append(b"")
             else:
                 digests.append(digest_blocks(data))
         return digests
-
-    def _look_once_more(self, error: StorageError, is_last: bool) -> None:
-        """For what is gone: retention may have replaced it. GoneError."""
-        if isinstance(error, GoneError) and not is_last:
-            raise error
 
     def _hide(self, disk: DiskRow, offset: int, length: int, error: _HiddenError) -> None:
         """Note, and say once, that a range of a disk cannot be compared."""
@@ -242,9 +248,18 @@ class GroupComparison:
         if self.hidden.hide(disk.id, offset, length, why):
             logger.error("group %s: %s", self._replica.name, why)
 
-    def _unreadable(self, disk: DiskRow, error: StorageError, is_last: bool) -> None:
-        """What cannot be read differs."""
-        self._look_once_more(error, is_last)
+    def _unreadable(
+        self, disk: DiskRow, compare: Compare, error: StorageError, is_last: bool
+    ) -> None:
+        """What cannot be read differs; what is gone is looked for, and is no find of a scrub.
+
+        GoneError, _HiddenError.
+        """
+        if isinstance(error, GoneError):
+            if not is_last:
+                raise error
+            if compare.purpose is Purpose.SCRUB:
+                raise _HiddenError(explain(error)) from error
         logger.error("group %s: disk %s: %s", self._replica.name, disk.name, error)
 
     def _note(self, disk: DiskRow, compare: Compare, differing: list[int]) -> None:
