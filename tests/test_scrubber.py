@@ -236,7 +236,7 @@ async def scrub_under_load(source: Source, monkeypatch: pytest.MonkeyPatch) -> R
         return bool(receiver.marks()) or (found > ENOUGH and disturbed > ENOUGH)
 
     with Load(source.guest(entry), LOADED):
-        async with scrubbing(source, receiver, entry, rate=math.inf) as (_, scrub):
+        async with scrubbing(source, receiver, entry, rate=1e12) as (_, scrub):
             await until(is_enough)
     return receiver
 
