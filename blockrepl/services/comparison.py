@@ -20,7 +20,7 @@ which records there are: a      sending does not help, for they may be newer. Of
 damaged index, a lost segment   differs, once; a scrub proves nothing, sends nothing, and says why,
                                 until that very region is compared (hidden_regions.py)
 a file that is gone             looked for LOOKS_MAX times: retention may have replaced it. If it
-                                is lost: of a resync its blocks differ; for a scrub, as above
+                                is lost: its blocks differ; if it tells of records, as above
 ==============================  ====================================================================
 
 A base image may be written to meanwhile, by frames of a first sync. That does no harm: a source
@@ -222,7 +222,7 @@ class GroupComparison:
         try:
             reader.add_extents(extents, image, window, offset, end)
         except StorageError as error:
-            self._unreadable(disk, compare, error, is_last)
+            self._unreadable(disk, error, is_last)
             return [b""] * count
         digests: list[bytes] = []
         has_data = _blocks_with_data(extents, offset, count)
@@ -236,7 +236,7 @@ class GroupComparison:
             try:
                 reader.read_into(image, window, at, memoryview(data))
             except StorageError as error:
-                self._unreadable(disk, compare, error, is_last)
+                self._unreadable(disk, error, is_last)
                 digests.append(b"")
             else:
                 digests.append(digest_blocks(data))
@@ -248,18 +248,10 @@ class GroupComparison:
         if self.hidden.hide(disk.id, offset, length, why):
             logger.error("group %s: %s", self._replica.name, why)
 
-    def _unreadable(
-        self, disk: DiskRow, compare: Compare, error: StorageError, is_last: bool
-    ) -> None:
-        """What cannot be read differs; what is gone is looked for, and is no find of a scrub.
-
-        GoneError, _HiddenError.
-        """
-        if isinstance(error, GoneError):
-            if not is_last:
-                raise error
-            if compare.purpose is Purpose.SCRUB:
-                raise _HiddenError(explain(error)) from error
+    def _unreadable(self, disk: DiskRow, error: StorageError, is_last: bool) -> None:
+        """What cannot be read, or is lost, differs: sent again it can be. GoneError."""
+        if isinstance(error, GoneError) and not is_last:
+            raise error
         logger.error("group %s: disk %s: %s", self._replica.name, disk.name, error)
 
     def _note(self, disk: DiskRow, compare: Compare, differing: list[int]) -> None:
