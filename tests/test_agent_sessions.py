@@ -28,6 +28,7 @@ from blockrepl.model.backoff import FIRST_SECONDS, LAST_SECONDS
 from blockrepl.services.agent import FENCED_SECONDS, Agent
 from blockrepl.services.agent_api import _take_checkpoint, _WantedCheckpoint
 from blockrepl.services.agent_session import AgentSession
+from blockrepl.services.group_replication import GroupReplication
 from blockrepl.storage import clock
 from blockrepl.storage.clock import LEASE_NS
 from blockrepl.storage.home import Home
@@ -138,6 +139,7 @@ async def test_whether_a_checkpoints_name_is_taken_is_asked_of_that_name_alone(
     disks = [SimpleNamespace(group="web")]
     agent.disks = cast(SourceDisks, SimpleNamespace(all=lambda: disks))
     agent.session = cast(AgentSession, Session())
+    agent.groups["web"] = cast(GroupReplication, SimpleNamespace(error=None, errors={}, pump=1))
     with pytest.raises(StateError) as error:
         await _take_checkpoint(agent, "web", _WantedCheckpoint(name="monday"))
     assert error.value.code == "taken"

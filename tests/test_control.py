@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from blockrepl.cli import main as cli
 from blockrepl.errors import BlockreplError, PointError, StateError, UsageError
-from blockrepl.services import control_client
+from blockrepl.services import control_client, receiver_home
 from blockrepl.services.control import control_application, serve_control
 from blockrepl.services.control_client import ControlClient
 from blockrepl.storage.home import Home, make_directory
@@ -106,6 +106,7 @@ async def test_what_is_due_of_retention_may_take_as_long_as_it_does(
 
     monkeypatch.setattr(control_client, "ANSWER_SECONDS", 0.2)
     home = Home.create(tmp_path / "home")
+    receiver_home.initialise(home, "vault")
     make_directory(home.run_directory)
     routes = [
         Route("/retention/web/run", work, methods=["POST"]),
