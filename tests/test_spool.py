@@ -367,6 +367,30 @@ def test_all_that_is_synced_is_there_after_a_power_cut(tmp_path: Path) -> None:
     spool.close()
 
 
+def test_it_begins_without_waiting_for_the_disk_and_is_synced_with_its_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards ``durably=False`` in Spool.begin: a disk that others keep busy takes half a second for
+    # a sync, in which a ring overflows. And the directories in Spool.sync.
+    synced: list[str] = []
+
+    def note(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "fdatasync", note)
+    spool = Spool(tmp_path / "spools" / "group", BOUNDS)
+    for number in (1, 2):
+        spool.begin(attached(number), DISKS, [frame(number)])
+        spool.append(frame(number + 1))
+        assert not synced
+        if number == 1:
+            spool.clear()
+    sync(spool)
+    assert {str(tmp_path), str(tmp_path / "spools"), str(spool.directory)} < set(synced)
+    spool.close()
+
+
 def test_what_comes_or_goes_during_a_sync_does_not_count_as_synced(tmp_path: Path) -> None:
     files = FaultyFiles()
     spool = begun(tmp_path, 1, 30, files)

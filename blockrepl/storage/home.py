@@ -155,12 +155,13 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def make_directory(path: Path, mode: int = 0o700) -> None:
-    """Make a directory and its parents, durably."""
+def make_directory(path: Path, mode: int = 0o700, *, durably: bool = True) -> None:
+    """Make a directory and its parents."""
     if not path.is_dir():
-        make_directory(path.parent, mode)
+        make_directory(path.parent, mode, durably=durably)
         path.mkdir(mode=mode, exist_ok=True)
-    sync_directory(path.parent)  # also where it is: who made it may not have come so far
+    if durably:
+        sync_directory(path.parent)  # also where it is: who made it may not have come so far
 
 
 @contextlib.contextmanager

@@ -210,7 +210,7 @@ class Spool:
         assert not self.is_active
         self.next_number = known.next_number
         try:
-            make_directory(self.directory)
+            make_directory(self.directory, durably=False)  # as the state is written
             for path in self.directory.glob(f"*{_SUFFIX}"):
                 path.unlink()  # else it might be taken for a part of this spool
             self._add_file()
@@ -288,6 +288,9 @@ class Spool:
         if what.state is not None:
             paths.append(self.directory / STATE)
         try:
+            if what.state is not None:
+                make_directory(self.directory.parent)
+                make_directory(self.directory)
             for path in paths:
                 with contextlib.suppress(FileNotFoundError):  # given back meanwhile
                     self._sync_path(path)
