@@ -20,7 +20,7 @@ import os
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -63,6 +63,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outboxes, "MEMORY_FRAMES", MEMORY_FRAMES)
     monkeypatch.setattr(outboxes, "PRESSURE_SECONDS", 0.001)
     monkeypatch.setattr(outboxes, "FULL_SECONDS", 0.002)
+    monkeypatch.setattr(outboxes, "YIELD_SECONDS", 0.002)
     monkeypatch.setattr("blockrepl.limits.SPOOL_FILE_BYTES", 2500)
 
 
@@ -518,30 +519,77 @@ async def test_what_was_about_to_move_when_the_pump_ended_stays_in_the_ring(
     world.outbox.spool.close()
 
 
-class StalledSync(Files):
-    """A disk that stalls in its syncs until told."""
+async def test_nothing_is_sent_from_the_spool_while_it_takes_in_what_fills_a_ring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards ``_gives_way`` in Outbox._next: a guest that wrote at the speed of memory lost records,
+    # for the pump had half of a core. And YIELD_SECONDS in it: a full spool was never sent.
+    monkeypatch.setattr(outboxes, "YIELD_SECONDS", 0.2)
+    world = World(tmp_path)
+    outbox = world.outbox
+    world.numbers = {number: number for number in range(1, 10)}
+    world.pressed = True
+    async with trio.open_nursery() as nursery:
+        for number in (1, 2):
+            await outbox.put(records(number, number - 1, 300))
+        await world.up(nursery)
+        last = trio.current_time()
+        for number in range(3, 9):
+            await outbox.put(records(number, number - 1, 300))
+            last = trio.current_time()
+            await trio.sleep(0.01)
+            assert not world.unanswered or trio.current_time() > last + 0.2
+        await until(lambda: world.unanswered)  # nothing was put in for a while
+        assert trio.current_time() >= last + 0.2
+        await outbox.put(records(9, 8, 300))
+        world.pressed = False
+        while not outbox.is_drained:
+            await until(lambda: world.unanswered or outbox.is_drained)
+            world.commit(1)
+        await world.down()
+    assert world.told_durable == set(range(1, 10))
+
+
+class StalledDisk(Files):
+    """A disk that stalls in its syncs until told. As that of files that are removed: in these."""
 
     def __init__(self) -> None:
         self.begun = threading.Event()
         self.goes_on = threading.Event()
 
     def sync(self, descriptor: int) -> None:
-        self.begun.set()
-        assert self.goes_on.wait(20)
+        self._stall()
         super().sync(descriptor)
 
+    def removing(self, unlink: Callable[..., None]) -> Callable[..., None]:
+        def unlink_slowly(path: Path, missing_ok: bool = False) -> None:
+            if path.suffix == ".frames":
+                self._stall()
+            unlink(path, missing_ok)
 
+        return unlink_slowly
+
+    def _stall(self) -> None:
+        self.begun.set()
+        assert self.goes_on.wait(20)
+
+
+@pytest.mark.parametrize("stalls", ["sync", "removal"])
 async def test_a_disk_that_stalls_while_files_are_given_back_holds_up_no_put(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stalls: str
 ) -> None:
-    # Guards the step without the lock in Outbox._give_back: the ring ran full meanwhile.
+    # Guards the steps without the lock in Outbox._give_back: the ring ran full meanwhile.
     monkeypatch.setattr(outboxes, "READ_BYTES", 1)
     world = World(tmp_path)
     outbox, spool = world.outbox, world.outbox.spool
     world.numbers = {number: number for number in range(1, 31)}
     for number in range(1, 30):
         await outbox.put(records(number, number - 1, 300))
-    spool._system = disk = StalledSync()
+    disk = StalledDisk()
+    if stalls == "sync":
+        spool._system = disk
+    else:
+        monkeypatch.setattr(Path, "unlink", disk.removing(Path.unlink))
     async with trio.open_nursery() as nursery:
         await world.up(nursery)
         while not disk.begun.is_set():

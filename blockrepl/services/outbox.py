@@ -53,6 +53,7 @@ MEMORY_BYTES = limits.WINDOW_BYTES
 MEMORY_FRAMES = limits.WINDOW_FRAMES
 PRESSURE_SECONDS = 0.01  # how often a full memory looks whether a ring fills up
 FULL_SECONDS = 0.25  # how often a full spool is tried again
+YIELD_SECONDS = 0.1  # behind an append, while a ring fills up, nothing is sent from the spool
 READ_BYTES = 4 * MIB  # of the spool in one visit of a thread, which costs as much as 0.5 MiB
 SYNC_SECONDS = 1.0  # of history that a power cut may take from the spool
 
@@ -77,6 +78,7 @@ class Outbox:
         self._sending: Item | None = None  # its buffers may be taken any time
         self._spool_lock = trio.StrictFIFOLock()
         self._moving = False
+        self._appended = float("-inf")  # when the spool took something in
         self._crowded_after = 0.0  # a full spool was tried just now
         self._freed_while_moving: list[Release] = []
         self._to_give_back: Attached | None = None
@@ -222,6 +224,7 @@ class Outbox:
             items = [item for item in items if item.number < self.spool.next_number]
         for item in items:
             self._is_kept(item)
+        self._appended = trio.current_time()
         self._notify()
         return len(items)
 
@@ -342,6 +345,8 @@ class Outbox:
         while True:
             if self._moving:
                 await self._wait()
+            elif self._gives_way():
+                await self._wait(PRESSURE_SECONDS)
             elif self.spool.is_active:
                 if not self._read:
                     await self._read_spool(window)
@@ -353,6 +358,13 @@ class Outbox:
                 return self._memory.send_next()
             else:
                 await self._wait()
+
+    def _gives_way(self) -> bool:
+        """Whether the pump needs the processor that sending from the spool would take: what a full
+        ring drops is a gap, all else is late. Not when it gets no further: the spool may be full.
+        """
+        is_filling = trio.current_time() < self._appended + YIELD_SECONDS
+        return self.spool.is_active and is_filling and self._owner.is_pressed()
 
     def _may_send(self, item: Item, window: SendWindow[Item]) -> bool:
         return item.message is not MessageType.DATA or window.has_room(item.size_bytes)
@@ -367,12 +379,13 @@ class Outbox:
                     self._read.append(spooled_item(found, epoch))
             elif not any(item.is_spooled for item in window.items):
                 try:
-                    await trio.to_thread.run_sync(self.spool.clear)
+                    await trio.to_thread.run_sync(self.spool.end)
                 except StorageError as error:
                     log.warning("%s", error)
                     return
                 self._sync_epochs.clear()
                 self._notify()
+        await self._sweep()
 
     async def _give_back(self) -> None:
         """Without the lock while the disk syncs: the pump's frames need it, and the ring its room.
@@ -388,7 +401,13 @@ class Outbox:
             log.warning("%s", error)
             return
         async with self._spool_lock:
-            await trio.to_thread.run_sync(self.spool.give_back)
+            self.spool.give_back()
+        await self._sweep()
+
+    async def _sweep(self) -> None:
+        """Without the lock as well: what was large takes a disk long to free."""
+        if self.spool.given_back:
+            await trio.to_thread.run_sync(self.spool.sweep)
 
     def _read_ahead(self) -> list[SpooledFrame]:
         """One frame, and more as long as that is cheap."""

@@ -22,9 +22,10 @@ Rules:
    numbers must not be used again: ``is_certain`` is False. What is here is delivered, but nothing
    is numbered before the receiver has said how far it is.
 
-One task uses a spool at a time; beside that, one syncs it, and who reads it may `advance` it. What
-waits for the disk to sync needs no hold on the spool: whoever appends would wait too. Methods block
-on the disk, but for `unsynced` and `synced`.
+One task uses a spool at a time; beside that, one syncs it, and who reads it may `advance` and
+`sweep` it. What waits for the disk to sync, or to free what is large, needs no hold on the spool:
+whoever appends would wait too. Methods block on the disk, but for `unsynced`, `synced` and
+`give_back`.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ class Spool:
         self._boot_id = _BOOT_ID.read_text().strip()
         self._system = files or Files()
         self._files: list[_File] = []
+        self.given_back: list[Path] = []
         self._writing: int | None = None
         self._reading: int | None = None
         self._read_file = 0  # place in _files
@@ -211,8 +213,8 @@ class Spool:
         self.next_number = known.next_number
         try:
             make_directory(self.directory, durably=False)  # as the state is written
-            for path in self.directory.glob(f"*{_SUFFIX}"):
-                path.unlink()  # else it might be taken for a part of this spool
+            for path in set(self.directory.glob(f"*{_SUFFIX}")) - {*self.given_back}:
+                path.unlink(missing_ok=True)  # else it might be taken for a part of this spool
             self._add_file()
             for buffers in frames:
                 self.append(buffers)
@@ -395,32 +397,49 @@ class Spool:
             self._write_state(self.state.model_copy(update={"attached": known}), durably=True)
 
     def give_back(self) -> None:
-        """Remove the files before the frame that `advance` has come to."""
+        """Do without the files before the frame that `advance` has come to; `sweep` them."""
         if self.state is None:
             return
         while self._files and self._files[0].first_number < self.state.attached.next_number:
-            with contextlib.suppress(OSError):  # removed at the next start, then
-                self._files[0].path.unlink()
-            self.size_bytes -= self._files.pop(0).size_bytes
+            file = self._files.pop(0)
+            self.given_back.append(file.path)
+            self.size_bytes -= file.size_bytes
             self._read_file -= 1
         if self._read_file < 0:  # it stood at the end of the last of them
             self._close_reading()
             self._read_file = self._read_at = 0
 
-    def clear(self) -> None:
-        """Give everything back; `begin` may follow. StorageError: it is all there still."""
+    def sweep(self) -> None:
+        """Remove what was given back. No frame of it has a number that is still to be used."""
+        while self.given_back:
+            with contextlib.suppress(OSError):  # removed at the next start, then
+                self.given_back[-1].unlink()
+            self.given_back.pop()
+
+    def end(self) -> None:
+        """Give everything back, and `sweep` it; `begin` may follow. StorageError: as it was."""
         try:
             (self.directory / STATE).unlink(missing_ok=True)
         except OSError as error:
             raise failure(error, f"cannot remove {self.directory / STATE}") from error
+        self.given_back += [file.path for file in self._files]
+        self._reset()
+
+    def clear(self) -> None:
+        """Remove everything; a spool of any numbers may follow. StorageError: it is all there."""
+        self.end()
         self._forget()
 
     def _forget(self) -> None:
         """Without a state, files mean nothing: `begin` removes those that stay."""
-        self.close()
+        self._reset()
+        self.given_back = []
         for path in self.directory.glob(f"*{_SUFFIX}"):
             with contextlib.suppress(OSError):
                 path.unlink()
+
+    def _reset(self) -> None:
+        self.close()
         self.state = None
         self._is_damaged = False
         self._files = []
