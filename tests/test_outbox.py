@@ -609,6 +609,34 @@ async def test_a_disk_that_stalls_while_files_are_given_back_holds_up_no_put(
     assert world.told_durable == set(range(1, 31))
 
 
+async def test_what_comes_while_an_ended_spool_is_removed_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the place of `sweep` in Outbox._next: what came was told while nobody looked, and
+    # nothing was sent any more.
+    world = World(tmp_path)
+    outbox, disk = world.outbox, StalledDisk()
+    monkeypatch.setattr(Path, "unlink", disk.removing(Path.unlink))
+    world.numbers = {number: number for number in range(1, 20)}
+    await outbox.put(records(1, 0, 300))
+    async with trio.open_nursery() as nursery:
+        await world.up(nursery)
+        await until(lambda: world.unanswered)
+        world.commit(1)
+        await until(disk.begun.is_set)
+        world.pressed = True
+        for number in range(2, 20):
+            await outbox.put(records(number, number - 1, 300))
+        assert outbox.spool.is_active
+        disk.goes_on.set()
+        world.pressed = False
+        while not outbox.is_drained:
+            await until(lambda: world.unanswered or outbox.is_drained)
+            world.commit(1)
+        await world.down()
+    assert world.told_durable == set(range(1, 20))
+
+
 @pytest.mark.parametrize("steps", EXAMPLES.values(), ids=EXAMPLES)
 def test_what_went_wrong_once(steps: list[tuple[str, int]]) -> None:
     run(steps)

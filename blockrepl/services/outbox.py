@@ -345,6 +345,8 @@ class Outbox:
         while True:
             if self._moving:
                 await self._wait()
+            elif self.spool.given_back:
+                await trio.to_thread.run_sync(self.spool.sweep)  # no lock: it takes a disk long
             elif self._gives_way():
                 await self._wait(PRESSURE_SECONDS)
             elif self.spool.is_active:
@@ -385,7 +387,6 @@ class Outbox:
                     return
                 self._sync_epochs.clear()
                 self._notify()
-        await self._sweep()
 
     async def _give_back(self) -> None:
         """Without the lock while the disk syncs: the pump's frames need it, and the ring its room.
@@ -402,12 +403,6 @@ class Outbox:
             return
         async with self._spool_lock:
             self.spool.give_back()
-        await self._sweep()
-
-    async def _sweep(self) -> None:
-        """Without the lock as well: what was large takes a disk long to free."""
-        if self.spool.given_back:
-            await trio.to_thread.run_sync(self.spool.sweep)
 
     def _read_ahead(self) -> list[SpooledFrame]:
         """One frame, and more as long as that is cheap."""
