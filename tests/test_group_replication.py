@@ -97,6 +97,34 @@ async def test_a_full_disk_at_the_source_ends_a_round_and_the_group_begins_anew(
             nursery.cancel_scope.cancel()
 
 
+async def test_a_disk_that_is_added_costs_the_others_no_history(source: Source) -> None:
+    # Guards `_stops` in GroupReplication._replicate: a link that did not get on kept the rings from
+    # being read, until they overflowed with the spool beside them.
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    receiver = Receiver(at_once=False)
+    async with replicating(source) as group, trio.open_nursery() as nursery:
+        nursery.start_soon(serve, group, receiver, attach(source, known(entry)))
+        await until(lambda: group.is_linked and group.pump is not None)
+        pump = receiver.pump = group.pump
+        assert pump is not None
+        guest.write(0, random_bytes(MIB))
+        await until(lambda: receiver.records(entry.id.bytes))
+        source.add("data", SIZE)
+        group.entries = source.disks.all()
+        await until(lambda: pump.is_stopped)
+        ring = group.disks[0].ring
+        assert ring is not None
+        for turn in range(3 * limits.RING_BYTES_MIN // MIB):
+            guest.write(turn % 8 * MIB, random_bytes(MIB))
+            assert ring.fill() < 1
+            await trio.sleep(0.03)
+        receiver.at_once = True
+        receiver.acknowledge()
+        await until(lambda: pump.is_stopped and pump.outbox.is_drained)
+        await until(lambda: group.pump is not pump)
+
+
 async def test_a_spool_that_cannot_be_begun_with_is_given_up(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -578,7 +578,8 @@ class StalledDisk(Files):
 async def test_a_disk_that_stalls_while_files_are_given_back_holds_up_no_put(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stalls: str
 ) -> None:
-    # Guards the steps without the lock in Outbox._give_back: the ring ran full meanwhile.
+    # Guards what is done without the lock in Outbox._give_back and _next: the ring ran full
+    # meanwhile.
     monkeypatch.setattr(outboxes, "READ_BYTES", 1)
     world = World(tmp_path)
     outbox, spool = world.outbox, world.outbox.spool
@@ -607,6 +608,28 @@ async def test_a_disk_that_stalls_while_files_are_given_back_holds_up_no_put(
             world.commit(1)
         await world.down()
     assert world.told_durable == set(range(1, 31))
+
+
+async def test_a_ring_that_stays_full_does_not_keep_a_spool_from_being_drained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards YIELD_SECONDS_MAX in Outbox._gives_way: of two disks, the one that is written may come
+    # to the spool for ever, and the other's ring wait for the link that is direct then.
+    monkeypatch.setattr(outboxes, "YIELD_SECONDS", 100)
+    monkeypatch.setattr(outboxes, "YIELD_SECONDS_MAX", 0.05)
+    monkeypatch.setattr(outboxes, "READ_BYTES", 1)
+    world = World(tmp_path)
+    world.numbers = {number: number for number in range(1, 10)}
+    world.pressed = True
+    for number in range(1, 10):
+        await world.outbox.put(records(number, number - 1, 300))
+    async with trio.open_nursery() as nursery:
+        await world.up(nursery)
+        for _ in range(1, 10):
+            await until(lambda: world.unanswered)
+            world.commit(1)
+        await until(lambda: world.outbox.is_drained)
+        await world.down()
 
 
 async def test_what_comes_while_an_ended_spool_is_removed_is_sent(

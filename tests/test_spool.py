@@ -178,6 +178,66 @@ def test_cleared_it_is_as_never_begun(tmp_path: Path) -> None:
     spool.close()
 
 
+@pytest.mark.parametrize("how", ["no room in a new file", "killed in a new file", "begun empty"])
+def test_what_is_swept_is_no_part_of_the_next_spool(tmp_path: Path, how: str) -> None:
+    # Guards ``if file.size_bytes`` in Spool.end: the next one begins with the file of that name.
+    files = FaultyFiles()
+    spool = Spool(tmp_path / "spool", BOUNDS, files)
+    spool.begin(attached(1), DISKS, [] if how == "begun empty" else [frame(1)])
+    while how != "begun empty" and spool._files[-1].size_bytes < FILE_BYTES:
+        spool.append(frame(spool.next_number))
+    if how == "no room in a new file":
+        files.room_bytes = 0
+        with pytest.raises(StorageError):
+            spool.append(frame(spool.next_number))
+        files.room_bytes = 1 << 60
+    elif how == "killed in a new file":
+        spool.append(frame(spool.next_number))
+        os.truncate(spool._files[-1].path, 100)
+        spool = reopened(spool)
+    due = spool.next_number
+    rest(spool)
+    spool.end()
+    spool.begin(attached(due), DISKS, [frame(due)])
+    spool.sweep()
+    assert [path.name for path in spool.directory.glob("*.frames")] == [f"{due:020d}.frames"]
+    assert rest(reopened(spool)) == [due]
+
+
+def test_a_spool_that_cannot_begin_disturbs_no_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the order in Spool.sweep: what it was removing was taken from under it.
+    files = FaultyFiles()
+    spool = begun(tmp_path, 1, 30, files)
+    rest(spool)
+    spool.end()
+    unlink = Path.unlink
+
+    def unlink_while_one_begins(path: Path, missing_ok: bool = False) -> None:
+        monkeypatch.setattr(Path, "unlink", unlink)
+        files.room_bytes = 0
+        with pytest.raises(StorageError):
+            spool.begin(attached(31), DISKS, [frame(31)])
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_while_one_begins)
+    spool.sweep()
+    assert not list(spool.directory.iterdir())
+
+
+def test_nothing_of_a_spool_that_was_cleared_is_swept_later(tmp_path: Path) -> None:
+    # Guards given_back.clear() in Spool.clear: the numbers behind it may be any.
+    spool = begun(tmp_path, 1, 9)
+    rest(spool)
+    spool.end()
+    spool.clear()
+    assert not list(spool.directory.iterdir())
+    spool.begin(attached(1), DISKS, [frame(1)])
+    spool.sweep()
+    assert rest(reopened(spool)) == [1]
+
+
 def test_files_without_a_state_mean_nothing(tmp_path: Path) -> None:
     # Guards the order in Spool.clear: the state goes first. And the one in begin: it comes last.
     spool = begun(tmp_path, 1, 30)
@@ -388,6 +448,27 @@ def test_it_begins_without_waiting_for_the_disk_and_is_synced_with_its_directori
             spool.clear()
     sync(spool)
     assert {str(tmp_path), str(tmp_path / "spools"), str(spool.directory)} < set(synced)
+    spool.close()
+
+
+def test_a_spool_that_gives_back_before_its_first_sync_is_synced_with_its_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards ``and self._state_synced`` in Spool._write_state.
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    spool = begun(tmp_path, 1, 30)
+    spool.advance(attached(next(n for n in range(2, 31) if spool.begins_file(n))))
+    spool.give_back()
+    monkeypatch.setattr(os, "fsync", note)
+    sync(spool)
+    assert str(tmp_path) in synced
+    assert spool.unsynced().state is None
     spool.close()
 
 

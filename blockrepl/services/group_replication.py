@@ -53,6 +53,7 @@ NOTE_SECONDS = 2.0
 RETRY_SECONDS = 5.0  # a group that was refused, or a disk whose image was missing
 DRAIN_SAMPLES = 10  # one a second
 LOOK_SECONDS = 0.2  # how often a link looks whether the disks have changed
+PRESSURE_SECONDS = 0.02  # how often one that has stopped reading the rings looks at them
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,8 +258,7 @@ class GroupReplication:
             ):
                 await self._start_from_spool()
                 return
-        if self.spool.is_active:
-            await trio.to_thread.run_sync(self.spool.clear)
+        await trio.to_thread.run_sync(self.spool.clear)  # also of what is yet to be swept
         known = Known.of(attached)
         self._start(known, known.copy(), self.entries, _attach_disks(self.entries))
         if self._has_lost:  # the doubts are in the rings now, durably noted
@@ -412,13 +412,27 @@ class GroupReplication:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(pump.outbox.serve, link.send, link.shape)
                 nursery.start_soon(self._watch_refusal)
-                while not (self._is_outdated(pump) and pump.outbox.is_direct):
+                while not (self._is_outdated(pump) and await self._stops(pump)):
                     await trio.sleep(LOOK_SECONDS)
-                await pump.stop()
-                await pump.outbox.drained()
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise ours_of(group) from group
+
+    async def _stops(self, pump: GroupPump) -> bool:
+        """Stop a pump when nothing waits; False when a ring would fill up until then: nobody reads
+        any meanwhile, and the spool is what has room.
+        """
+        if not pump.outbox.is_direct:
+            return False
+        await pump.stop()
+        while not pump.outbox.is_drained:
+            if pump.is_pressed():
+                pump.resume()
+                self._notify()
+                return False
+            with trio.move_on_after(PRESSURE_SECONDS):
+                await pump.outbox.drained()
+        return True
 
     def refuse(self, error: BlockreplError) -> None:
         """The receiver has refused the group during this link."""

@@ -54,6 +54,7 @@ MEMORY_FRAMES = limits.WINDOW_FRAMES
 PRESSURE_SECONDS = 0.01  # how often a full memory looks whether a ring fills up
 FULL_SECONDS = 0.25  # how often a full spool is tried again
 YIELD_SECONDS = 0.1  # behind an append, while a ring fills up, nothing is sent from the spool
+YIELD_SECONDS_MAX = 1.0  # in a row: what fills the ring may be waiting for the spool to be drained
 READ_BYTES = 4 * MIB  # of the spool in one visit of a thread, which costs as much as 0.5 MiB
 SYNC_SECONDS = 1.0  # of history that a power cut may take from the spool
 
@@ -79,6 +80,7 @@ class Outbox:
         self._spool_lock = trio.StrictFIFOLock()
         self._moving = False
         self._appended = float("-inf")  # when the spool took something in
+        self._sent_on = float("-inf")  # when it last was its turn to be sent from
         self._crowded_after = 0.0  # a full spool was tried just now
         self._freed_while_moving: list[Release] = []
         self._to_give_back: Attached | None = None
@@ -224,7 +226,8 @@ class Outbox:
             items = [item for item in items if item.number < self.spool.next_number]
         for item in items:
             self._is_kept(item)
-        self._appended = trio.current_time()
+        if items:
+            self._appended = trio.current_time()
         self._notify()
         return len(items)
 
@@ -261,6 +264,7 @@ class Outbox:
         finally:
             self._moving = False
             if is_new and self.spool.is_active:
+                self._sent_on = trio.current_time()
                 # Else all of it was sent, and what comes behind is to be sent next.
                 self.spool.rewind(unsent[0].number if unsent else self.spool.next_number)
             # Not all, when it failed; none, when it was cancelled before it began.
@@ -297,6 +301,7 @@ class Outbox:
                     hint="nothing to do: the group is synced again",
                 )
             self.window = SendWindow(window_messages, window_bytes)
+            self._sent_on = trio.current_time()
         self._notify()
 
     async def _catch_up(self, attached: Attached) -> None:
@@ -354,8 +359,8 @@ class Outbox:
                     await self._read_spool(window)
                 if self._read and window.has_room(self._read[0].size_bytes):
                     return self._read.popleft()
-                if self._read or self.spool.is_active:
-                    await self._wait()
+                if self._read or self.spool.is_active:  # and a spool that could not be ended
+                    await self._wait(FULL_SECONDS)
             elif self._memory.unsent and self._may_send(self._memory.unsent[0], window):
                 return self._memory.send_next()
             else:
@@ -365,8 +370,9 @@ class Outbox:
         """Whether the pump needs the processor that sending from the spool would take: what a full
         ring drops is a gap, all else is late. Not when it gets no further: the spool may be full.
         """
-        is_filling = trio.current_time() < self._appended + YIELD_SECONDS
-        return self.spool.is_active and is_filling and self._owner.is_pressed()
+        until = min(self._appended + YIELD_SECONDS, self._sent_on + YIELD_SECONDS_MAX)
+        is_due = self.spool.is_active and trio.current_time() < until
+        return is_due and self._owner.is_pressed()
 
     def _may_send(self, item: Item, window: SendWindow[Item]) -> bool:
         return item.message is not MessageType.DATA or window.has_room(item.size_bytes)
@@ -376,6 +382,7 @@ class Outbox:
         await self._give_back()
         async with self._spool_lock:
             if self.spool.has_unread():
+                self._sent_on = trio.current_time()
                 for found in await trio.to_thread.run_sync(self._read_ahead):
                     epoch = self._sync_epochs.get(found.header.number, 0)
                     self._read.append(spooled_item(found, epoch))
@@ -391,7 +398,7 @@ class Outbox:
     async def _give_back(self) -> None:
         """Without the lock while the disk syncs: the pump's frames need it, and the ring its room.
 
-        The spool stays this one meanwhile: only who reads it clears it.
+        The spool stays this one meanwhile: only who reads it ends it.
         """
         if (base := self._to_give_back) is None:
             return

@@ -213,8 +213,9 @@ class Spool:
         self.next_number = known.next_number
         try:
             make_directory(self.directory, durably=False)  # as the state is written
-            for path in set(self.directory.glob(f"*{_SUFFIX}")) - {*self.given_back}:
-                path.unlink(missing_ok=True)  # else it might be taken for a part of this spool
+            for path in self.directory.glob(f"*{_SUFFIX}"):
+                if path >= self._path(self.next_number):  # else it might be taken for a part
+                    path.unlink()
             self._add_file()
             for buffers in frames:
                 self.append(buffers)
@@ -239,7 +240,8 @@ class Spool:
                 sync_directory(self.directory)
         except OSError as error:
             raise failure(error, f"cannot write {path}") from error
-        self.state, self._state_synced = state, durably
+        # Its directory may be new: `sync` has to come by once in any case.
+        self.state, self._state_synced = state, durably and self._state_synced
 
     def _sync_path(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -397,7 +399,7 @@ class Spool:
             self._write_state(self.state.model_copy(update={"attached": known}), durably=True)
 
     def give_back(self) -> None:
-        """Do without the files before the frame that `advance` has come to; `sweep` them."""
+        """Do without the files before the frame that `advance` has come to; then `sweep`."""
         if self.state is None:
             return
         while self._files and self._files[0].first_number < self.state.attached.next_number:
@@ -410,30 +412,31 @@ class Spool:
             self._read_file = self._read_at = 0
 
     def sweep(self) -> None:
-        """Remove what was given back. No frame of it has a number that is still to be used."""
+        """Remove what was given back: files before any number that is still to be used."""
         while self.given_back:
+            path = self.given_back.pop()
             with contextlib.suppress(OSError):  # removed at the next start, then
-                self.given_back[-1].unlink()
-            self.given_back.pop()
+                path.unlink()
 
     def end(self) -> None:
-        """Give everything back, and `sweep` it; `begin` may follow. StorageError: as it was."""
+        """Give everything back; then `sweep`. `begin` may follow. StorageError: as it was."""
         try:
             (self.directory / STATE).unlink(missing_ok=True)
         except OSError as error:
             raise failure(error, f"cannot remove {self.directory / STATE}") from error
-        self.given_back += [file.path for file in self._files]
+        # One without a frame has the next one's number: `begin` is to write it.
+        self.given_back += [file.path for file in self._files if file.size_bytes]
         self._reset()
 
     def clear(self) -> None:
         """Remove everything; a spool of any numbers may follow. StorageError: it is all there."""
         self.end()
+        self.given_back.clear()
         self._forget()
 
     def _forget(self) -> None:
         """Without a state, files mean nothing: `begin` removes those that stay."""
         self._reset()
-        self.given_back = []
         for path in self.directory.glob(f"*{_SUFFIX}"):
             with contextlib.suppress(OSError):
                 path.unlink()
