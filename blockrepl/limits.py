@@ -34,6 +34,7 @@ COMPARE_BLOCK_BYTES = 64 * KIB  # digested as one: the least that a difference c
 COMPARE_BYTES_MAX = 16 * MIB  # of a disk in one comparison: its digests take 4 KiB
 COMPARISONS_MAX = 4  # at work in the receiver per session; more wait for their turn
 COMPARISONS_WAITING_MAX = 256  # those included: then the session's reader waits
+REQUESTS_MAX = 16  # being answered per session: then its reader waits
 
 WINDOW_FRAMES = 256  # frames sent and not yet acknowledged, per group
 WINDOW_BYTES = 32 * MIB

@@ -51,6 +51,7 @@ from blockrepl.services import receiver_home, receiver_status
 from blockrepl.services.control_client import ControlClient
 from blockrepl.services.group_committer import MemoryBudget
 from blockrepl.services.receiver import run_receiver
+from blockrepl.services.receiver_groups import ReceiverGroups
 from blockrepl.services.receiver_sessions import Admit, Groups, SourceSession
 from blockrepl.session.receiver import AttachGroup, Send
 from blockrepl.storage.files import Files
@@ -768,6 +769,41 @@ async def test_a_source_tells_of_its_own_disks_passes_only(vault: Vault, tmp_pat
         await other.stream.send(MessageType.REQUEST, messages.encode(request))
         told = messages.decode(Response, await other.expect(MessageType.RESPONSE)).data
     assert {one["disk"]: one["scrub"] is not None for one in told} == {"root": False, "data": True}
+
+
+async def test_an_answer_that_takes_its_time_holds_up_no_frame(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the task in SourceSession._take: what a scrub tells every half second waited for a
+    # disk, and the frames of all of the source's groups behind it. And REQUESTS_MAX.
+    may_answer = trio.Event()
+    under_way = 0
+    answer = ReceiverGroups.answer
+
+    async def answer_late(*arguments: Any) -> Any:
+        nonlocal under_way
+        under_way += 1
+        await may_answer.wait()
+        return await answer(*arguments)
+
+    monkeypatch.setattr(ReceiverGroups, "answer", answer_late)
+    request = messages.encode(Request(id=5, verb="verify", group="web"))
+    async with vault.peer() as peer:
+        agent = await peer.attach()
+        for _ in range(limits.REQUESTS_MAX):
+            await peer.stream.send(MessageType.REQUEST, request)
+        await peer.send(agent.writes())
+        await peer.acknowledged(1)
+        for _ in range(3):
+            await peer.stream.send(MessageType.REQUEST, request)
+        await trio.sleep(0.1)
+        assert under_way == limits.REQUESTS_MAX
+        may_answer.set()
+        answers = 0
+        while answers < limits.REQUESTS_MAX + 3:
+            message = await peer.stream.receive()
+            assert message is not None
+            answers += message[0] == MessageType.RESPONSE
 
 
 async def test_status_says_what_is_there(vault: Vault) -> None:

@@ -113,6 +113,8 @@ class ReceiverGroups:
         return self.committers[group]
 
     async def _open(self, name: str) -> GroupCommitter:
+        if name in self.committers:  # without the lock: another group's recovery may hold it
+            return self.committers[name]
         async with self._opening:
             if name in self.committers:
                 return self.committers[name]

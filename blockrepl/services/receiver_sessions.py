@@ -96,6 +96,7 @@ class SourceSession:
         self._tasks: trio.Nursery
         self._comparing = trio.Semaphore(limits.COMPARISONS_MAX)
         self._asked = trio.Semaphore(limits.COMPARISONS_WAITING_MAX)
+        self._answering = trio.Semaphore(limits.REQUESTS_MAX)
         self._acks: dict[str, Send] = {}
         self._others: list[Send] = []
         self._to_send = trio.Event()
@@ -172,8 +173,8 @@ class SourceSession:
                 case AttachGroup():
                     await self._attach(effect)
                 case Answer(request):
-                    send = self._machine.answered(await self._answer(request))
-                    await self._stream.send(send.type, send.payload)
+                    await self._answering.acquire()
+                    self._tasks.start_soon(self._guarded, partial(self._answer, request))
                 case Closed(refusal):
                     logger.info("source %s: %s", self.identity.name, refusal.error)
                     return False
@@ -227,7 +228,15 @@ class SourceSession:
         if send is not None:
             await self._stream.send(send.type, send.payload)
 
-    async def _answer(self, request: Request) -> Response:
+    async def _answer(self, request: Request) -> None:
+        """Beside the reader: an answer may wait for a disk, and frames do not wait for it."""
+        try:
+            send = self._machine.answered(await self._response(request))
+            await self._stream.send(send.type, send.payload)
+        finally:
+            self._answering.release()
+
+    async def _response(self, request: Request) -> Response:
         try:
             if not self._machine.may_ask(request.group):
                 raise PeerError(f"group {request.group} is not attached", code="not-attached")
