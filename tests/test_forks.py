@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -601,6 +602,76 @@ def test_a_damaged_fork_is_told_of_and_can_be_removed(
     assert "is damaged" in fail(journal, "serve", GROUP, "--fork=bad")
     succeed(journal, "fork", "remove", GROUP, "bad")
     assert not (journal.directory / "forks" / "bad").exists()
+
+
+@pytest.mark.parametrize("what", ["remove", "expired", "crashed", "unnamed", "closed"])
+def test_nobody_waits_while_the_files_of_a_fork_are_removed(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    # Guards rule 2 of forks.py: a group's commits stood still until a large fork was removed.
+    directory = journal.directory / "forks"
+    for name in ("big", "other"):
+        succeed(journal, "fork", "create", GROUP, name, "--at=latest")
+    seen: list[str] = []
+    removed = shutil.rmtree
+
+    def watched(path: Path, **options: Any) -> None:
+        seen.append(path.name)
+        held = pins.lock_if_free(journal.directory)
+        assert held is not None
+        with held:
+            assert [one.fork.name for one in forks.statuses(journal.directory)] == ["other"]
+            assert len(forks.all_pins(journal.directory, time.time_ns())) == 1
+        if len(seen) == 1:
+            forks.sweep(journal.directory)  # another remover, at the same time
+            assert not path.exists()
+        removed(path, **options)
+
+    if what == "expired":
+        path = directory / "big" / "fork.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"expires_ns": 1}))
+    elif what in ("unnamed", "crashed", "closed"):
+        removed(directory / "big")
+    if what == "crashed":
+        shutil.copytree(directory / "other", directory / ".new-x")
+    with ReplicaHistory.open(journal.home, GROUP) as history:
+        opened = None
+        if what in ("unnamed", "closed"):
+            opened = forks.create(history, None, journal.stamp)
+        monkeypatch.setattr(shutil, "rmtree", watched)
+        if what == "closed":
+            assert opened is not None
+            opened.close()
+        elif what == "remove":
+            succeed(journal, "fork", "remove", GROUP, "big")
+        else:
+            if opened is not None:
+                opened.lock.close()  # as if its process had been killed
+            forks.create(history, "new", journal.stamp).close()
+            removed(directory / "new")
+    assert len(seen) == 2
+    assert [path.name for path in directory.iterdir()] == ["other"]
+
+
+def test_a_fork_that_a_crash_has_left_half_removed_is_none(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards _GONE where forks are listed, counted and swept.
+    directory = journal.directory / "forks"
+    monkeypatch.setattr(forks, "FORKS_MAX", 1)
+    succeed(journal, "fork", "create", GROUP, "big", "--at=latest")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)
+        succeed(journal, "fork", "remove", GROUP, "big")
+        [left] = directory.iterdir()
+        assert left.name.startswith(".gone-")
+        assert pinned(journal) == []
+        assert json.loads(succeed(journal, "fork", "list", GROUP, "--json")) == []
+        assert "forks there: none" in fail(journal, "fork", "remove", GROUP, "big")
+        succeed(journal, "fork", "create", GROUP, "big", "--at=latest")
+        assert "has 1 forks" in fail(journal, "fork", "create", GROUP, "more", "--at=latest")
+    assert forks.sweep_if_free(journal.directory) == []
+    assert [path.name for path in directory.iterdir()] == ["big"]
 
 
 def test_the_receiver_removes_forks_that_have_expired(journal: Journal) -> None:

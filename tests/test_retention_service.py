@@ -334,7 +334,7 @@ async def test_what_the_system_refuses_is_a_problem_and_not_the_receivers_end(
     journal.run(60)
     async with committing(journal) as committer:
         retention = Retention()
-        monkeypatch.setattr(pins, "lock", refused)
+        monkeypatch.setattr(pins, "lock_if_free", refused)
         await retention.run_pass(committer)
         assert "No space left" in retention.groups["web"].problem
         monkeypatch.undo()
@@ -389,6 +389,25 @@ async def test_the_floor_is_a_point_though_the_gaps_of_two_disks_overlap(
         assert floor_ns < begin.from_ns
         with ReplicaHistory(journal.directory) as history:
             assert history.resolve(Point("x", Instant(floor_ns)), journal.stamp).at_ns == floor_ns
+
+
+async def test_commits_do_not_wait_for_who_holds_the_lock_of_the_pins(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards lock_if_free in _decide, which has the committer's turn.
+    def waits(_directory: Path) -> None:
+        raise AssertionError
+
+    journal.run(450)
+    async with committing(journal) as committer:
+        retention, before = Retention(), floor_of(journal)
+        with monkeypatch.context() as patched, pins.lock(journal.directory):
+            patched.setattr(pins, "lock", waits)
+            await retention.run_pass(committer)
+            assert retention.groups["web"].problem == ""
+            assert floor_of(journal) == before
+        await retention.run_pass(committer)
+        assert floor_of(journal) > before
 
 
 RECEIVER = """

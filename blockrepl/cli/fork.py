@@ -139,9 +139,10 @@ def list_forks(home: Path, group: str, json_mode: bool) -> None:
     from blockrepl.storage import forks, pins
     from blockrepl.storage.history import ReplicaHistory
 
-    with ReplicaHistory.open(home, group) as history, pins.lock(history.directory):
+    with ReplicaHistory.open(home, group) as history:
         forks.sweep(history.directory)
-        rows = [_row(status) for status in forks.statuses(history.directory)]
+        with pins.lock(history.directory):
+            rows = [_row(status) for status in forks.statuses(history.directory)]
     emit(rows, json_mode, _table)
 
 

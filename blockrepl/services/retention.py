@@ -5,7 +5,8 @@ that a worker left behind by a killed receiver still holds:
 
 1. with the lock of the pins held, for a moment: what can be reached from now on is decided
    (model/retention_plan.py) and catalogued. Pinned are what mounts, servers and forks use, and the
-   checkpoints that are kept
+   checkpoints that are kept. While another has that lock, this is left to the next pass: commits
+   would wait with us
 2. a fold that is due is done, as far as the journal can be read
 3. segments that lie within what was thinned are written anew, a batch at a time
 
@@ -86,7 +87,8 @@ class Retention:
     ) -> str:
         """The steps; what could not be done."""
         replica = committer.replica
-        gone, problem = await committer.perform(lambda: _decide(replica))
+        decided = await committer.perform(lambda: _decide(replica))
+        gone, problem = decided or ([], known.problem)
         for name in gone:
             logger.info("group %s: checkpoint %s was thinned", replica.name, name)
         try:
@@ -161,8 +163,11 @@ class Retention:
         raise failure.as_error()
 
 
-def _decide(replica: Replica) -> tuple[list[str], str]:
-    """Step 1, in the committer's turn: checkpoints that are gone, and what could not be done."""
+def _decide(replica: Replica) -> tuple[list[str], str] | None:
+    """Step 1, in the committer's turn: checkpoints that are gone, and what could not be done.
+
+    None when the lock of the pins is not free.
+    """
     catalog = replica.catalog
     status = replica.status()
     now_ns = replica.newest_ns()
@@ -170,7 +175,10 @@ def _decide(replica: Replica) -> tuple[list[str], str]:
         return [], ""
     policy = read_policy(catalog)
     room_ns, problem = _room(replica, policy, now_ns)
-    with pins.lock(replica.directory):
+    held = pins.lock_if_free(replica.directory)
+    if held is None:
+        return None
+    with held:
         found = [
             Pinned(pin.first_ns, pin.last_ns) for pin in all_pins(replica.directory, time.time_ns())
         ]

@@ -15,8 +15,11 @@ Rules:
 1. Whatever makes, opens or removes a fork holds the lock of the pins (storage/pins.py) meanwhile.
    Hence what begins with a dot and has no lock's holder was left by a crash, and is removed by the
    next command that sweeps.
-2. A fork pins its instant until it is removed, or has expired and is not in use.
-3. Base and journal are only read.
+2. What is to go is renamed under that lock, and its files are removed without it: that takes a disk
+   long, and retention would wait. Nobody looks into .gone-...: whoever sweeps may remove it, two at
+   once too, and what a crash has left of it.
+3. A fork pins its instant until it is removed, or has expired and is not in use.
+4. Base and journal are only read.
 """
 
 from __future__ import annotations
@@ -99,7 +102,7 @@ class OpenFork:
         """Let go of it; one without a name is thrown away."""
         if not self.fork.name:
             with contextlib.suppress(FileNotFoundError):
-                _discard(self.directory)
+                shutil.rmtree(_set_aside(self.directory), ignore_errors=True)
         self.lock.close()
 
 
@@ -133,8 +136,8 @@ def create(
     StateError when the name is taken, PointError.
     """
     forks = history.directory / DIRECTORY_NAME
+    sweep(history.directory)
     with pins.lock(history.directory):
-        sweep(history.directory)
         pins.check_reachable(history, at_ns)
         make_directory(forks, 0o700)
         if name is not None and (forks / check_name(name, "fork")).exists():
@@ -143,7 +146,7 @@ def create(
                 hint="choose another name, or remove that one first",
                 code="taken",
             )
-        if len(os.listdir(forks)) >= FORKS_MAX:
+        if sum(not path.name.startswith(_GONE) for path in forks.iterdir()) >= FORKS_MAX:
             raise StateError(
                 f"group {history.group} has {FORKS_MAX} forks", hint="remove some of them first"
             )
@@ -214,7 +217,8 @@ def remove(replica: Path, group: str, name: str) -> Fork:
                 fork = load(directory)
             except DamageError:
                 fork = Fork(name, 0, 0, None, None, ())
-            _discard(directory)
+            gone = _set_aside(directory)
+    shutil.rmtree(gone, ignore_errors=True)
     return fork
 
 
@@ -253,28 +257,33 @@ def all_pins(replica: Path, now_ns: int) -> list[Pin]:
 
 
 def sweep(replica: Path) -> list[str]:
-    """Remove what crashes left and what has expired; names of the latter. Under ``pins.lock``."""
-    expired = []
-    for directory in _directories(replica):
-        if directory.name.startswith((_NEW, _GONE)):
-            shutil.rmtree(directory, ignore_errors=True)
-        elif _holder(directory) is None:
-            with contextlib.suppress(DamageError, FileNotFoundError):
-                fork = load(directory)
-                if not fork.name or fork.has_expired(time.time_ns()):
-                    _discard(directory)
-                    expired += [fork.name] if fork.name else []
-    return expired
+    """Remove what crashes left and what has expired; names of the latter. Takes ``pins.lock``."""
+    return _sweep(replica, pins.lock(replica))
 
 
 def sweep_if_free(replica: Path) -> list[str]:
     """`sweep`, unless somebody is just making, opening or removing one: then another time."""
-    try:
-        held = exclusive_lock(replica / pins.LOCK_NAME)
-    except StateError:
-        return []
+    held = pins.lock_if_free(replica)
+    return [] if held is None else _sweep(replica, held)
+
+
+def _sweep(replica: Path, held: ExclusiveLock) -> list[str]:
+    """Rule 2; lets go of the lock."""
+    expired = []
     with held:
-        return sweep(replica)
+        for directory in _directories(replica):
+            if directory.name.startswith(_NEW):
+                _set_aside(directory)
+            elif not directory.name.startswith(_GONE) and _holder(directory) is None:
+                with contextlib.suppress(DamageError, FileNotFoundError):
+                    fork = load(directory)
+                    if not fork.name or fork.has_expired(time.time_ns()):
+                        _set_aside(directory)
+                        expired += [fork.name] if fork.name else []
+    for directory in _directories(replica):
+        if directory.name.startswith(_GONE):
+            shutil.rmtree(directory, ignore_errors=True)
+    return expired
 
 
 def _directories(replica: Path) -> Iterator[Path]:
@@ -319,7 +328,8 @@ def is_in_use(directory: Path) -> bool:
     return _holder(directory) is not None
 
 
-def _discard(directory: Path) -> None:
+def _set_aside(directory: Path) -> Path:
+    """From now on it is no fork; where its files are, to be removed."""
     gone = directory.with_name(f"{_GONE}{secrets.token_hex(6)}")
     directory.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    return gone

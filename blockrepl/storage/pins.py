@@ -37,11 +37,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from blockrepl.errors import StorageError
+from blockrepl.errors import StateError, StorageError
 from blockrepl.model.points import Instant, Point
 from blockrepl.storage.files import Files, failure, is_full, write_all
 from blockrepl.storage.history import ReplicaHistory
-from blockrepl.storage.home import ExclusiveLock, exclusive_lock_wait
+from blockrepl.storage.home import ExclusiveLock, exclusive_lock, exclusive_lock_wait
 from blockrepl.units import format_instant
 
 LOCK_NAME = "pins.lock"
@@ -64,6 +64,14 @@ class Pin:
 def lock(replica: Path) -> ExclusiveLock:
     """Wait for the lock of a replica's pins and forks."""
     return exclusive_lock_wait(replica / LOCK_NAME)
+
+
+def lock_if_free(replica: Path) -> ExclusiveLock | None:
+    """The same lock without waiting; None when somebody has it."""
+    try:
+        return exclusive_lock(replica / LOCK_NAME)
+    except StateError:
+        return None
 
 
 class HeldPin:

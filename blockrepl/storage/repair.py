@@ -66,7 +66,7 @@ def repair(directory: Path, findings: Sequence[Finding]) -> None:
     with pins.lock(directory):
         pins.held(directory)
         pins.remove_unfinished(directory)
-        forks.sweep(directory)
+    forks.sweep(directory)
     _reopen(directory, findings)
 
 
