@@ -410,6 +410,57 @@ async def test_commits_do_not_wait_for_who_holds_the_lock_of_the_pins(
         assert floor_of(journal) > before
 
 
+async def test_commits_go_on_while_old_segments_are_removed(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards remove_leftovers in Retention._thin: all commits of the group waited for the disk.
+    async def commit() -> None:
+        with trio.fail_after(5):
+            await committer.perform(lambda: journal.write("root", 0, os.urandom(16 * KIB)))
+
+    def slow(_directory: Path) -> None:
+        left.append(retained.leftovers(journal.replica.catalog))
+        trio.from_thread.run(commit)
+
+    left: list[set[str]] = []
+    journal.run(600)
+    async with committing(journal) as committer:
+        retention = Retention()
+        with monkeypatch.context() as patched:
+            patched.setattr(retained, "sync_directory", slow)
+            await retention.run_pass(committer)
+        assert retention.groups["web"].problem == ""
+        assert len(left) > 2  # a fold, and batches
+        assert all(left)
+        assert not retained.leftovers(journal.replica.catalog)
+        assert not set().union(*left) & set(segments_of(journal))
+        assert journal.replica.error is None
+        assert check(journal, read_kept(journal.replica.catalog), floor_of(journal))[0] > 40
+
+
+async def test_what_could_not_be_removed_is_removed_by_the_next_pass(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the place of remove_leftovers in Retention._thin: before it looks what is due.
+    def refused(_directory: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    journal.run(100)
+    write_policy(journal.replica.catalog, Policy(ladder="all:20s"))
+    async with committing(journal) as committer:
+        retention = Retention()
+        with monkeypatch.context() as patched:
+            patched.setattr(retained, "sync_directory", refused)
+            await retention.run_pass(committer)
+        assert "cannot remove" in retention.groups["web"].problem
+        catalog = journal.replica.catalog
+        assert retained.leftovers(catalog)
+        assert fold_due(catalog) is None
+        await retention.run_pass(committer)
+        assert retention.groups["web"].problem == ""
+        assert not retained.leftovers(catalog)
+
+
 RECEIVER = """
 import sys, trio
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
@@ -135,6 +136,21 @@ def test_a_disk_that_returns_after_it_was_forgotten_is_synced_into_its_new_image
         group.write_after(1)
         state = history.state()
         assert View(history, state.latest_ns, state).read("data", 0, 2) == b"NN"
+
+
+def test_the_room_of_a_forgotten_disk_is_freed_beside_commits(group: Group) -> None:
+    # Guards OpenFile in remove_images: all commits of the group waited for its blocks to be freed.
+    def removed() -> list[str]:
+        paths = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists()]
+        return [path for path in paths if path.endswith("data.img (deleted)")]
+
+    group.retire()
+    group.write_after(3600)
+    _decide(group.replica)
+    assert not image_path(group.directory, "data").exists()
+    assert len(removed()) == 1
+    group.replica.remove_leftovers()
+    assert removed() == []
 
 
 def test_no_crash_leaves_points_without_the_disks_they_had(

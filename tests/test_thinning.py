@@ -330,6 +330,34 @@ def test_thinning_that_broke_off_at_any_step_leaves_the_old_segments(
     assert {int(path.stem.partition("-")[0]) for path in directory.glob("*.seg")} == named
 
 
+def test_nothing_that_becomes_history_meanwhile_is_removed(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the order in remove_leftovers, and that it forgets what it has removed alone.
+    journal.run(400)
+    rows, directory = sealed(journal), journal.directory / "segments"
+    catalog = journal.replica.catalog
+    kept = advance(Kept(), [Stretch(0, aligned(rows[-1].last_stamp), STEP)], [], 0)
+    thin_to(catalog, kept)
+    new = thin(directory, catalog.group_id, rows[:3], kept, step_ns=STEP)
+
+    class Directory(type(directory)):  # type: ignore[misc]
+        def glob(self, pattern: str) -> Iterator[Path]:
+            found = list(super().glob(pattern))
+            replace(catalog, rows[:3], new, None)
+            return iter(found)
+
+    def sync(_directory: Path) -> None:
+        folded = catalog.segments()[0]
+        replace(catalog, [folded], [folded], None)
+
+    monkeypatch.setattr(retained, "sync_directory", sync)
+    remove_leftovers(catalog, Directory(directory))
+    assert all((directory / file_name(row.number, row.generation)).exists() for row in new)
+    assert not any((directory / file_name(row.number, 0)).exists() for row in rows[:3])
+    assert retained.leftovers(catalog) == {file_name(new[0].number, new[0].generation)}
+
+
 def test_folded_segments_are_gone_for_good_before_they_are_forgotten(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,8 @@ that a worker left behind by a killed receiver still holds:
 3. segments that lie within what was thinned are written anew, a batch at a time
 
 2 and 3 happen in a process of their own, at `RATE`; what they made is catalogued between two
-commits. A batch that cannot be read is left alone until the receiver is restarted.
+commits. The files that are left over are removed beside commits, which would wait for the disk. A
+batch that cannot be read is left alone until the receiver is restarted.
 
 Age is measured from the group's newest instant, not from our clock: a group whose source is away
 keeps all of its history for as long as that lasts.
@@ -125,6 +126,8 @@ class Retention:
     ) -> None:
         replica = committer.replica
         while True:
+            # Also of what was folded, and of a pass that was broken off.
+            await trio.to_thread.run_sync(replica.remove_leftovers)
             rows = await trio.to_thread.run_sync(replica.catalog.segments)
             kept = await trio.to_thread.run_sync(read_kept, replica.catalog)
             numbers, step_ns = next_batch(rows, kept, frozenset(known.failed))

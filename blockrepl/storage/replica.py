@@ -28,6 +28,7 @@ fail-stop   nothing works until the process has been restarted and has recovered
 
 After a failed commit all that was staged is forgotten: its sources must attach again. One thread
 at a time may change a replica; ``status`` may be called by any, at any time, and does not wait.
+`remove_leftovers` goes on beside.
 """
 
 from __future__ import annotations
@@ -128,8 +129,8 @@ class Replica:
         self._marks_due: list[Mark] = []  # of durable frames, not yet in the catalog
         self._reload()
         self._forget_staged()
-        retained.remove_leftovers(catalog, directory / DIRECTORY_NAME)
-        retained.remove_images(catalog, directory)
+        self._images_removed = retained.remove_images(catalog, directory)
+        self.remove_leftovers()
         durable = read_durable(directory / durables.FILE_NAME)
         self._boot = durables.this_boot()
         self._watermark = durable.watermark if durable else 0
@@ -512,7 +513,7 @@ class Replica:
             if disk in self._images:
                 self._images.pop(disk).close()
         self._reload()
-        retained.remove_images(self.catalog, self.directory)
+        self._images_removed += retained.remove_images(self.catalog, self.directory)
         return gone
 
     def replace_segments(
@@ -524,9 +525,16 @@ class Replica:
         leaving = [rows[number] for number in old]
         retained.replace(self.catalog, leaving, new, folded_ns)
         self._journal.resized(sum(row.bytes for row in new) - sum(row.bytes for row in leaving))
-        retained.remove_leftovers(self.catalog, self.directory / DIRECTORY_NAME)
         self._reload()
         self._publish()
+
+    def remove_leftovers(self) -> None:
+        """Free the room of what `shorten` and `replace_segments` have left over. StorageError.
+
+        Under the lock of retention, by any thread: it takes a disk long, and commits go on.
+        """
+        self._images_removed.clear()
+        retained.remove_leftovers(self.catalog, self.directory / DIRECTORY_NAME)
 
     # What others see
 
@@ -568,6 +576,7 @@ class Replica:
                 logger.error("group %s: %s", self.name, error)
         for image in self._images.values():
             image.close()
+        self._images_removed.clear()
         self._durable_file.close()
         self.catalog.close()
 

@@ -22,7 +22,7 @@ reached, and leaves nothing that cannot be finished:
 2. Files are made: segments written anew under names of their own, base images brought up to the
    floor. Views read either: what the base gains, the journal still covers.
 3. The catalog says which segments there are, and which are left over (`replace`); then these are
-   removed. What a crash leaves of them goes at the next start (`remove_leftovers`).
+   removed, beside commits. What a crash leaves of them goes at the next start (`remove_leftovers`).
 
 Whoever does any of this holds ``retention.lock``, and so does the worker that it starts, by the
 same open file: a worker whose receiver was killed keeps out the next one for as long as it lives.
@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -43,6 +44,7 @@ from blockrepl.storage.base import image_path
 from blockrepl.storage.catalog import Catalog, SegmentRow
 from blockrepl.storage.files import failure
 from blockrepl.storage.home import ExclusiveLock, exclusive_lock, sync_directory
+from blockrepl.storage.reading import OpenFile
 
 LOCK_NAME = "retention.lock"
 LOCK_WAIT_SECONDS = 2.0  # a worker ends much sooner after its receiver (retention_worker.py)
@@ -179,12 +181,12 @@ def leftovers(catalog: Catalog) -> set[str]:
 def remove_leftovers(catalog: Catalog, directory: Path) -> None:
     """Remove what is left over, and what was written anew for a `replace` that never came.
 
-    StorageError. Nobody may be writing segments anew meanwhile.
+    StorageError. Nobody may be writing segments anew meanwhile; the catalog may be changed.
     """
-    rows = catalog.segments()
-    names = {file_name(row.number, row.generation) for row in rows}
-    unfinished = {path.name for path in directory.glob("*-*.seg")} - names
-    gone = leftovers(catalog) | unfinished
+    anew = {path.name for path in directory.glob("*-*.seg")}  # before a `replace` may name them
+    names = {file_name(row.number, row.generation) for row in catalog.segments()}
+    rows = catalog.rows("SELECT number, generation FROM leftovers")
+    gone = {file_name(*row) for row in rows} | (anew - names)
     if not gone:
         return
     try:
@@ -193,7 +195,9 @@ def remove_leftovers(catalog: Catalog, directory: Path) -> None:
         sync_directory(directory)  # a folded segment that comes back would hide what is newer
     except OSError as error:
         raise failure(error, f"cannot remove what retention has left in {directory}") from error
-    catalog.change("DELETE FROM leftovers")
+    with catalog.transaction():
+        for row in rows:
+            catalog.change("DELETE FROM leftovers WHERE number = ? AND generation = ?", *row)
 
 
 def forget_retired(catalog: Catalog, floor_ns: int) -> list[bytes]:
@@ -227,18 +231,26 @@ def has_forgotten_records(catalog: Catalog, disk: bytes) -> bool:
     return bool(rows)
 
 
-def remove_images(catalog: Catalog, directory: Path) -> None:
-    """Remove the base images of disks that were forgotten from a replica. StorageError."""
+def remove_images(catalog: Catalog, directory: Path) -> list[OpenFile]:
+    """Remove the base images of disks that were forgotten from a replica. StorageError.
+
+    Another disk may have their names at once. Their room is free when what is returned is let go
+    of, which takes a disk long.
+    """
     rows = catalog.rows("SELECT key FROM meta WHERE substr(key, 1, ?) = ?", len(_IMAGE), _IMAGE)
     if not rows:
-        return
+        return []
+    removed = []
     try:
         for (key,) in rows:
             path = image_path(directory, key.removeprefix(_IMAGE))
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                removed.append(OpenFile(path))
+                path.unlink()
             sync_directory(path.parent)
     except OSError as error:
         raise failure(error, f"cannot remove a base image in {directory}") from error
     with catalog.transaction():
         for (key,) in rows:
             catalog.change("DELETE FROM meta WHERE key = ?", key)
+    return removed
