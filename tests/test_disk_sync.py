@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -15,7 +18,7 @@ from blockrepl.formats.messages import MessageType
 from blockrepl.services import disk_sync
 from blockrepl.services.disk_sync import AHEAD_BYTES
 from blockrepl.services.outbox_ends import Take
-from blockrepl.storage.pieces import DATA_BYTES_MAX, choose_regions
+from blockrepl.storage.pieces import DATA_BYTES_MAX, Piece, choose_regions, read_piece
 from blockrepl.units import MIB
 
 SIZE = 48 * MIB
@@ -56,7 +59,7 @@ async def test_content_never_holds_up_records_for_long(source: Source) -> None:
 
 
 async def test_a_round_goes_out_between_two_pieces(source: Source) -> None:
-    # Guards the one step per disk in GroupPump._round.
+    # Guards the one step in GroupPump._send_piece.
     entry = source.add("root", SIZE, hot=True, content=random_bytes(SIZE))
     guest = source.guest(entry)
     receiver = Receiver()
@@ -74,6 +77,66 @@ async def test_a_round_goes_out_between_two_pieces(source: Source) -> None:
     assert kinds.count(FrameKind.BASE) > 5
     pairs = list(itertools.pairwise(kinds))
     assert (FrameKind.BASE, FrameKind.BASE) not in pairs[1:]
+
+
+async def test_a_round_reads_one_piece_however_many_disks_owe_some(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the turns in GroupPump._send_piece: ten disks' pieces held up a round for a second.
+    size = 2 * DATA_BYTES_MAX
+    owing = [source.add(name, size, hot=True, content=random_bytes(size)) for name in "ac"]
+    told = [known(entry, "empty", ring_id=0) for entry in owing]
+    told.insert(1, known(source.add("b", size)))  # owes nothing, and has no turn
+    assert 2 * size <= AHEAD_BYTES
+    rounds: list[list[bytes]] = []  # the disks that were read in each
+    receiver = Receiver()
+    async with pumping(source, receiver, *told) as pump:
+        a_whole_round = pump._round
+
+        async def a_round_of_its_own() -> bool:
+            rounds.append([])
+            return await a_whole_round()
+
+        def read(image: int, *arguments: Any) -> Piece:
+            rounds[-1] += [disk.id for disk in pump.disks if disk.image == image]
+            return read_piece(image, *arguments)
+
+        monkeypatch.setattr(pump, "_round", a_round_of_its_own)
+        monkeypatch.setattr(disk_sync, "read_piece", read)
+        await until(lambda: len(receiver.marks()) == 2)
+    reading = rounds[: max(at for at, disks in enumerate(rounds) if disks) + 1]
+    assert reading == [[entry.id.bytes] for entry in owing] * 2
+    for entry in owing:
+        assert replay(receiver.frames, entry.id.bytes, size) == entry.image.read_bytes()
+
+
+async def test_a_disk_that_cannot_be_read_costs_a_turn_and_holds_up_no_other(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the end of the round behind a failed reading: it takes the longest of all.
+    entries = [source.add(name, MIB, hot=True, content=random_bytes(MIB)) for name in "ab"]
+    rounds: list[list[bytes]] = []
+    receiver = Receiver()
+    async with pumping(source, receiver, *(known(one, "empty", ring_id=0) for one in entries)) as (
+        pump
+    ):
+        a_whole_round = pump._round
+
+        async def a_round_of_its_own() -> bool:
+            rounds.append([])
+            return await a_whole_round()
+
+        def read(image: int, *arguments: Any) -> Piece:
+            [disk] = [disk for disk in pump.disks if disk.image == image]
+            rounds[-1].append(disk.id)
+            if disk.entry.name == "a":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read_piece(image, *arguments)
+
+        monkeypatch.setattr(pump, "_round", a_round_of_its_own)
+        monkeypatch.setattr(disk_sync, "read_piece", read)
+        await until(receiver.marks)
+    assert [disks for disks in rounds if disks][:2] == [[entry.id.bytes] for entry in entries]
 
 
 @pytest.mark.parametrize("state", ["empty", "gap"])

@@ -123,11 +123,15 @@ class DiskSync:
             return False
         return bool(self._unreadable.choice(ring.stale, trio.current_time()).any())
 
+    def has_piece(self) -> bool:
+        """Whether `step` may be called now."""
+        disk = self.disk
+        # ready: lost since the gaps were looked at; the next round reports it
+        return not disk.gap_in_flight and disk.state != "ready" and self.wants()
+
     async def step(self, watermark: int) -> bool:
         """Read and send one piece. ``watermark``: of the frames sent so far. True when it did."""
         disk = self.disk
-        if disk.gap_in_flight or disk.state == "ready" or not self.wants():
-            return False  # ready: lost since the gaps were looked at; the next round reports it
         try:
             if self._differing:
                 await self._send_differing(watermark)

@@ -13,10 +13,11 @@ A round, in this order; the order is what makes watermarks and marks true:
 5. put all records up to the heads seen in 4; the last frame carries the watermark. Without any, a
    frame that carries nothing else, once a second or when base content waits for its number
 6. put marks: disks that are consistent again, checkpoints asked for
-7. on a direct link: one piece of content (disk_sync.py) of each disk that owes some, unless its gap
-   is yet to be reported. Its stamp is the watermark, or that of the disk's last record or gap sent
-   (4 and 5 may send some that are younger than 2): everything up to it has been sent before,
-   everything newer comes after. The scrub takes its instants between rounds (scrubber.py)
+7. on a direct link: one piece of content (disk_sync.py). The disks take turns, those that owe none
+   or whose gap is yet to be reported left out: a piece of each would be 4 MiB of reads times as
+   many, and the rings fill meanwhile. Its stamp is the watermark, or that of the disk's last record
+   or gap sent (4 and 5 may send some that are younger than 2): everything up to it has been sent
+   before, everything newer comes after. The scrub takes its instants between rounds (scrubber.py)
 
 A pump is held while a disk of its group cannot be opened: what that disk's ring holds is older than
 any watermark of now. It puts the others' records, under the watermark of before, and nothing else.
@@ -119,6 +120,7 @@ class GroupPump:
             disk.id: DiskSync(disk, self.outbox, source, self._catch_up) for disk in disks
         }
         self.comparers: list[Comparer] = list(self.syncs.values())
+        self._in_turn = list(self.syncs.values())  # the one that sent a piece last is at the end
         self.between_rounds = trio.StrictFIFOLock()
         # Whoever wants the lock of a disk takes this one first: a retirement holds both, for long.
         self.retiring = trio.Lock()
@@ -300,8 +302,16 @@ class GroupPump:
             await self.outbox.put(self._encode(None, FrameKind.RECORDS, watermark))
         if not self.outbox.is_direct:
             return worked
-        pieces = [await self.syncs[disk.id].step(watermark) for disk, _ in rings]
-        return worked or any(pieces)
+        return await self._send_piece(watermark) or worked
+
+    async def _send_piece(self, watermark: int) -> bool:
+        """One piece of content, of the disk whose turn it is. True when it was sent."""
+        due = next((sync for sync in self._in_turn if sync.has_piece()), None)
+        if due is None:
+            return False
+        self._in_turn.remove(due)
+        self._in_turn.append(due)
+        return await due.step(watermark)
 
     async def _catch_up(self, disk: SourceDisk) -> bool:
         """Put the records of a disk that came since; False while one is being appended."""
