@@ -18,6 +18,7 @@ from pumping import (
     SOURCE,
     Receiver,
     Source,
+    StalledWrite,
     attach,
     known,
     random_bytes,
@@ -369,6 +370,24 @@ async def test_an_image_that_stalls_while_its_ring_is_given_back_holds_up_no_rou
         await until(lambda: idle.ring is None)
     assert not source.disks.hot_regions(idle.entry).any()
     assert not ring_path(idle.id).exists()
+
+
+async def test_a_home_that_stalls_while_a_ring_is_given_back_holds_up_no_round(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the hot map in Retirement.prepare: two fsyncs each time a guest was shut down.
+    receiver = Receiver()
+    async with retiring(source, receiver, monkeypatch) as (group, image):
+        idle, used = group.disks
+        monkeypatch.setattr(retiring_module, "write_atomically", stalled := StalledWrite())
+        image.goes_on.set()
+        await until(stalled.begun.is_set)
+        source.guest(used.entry).write(0, b"x" * 512)
+        with trio.move_on_after(5) as scope:
+            await until(lambda: receiver.records(used.id))
+        stalled.goes_on.set()
+        assert not scope.cancelled_caught
+        await until(lambda: idle.ring is None)
 
 
 async def test_a_round_that_does_not_end_keeps_no_server_from_starting(

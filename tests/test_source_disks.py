@@ -631,18 +631,45 @@ def test_a_flush_that_fails_as_a_disk_without_a_ring_grows_is_an_error(
         grow_image(entry, SIZE + MIB, lambda reached: None)
 
 
-def test_what_comes_while_the_image_is_synced_keeps_the_ring(
+def test_what_comes_while_the_image_is_synced_keeps_the_ring_and_the_map(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the second look in Retirement.prepare.
+    def sync(descriptor: int) -> None:
+        os.fdatasync(descriptor)
+        ring.stale[3] = 1
+
+    monkeypatch.setattr("blockrepl.storage.retiring.os.fsync", sync)
+    with closing(Retirement(disks, entry, ring)) as retirement:
+        assert not retirement.prepare()
+    assert_kept(disks, entry, ring)
+
+
+def test_what_comes_behind_the_sync_keeps_the_ring(
     disks: SourceDisks, entry: DiskEntry, ring: RingReader
 ) -> None:
-    # Guards the second look in Retirement.finish, and the locks that no server comes past.
+    # Guards the look in Retirement.finish, and the locks that no server comes past.
     with closing(Retirement(disks, entry, ring)) as retirement:
         assert retirement.prepare()
         with pytest.raises(StateError, match="in use"):
             lock_image(entry.image)
         ring.stale[3] = 1
         assert not retirement.finish()
-    assert_kept(disks, entry, ring)
+    assert ring.is_current()
+    assert not disks.hot_regions(entry).any()  # true of what was before
     os.close(lock_image(entry.image))
+
+
+def test_a_ring_waits_for_no_disk_while_nobody_reads_it(
+    disks: SourceDisks, entry: DiskEntry, ring: RingReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the map in Retirement.prepare: two fsyncs held up the rings of the group's other disks.
+    with closing(Retirement(disks, entry, ring)) as retirement:
+        assert retirement.prepare()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", None)
+            assert retirement.finish()
+    assert not ring.path.exists()
 
 
 def test_a_ring_with_a_stale_region_is_kept(

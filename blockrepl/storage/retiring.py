@@ -1,15 +1,19 @@
 """Giving back the ring of a disk that nobody serves: all of it is durable, and nothing is hot.
 
 1. `prepare`, beside the ring's reader: takes the disk's lock and the image's; if no server writes
-   to the ring, and it owes nothing, syncs the image, which takes as long as the disk likes
-2. `finish`, while nobody reads the ring: if it owes nothing still, makes the hot map cold, then
-   removes the ring
+   to the ring, and it owes nothing, syncs the image, which takes as long as the disk likes. If it
+   owes nothing still, makes the hot map cold
+2. `finish`, while nobody reads the ring: removes it, if it owes nothing even then. It waits for no
+   disk: nobody reads the rings of the group's other disks meanwhile, and they fill
 3. `close`, in any case
 
 The locks are held from 1 to 3. So no server writes behind the sync, and what goes cold is durable;
 and none flushes behind a sync that has failed, before the ring says so: the system tells that once,
 and calls the pages clean. A server that starts waits for the disk's lock: after 1 there is no time
 to lose.
+
+A ring that stays behind 1 leaves a map that is true: all there was is at the replica and on the
+disk, and whoever changes that says so first, a server in the map, a doubt in the disk's entry.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from blockrepl.storage.source import DiskEntry, SourceDisks, check_unwritten
 
 
 class Retirement:
-    """All but `close` block on the disk. OSError."""
+    """`prepare` blocks on the disk, nothing else does. OSError."""
 
     def __init__(self, disks: SourceDisks, entry: DiskEntry, ring: RingReader) -> None:
         self.ring = ring
@@ -50,6 +54,11 @@ class Retirement:
         except OSError:
             self.ring.flush_has_failed()
             raise
+        if self._owes():
+            return False
+        entry = self._entry
+        cold = hot_map.encode(entry.id.bytes, entry.size_bytes, limits.REGION_BYTES, hot=False)
+        write_atomically(self._disks.hot_map_path(entry), cold)
         return True
 
     def finish(self) -> bool:
@@ -57,9 +66,6 @@ class Retirement:
         assert self._image is not None
         if self._owes():
             return False
-        entry = self._entry
-        cold = hot_map.encode(entry.id.bytes, entry.size_bytes, limits.REGION_BYTES, hot=False)
-        write_atomically(self._disks.hot_map_path(entry), cold)
         self.ring.path.unlink(missing_ok=True)
         return True
 
