@@ -657,7 +657,8 @@ async def test_what_is_synced_is_not_sent_again_when_its_ring_is_lost(
     entry = source.add("root", SIZE, content=random_bytes(SIZE), bound=False)
     async with pumping(source, receiver, known(entry, "empty", ring_id=0)) as pump:
         await until(receiver.marks)
-        await a_round(pump)
+        await until(lambda: pump.disks[0].owes_note)
+        pump.disks[0].note_consistent()
     ring_path(entry.id.bytes).unlink()
     again = Receiver()
     async with pumping(source, again, known(entry, "ready", ring_id=0)) as pump:
@@ -667,6 +668,26 @@ async def test_what_is_synced_is_not_sent_again_when_its_ring_is_lost(
         await a_round(pump)
     assert not again.of(FrameKind.SYNC)
     assert not again.marks()
+
+
+async def test_a_ring_that_is_lost_before_a_syncs_end_is_noted_has_all_compared(
+    source: Source, receiver: Receiver
+) -> None:
+    # A power cut behind the acknowledgement is one before it.
+    content = random_bytes(SIZE)
+    entry = source.add("root", SIZE, content=content, bound=False)
+    async with pumping(source, receiver, known(entry, "empty", ring_id=0)) as pump:
+        await until(lambda: pump.disks[0].owes_note)
+    assert source.disks.load("root").stale_ring == known(entry).ring_id
+    ring_path(entry.id.bytes).unlink()
+    again = Receiver(before={entry.id.bytes: content})
+    async with pumping(source, again, known(entry, "ready", ring_id=0)) as pump:
+        await until(lambda: len(again.marks()) == 2)
+        await until(lambda: pump.disks[0].owes_note)
+        pump.disks[0].note_consistent()
+    assert sum(one.length for one in again.compared) == SIZE
+    assert not again.of(FrameKind.SYNC)
+    assert source.disks.load("root").stale_ring == 0
 
 
 async def test_after_a_lost_ring_no_later_session_writes_the_base(

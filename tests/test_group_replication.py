@@ -38,6 +38,7 @@ from blockrepl.services.group_replication import GroupReplication, Link
 from blockrepl.services.outbox_ends import LostError
 from blockrepl.storage import flush_watch
 from blockrepl.storage import retiring as retiring_module
+from blockrepl.storage import source as source_module
 from blockrepl.storage.group_notes import GroupNote, write_note
 from blockrepl.storage.image import is_locked
 from blockrepl.storage.ring import RingReader, read_next_number, ring_path
@@ -425,6 +426,73 @@ async def test_a_group_stops_although_its_round_never_ends_and_a_retirement_wait
         with trio.fail_after(5):
             await group._stop_running()
         nursery.cancel_scope.cancel()
+
+
+async def test_a_home_that_stalls_while_a_syncs_end_is_noted_holds_up_nothing(
+    source: Source, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Guards GroupReplication._note_consistent: two fsyncs in the loop of all groups.
+    monkeypatch.setattr(group_replication, "RETIRE_SECONDS", 0.01)
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    source.disks.note_rings(entry, stale_ring=known(entry).ring_id, base_ring=0, send_all=True)
+    monkeypatch.setattr(source.disks, "is_serving", lambda entry: True)
+    receiver = Receiver(at_once=False)
+    async with replicating(source) as group, trio.open_nursery() as nursery:
+        nursery.start_soon(serve, group, receiver, attach(source, known(entry, "gap")))
+        await until(lambda: group.pump and group.is_linked)
+        receiver.pump = group.pump
+        await until(receiver.marks)
+        monkeypatch.setattr(source_module, "write_atomically", full := FullWrite())
+        receiver.at_once = True
+        receiver.acknowledge()
+        await until(lambda: full.count > 1)  # tried again
+        monkeypatch.setattr(source_module, "write_atomically", stalled := StalledWrite())
+        await until(stalled.begun.is_set)
+        guest.write(0, b"x" * 512)
+        await until(lambda: receiver.records(entry.id.bytes))
+        assert source.disks.load("root").stale_ring == known(entry).ring_id
+        stalled.goes_on.set()
+        await until(lambda: source.disks.load("root").stale_ring == 0)
+        assert not source.disks.load("root").send_all
+        nursery.cancel_scope.cancel()
+    assert "disk root: the end of its sync is not noted: [Errno 28]" in caplog.text
+
+
+async def test_the_end_of_a_sync_is_not_noted_of_a_disk_that_was_taken_up_anew(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the look at the pump in GroupReplication._note_consistent: the doubts of a receiver
+    # that has lost frames are noted by then, and would not be any more.
+    monkeypatch.setattr(group_replication, "RETIRE_SECONDS", 0.01)
+    entry = source.add("root", SIZE)
+    source.disks.note_rings(entry, stale_ring=known(entry).ring_id, base_ring=0)
+    monkeypatch.setattr(source.disks, "is_serving", lambda entry: True)
+    receiver = Receiver(at_once=False)
+    async with replicating(source) as group, trio.open_nursery() as nursery:
+        nursery.start_soon(serve, group, receiver, attach(source, known(entry, "gap")))
+        await until(receiver.marks)
+        receiver.pump = pump = group.pump
+        assert pump is not None
+        async with pump.retiring:
+            receiver.acknowledge()
+            assert pump.disks[0].owes_note
+            await until(lambda: pump.retiring.statistics().tasks_waiting)
+            monkeypatch.setattr(group, "pump", None)  # as _stop_running does, with this lock
+        await trio.sleep(0.05)
+        assert source.disks.load("root").stale_ring == known(entry).ring_id
+        nursery.cancel_scope.cancel()
+
+
+class FullWrite:
+    """In the place of `write_atomically`: a home without any room."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, path: Path, data: bytes, mode: int = 0o600) -> None:
+        self.count += 1
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @asynccontextmanager

@@ -462,7 +462,9 @@ async def test_a_doubt_that_was_never_told_is_made_good_by_the_next_agent(source
     disk.close()
     async with pumping(source, receiver, known(entry)) as pump:
         await until(lambda: len(receiver.marks()) == 2)
-        await until(lambda: source.disks.load("root").stale_ring == 0)
+        await until(lambda: pump.disks[0].owes_note)
+        pump.disks[0].note_consistent()
+        assert source.disks.load("root").stale_ring == 0
         assert pump.disks[0].state == "ready"
     assert replay(receiver.frames, entry.id.bytes, SIZE, before=content) == entry.image.read_bytes()
 
@@ -492,7 +494,9 @@ async def test_a_doubt_that_was_noted_and_not_marked_is_carried_out_by_the_next_
     disk.close()
     async with pumping(source, receiver, known(entry)) as pump:
         await until(lambda: len(receiver.marks()) == 2)
-        await until(lambda: source.disks.load("root").stale_ring == 0)
+        await until(lambda: pump.disks[0].owes_note)
+        pump.disks[0].note_consistent()
+        assert source.disks.load("root").stale_ring == 0
         assert pump.disks[0].retirement() is not None
     assert receiver.compared == []  # all of it was sent, as was asked
     assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
@@ -653,11 +657,12 @@ def test_what_is_known_to_be_owed_is_not_scrubbed(source: Source) -> None:
 
 
 def test_a_doubt_outlives_the_acknowledgement_of_an_older_mark(source: Source) -> None:
-    # Guards ``needs_sync`` in SourceDisk.consistent_durable: a lost ring would take it along.
+    # Guards ``needs_sync`` in SourceDisk.note_consistent: a lost ring would take it along.
     entry = source.add("root", MIB)
     disk = a_disk(source, entry)
     disk.doubt(slice(None), source.watermark + 1, "it was asked for")
     disk.consistent_durable()
+    disk.note_consistent()
     assert source.disks.load("root").stale_ring == known(entry).ring_id
     disk.close()
 
@@ -665,8 +670,8 @@ def test_a_doubt_outlives_the_acknowledgement_of_an_older_mark(source: Source) -
 def test_a_mark_acknowledged_amid_a_doubt_leaves_its_note(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Guards the look at ``_doubting`` in SourceDisk.consistent_durable: the note was overwritten
-    # before the marks were there, and a power cut took the marks.
+    # Guards the look at ``_noting`` in SourceDisk.note_consistent: the note was overwritten before
+    # the marks were there, and a power cut took the marks.
     entry = source.add("root", MIB)
     disk = a_disk(source, entry)
     note_rings = source.disks.note_rings
@@ -675,6 +680,7 @@ def test_a_mark_acknowledged_amid_a_doubt_leaves_its_note(
         disk.entry = note_rings(*arguments, **changes)
         monkeypatch.undo()
         disk.consistent_durable()
+        disk.note_consistent()
         return disk.entry
 
     monkeypatch.setattr(source.disks, "note_rings", acknowledged_behind_it)
@@ -686,7 +692,7 @@ def test_a_mark_acknowledged_amid_a_doubt_leaves_its_note(
 def test_a_doubt_amid_the_acknowledgement_of_a_mark_is_noted(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Guards ``_doubting`` in SourceDisk.doubt: it found its ring noted, just before it was not.
+    # Guards ``_noting`` in SourceDisk.doubt: it found its ring noted, just before it was not.
     entry = source.add("root", MIB)
     disk = a_disk(source, entry)
     disk.entry = source.disks.note_rings(entry, stale_ring=known(entry).ring_id, base_ring=0)
@@ -702,6 +708,50 @@ def test_a_doubt_amid_the_acknowledgement_of_a_mark_is_noted(
 
     monkeypatch.setattr(source.disks, "note_rings", doubted_behind_it)
     disk.consistent_durable()
+    disk.note_consistent()
     doubt.join()
+    assert source.disks.load("root") == disk.entry
+    assert disk.entry.stale_ring == known(entry).ring_id
+    disk.close()
+
+
+def test_a_ring_that_is_taken_up_amid_the_note_of_a_syncs_end_keeps_its_own(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards ``_noting`` in SourceDisk.refresh: of a ring that was lost the note was overwritten,
+    # and a second loss took its marks, of all regions, along.
+    entry = source.add("root", MIB)
+    disk = a_disk(source, entry)
+    disk.entry = source.disks.note_rings(entry, stale_ring=known(entry).ring_id, base_ring=0)
+    ring_path(entry.id.bytes).unlink()
+    ring_id = source.make_ring(entry)
+    refresh = threading.Thread(target=disk.refresh, args=(source.watermark,))
+    note_rings = source.disks.note_rings
+
+    def lost_before_it(*arguments: Any, **changes: Any) -> DiskEntry:
+        monkeypatch.undo()
+        refresh.start()
+        refresh.join(0.2)  # it has to wait for us
+        return note_rings(*arguments, **changes)
+
+    monkeypatch.setattr(source.disks, "note_rings", lost_before_it)
+    disk.consistent_durable()
+    disk.note_consistent()
+    refresh.join()
+    assert disk.ring is not None
+    assert not disk.ring.needs_sync() or source.disks.load("root").stale_ring == ring_id
+    disk.close()
+
+
+def test_the_end_of_a_sync_is_not_noted_once_history_is_broken_again(source: Source) -> None:
+    # Guards SourceDisk.gap_reported: the mark that says so again may be lost with its frames.
+    entry = source.add("root", MIB)
+    disk = a_disk(source, entry)
+    disk.entry = source.disks.note_rings(entry, stale_ring=known(entry).ring_id, base_ring=0)
+    disk.consistent_durable()
+    disk.gap_reported(source.watermark + 1)
+    disk.gap_durable(source.watermark + 1)
+    disk.became_consistent()
+    disk.note_consistent()
     assert source.disks.load("root").stale_ring == known(entry).ring_id
     disk.close()

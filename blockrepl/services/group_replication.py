@@ -181,17 +181,28 @@ class GroupReplication:
         self._changed = trio.Event()
 
     async def _retire_rings(self) -> None:
-        """Give back the rings of disks that nobody serves any more."""
+        """Note what syncs have ended; give back the rings of disks that nobody serves any more."""
         while True:
             await trio.sleep(RETIRE_SECONDS)
             pump = self.pump
             for disk in self.disks:
+                if pump and disk.owes_note:
+                    await self._note_consistent(disk, pump)
                 if pump and disk.ring and not self._source_disks.is_serving(disk.entry):
                     try:
                         async with pump.retiring:
                             await self._retire(disk, pump)
                     except (BlockreplError, OSError) as error:
                         log.error("disk %s: %s", disk.entry.name, error)
+
+    async def _note_consistent(self, disk: SourceDisk, pump: GroupPump) -> None:
+        async with pump.retiring:  # nobody doubts or grows the disk meanwhile
+            if self.pump is not pump:
+                return  # it may have been taken up anew, with doubts of its own
+            try:
+                await trio.to_thread.run_sync(disk.note_consistent)
+            except (BlockreplError, OSError) as error:
+                log.error("disk %s: the end of its sync is not noted: %s", disk.entry.name, error)
 
     async def _retire(self, disk: SourceDisk, pump: GroupPump) -> None:
         async with pump.between_rounds:

@@ -56,7 +56,10 @@ class SourceDisk:
         self._gap_reason = ""  # why that one is, where no record is lost
         self._known_ring = 0
         self._unsettled: frozenset[tuple[int, int]] | None = None
-        self._doubting = threading.Lock()  # from before a doubt's note until its marks are there
+        self.owes_note = False  # the end of a sync is durable: see `note_consistent`
+        # Held while a note, and what it is about, change: a doubt until its marks are there, a
+        # ring that is taken up, the end of a sync.
+        self._noting = threading.Lock()
 
     # --- opening
 
@@ -156,9 +159,14 @@ class SourceDisk:
 
         One whose file is gone is kept until there is another: its server still writes to it.
         """
+        if self.ring is not None and self.ring.is_current():
+            return
+        if read_geometry(ring_path(self.id)) is not None:
+            with self._noting:
+                self._take_up_ring(watermark)
+
+    def _take_up_ring(self, watermark: int) -> None:
         if self.ring is not None:
-            if self.ring.is_current() or read_geometry(ring_path(self.id)) is None:
-                return
             self._known_ring = self.ring.geometry.ring_id
             self._unsettled = None
             self.close()
@@ -261,6 +269,7 @@ class SourceDisk:
         self.gap_in_flight = from_ns
         self.sent_stamp = max(self.sent_stamp, from_ns)
         self.state = "gap"
+        self.owes_note = False
         self.epoch += 1
         self._unsettled = None
 
@@ -332,7 +341,7 @@ class SourceDisk:
         ``reason`` is for the log. ``send_all``: all that is owed is sent without asking what
         differs. Blocks on the disk. Between rounds. StateError, StorageError.
         """
-        with self._doubting:
+        with self._noting:
             self._doubt(regions, from_ns, reason, send_all=send_all)
 
     def _doubt(
@@ -341,7 +350,8 @@ class SourceDisk:
         with self._disks.lock(self.entry):
             self._disks.check_served_ring(self.entry, self._clock)
             self._disks.ensure_ring(self.entry, self._clock)
-        self.refresh(from_ns - 1)
+        if self.ring is None or not self.ring.is_current():
+            self._take_up_ring(from_ns - 1)
         assert self.ring is not None
         # Before the marks: were the ring lost with them, nothing else would know of these regions.
         note = partial(
@@ -365,13 +375,23 @@ class SourceDisk:
 
     def consistent_durable(self) -> None:
         """All that was ever marked stale in the ring is durable, or hot since."""
-        if not self._doubting.acquire(blocking=False):
-            return  # doubted just now, in another thread: its note stays, its marks are to come
+        if self.state == "ready":
+            self.owes_note = True
+
+    def note_consistent(self) -> None:
+        """Note that, if it is still true. Blocks on the disk. StateError, OSError.
+
+        An agent that is killed before it does so finds what it would have found before the
+        acknowledgement: `_resume` notes the end then, or with the ring lost, begins anew.
+        """
+        if not self._noting.acquire(blocking=False):
+            return  # doubted just now, or another ring is taken up: what is noted stays
         try:
             ring = self.ring
-            if self.state == "ready" and not (ring and ring.needs_sync()):  # else doubted since
+            if self.owes_note and self.state == "ready" and not (ring and ring.needs_sync()):
                 self.entry = self._disks.note_rings(
                     self.entry, stale_ring=0, base_ring=self.entry.base_ring, send_all=False
                 )
+                self.owes_note = False
         finally:
-            self._doubting.release()
+            self._noting.release()
