@@ -397,6 +397,12 @@ class World:
                     await trio.sleep(0.002)
         await trio.lowlevel.checkpoint()
 
+    async def drain(self) -> None:
+        """Commit what arrives, one by one, until nothing waits."""
+        while not self.outbox.is_drained:
+            await until(lambda: self.unanswered or self.outbox.is_drained)
+            self.commit(1)
+
     async def settle(self) -> None:
         """Until nothing happens any more."""
         before, quiet = None, 0
@@ -543,9 +549,7 @@ async def test_nothing_is_sent_from_the_spool_while_it_takes_in_what_fills_a_rin
         assert trio.current_time() >= last + 0.2
         await outbox.put(records(9, 8, 300))
         world.pressed = False
-        while not outbox.is_drained:
-            await until(lambda: world.unanswered or outbox.is_drained)
-            world.commit(1)
+        await world.drain()
         await world.down()
     assert world.told_durable == set(range(1, 10))
 
@@ -603,9 +607,7 @@ async def test_a_disk_that_stalls_while_files_are_given_back_holds_up_no_put(
         disk.goes_on.set()
         assert not scope.cancelled_caught
         await until(lambda: len(list(spool.directory.glob("*.frames"))) < files)
-        while not outbox.is_drained:
-            await until(lambda: world.unanswered or outbox.is_drained)
-            world.commit(1)
+        await world.drain()
         await world.down()
     assert world.told_durable == set(range(1, 31))
 
@@ -653,9 +655,7 @@ async def test_what_comes_while_an_ended_spool_is_removed_is_sent(
         assert outbox.spool.is_active
         disk.goes_on.set()
         world.pressed = False
-        while not outbox.is_drained:
-            await until(lambda: world.unanswered or outbox.is_drained)
-            world.commit(1)
+        await world.drain()
         await world.down()
     assert world.told_durable == set(range(1, 20))
 
