@@ -70,6 +70,7 @@ def test_beyond_the_spool_there_is_a_gap_and_only_what_differs_is_sent(stage: Ma
     # Guards `must_compare` in SourceDisk: all regions that may differ were sent, whole.
     it = stage(size_bytes=64 * MIB, spool_size="4M")
     for block in range(0, 40 * MIB, MIB):
+        it.wait_ring()  # the gap is to be that of the outage alone
         it.write_anew(block, MIB)
         if block % (8 * MIB) == 0:
             it.sample()
