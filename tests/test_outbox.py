@@ -21,6 +21,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ from outgoing import (
 )
 from pumping import until
 
+from blockrepl.errors import StorageError
 from blockrepl.formats import frame as frames
 from blockrepl.formats.frame import Buffer, EncodedFrame, FrameHeader, FrameKind
 from blockrepl.formats.marks import decode_mark
@@ -658,6 +660,59 @@ async def test_what_comes_while_an_ended_spool_is_removed_is_sent(
         await world.drain()
         await world.down()
     assert world.told_durable == set(range(1, 20))
+
+
+async def test_a_spool_that_takes_nothing_in_is_drained_although_a_ring_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards ``if items`` in Outbox._spool_items: what failed to go in put off what was to go out.
+    monkeypatch.setattr(outboxes, "YIELD_SECONDS", 0.5)
+    monkeypatch.setattr(outboxes, "YIELD_SECONDS_MAX", 100)
+    world = World(tmp_path)
+    outbox = world.outbox
+    world.numbers = {number: number for number in range(1, 4)}
+    world.pressed = True
+    for number in (1, 2):
+        await outbox.put(records(number, number - 1, 300))
+    world.files.is_full = True
+    async with trio.open_nursery() as nursery:
+        await world.up(nursery)
+        nursery.start_soon(outbox.put, records(3, 2, 300))  # tries again and again
+        await until(lambda: world.unanswered)
+        world.files.is_full = False
+        world.pressed = False
+        await world.drain()
+        await world.down()
+    assert world.told_durable == {1, 2, 3}
+
+
+async def test_a_spool_that_could_not_be_ended_is_ended_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards ``or self.spool.is_active`` in Outbox._next: nothing wakes who waits for this spool,
+    # and trying without a pause takes a core.
+    monkeypatch.setattr(outboxes, "FULL_SECONDS", 0.03)
+    world = World(tmp_path)
+    tried: list[float] = []
+
+    def end_late(spool: Spool) -> None:
+        tried.append(trio.from_thread.run_sync(trio.current_time))
+        if len(tried) < 4:
+            raise StorageError("the disk is away")
+        end(spool)
+
+    end = Spool.end
+    monkeypatch.setattr(Spool, "end", end_late)
+    world.numbers = {1: 1}
+    await world.outbox.put(records(1, 0, 300))
+    async with trio.open_nursery() as nursery:
+        await world.up(nursery)
+        await until(lambda: world.unanswered)
+        world.commit(1)
+        await until(lambda: world.outbox.is_drained)
+        await world.down()
+    assert len(tried) == 4
+    assert min(after - before for before, after in pairwise(tried)) >= 0.03
 
 
 @pytest.mark.parametrize("steps", EXAMPLES.values(), ids=EXAMPLES)
