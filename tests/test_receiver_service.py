@@ -806,6 +806,34 @@ async def test_an_answer_that_takes_its_time_holds_up_no_frame(
             answers += message[0] == MessageType.RESPONSE
 
 
+async def test_a_group_that_is_open_waits_for_no_other_to_be_recovered(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the look without the lock in ReceiverGroups._open: a source that came back waited for
+    # the journal of a group that is nothing to it.
+    is_opening, may_open = threading.Event(), threading.Event()
+    open_replica = ReceiverGroups._open_replica
+
+    def open_late(self: ReceiverGroups, name: str) -> Any:
+        if name == "slow":
+            is_opening.set()
+            assert may_open.wait(WAIT_SECONDS)
+        return open_replica(self, name)
+
+    monkeypatch.setattr(ReceiverGroups, "_open_replica", open_late)
+    async with vault.peer("web1") as peer:
+        await peer.attach("web")
+    try:
+        async with vault.peer("web2") as other, vault.peer("web1") as peer:
+            await other.ask_to_attach("slow", uuid4())
+            await until(is_opening.is_set)
+            await peer.attach("web")
+            may_open.set()
+            await other.expect(MessageType.ATTACHED)
+    finally:
+        may_open.set()
+
+
 async def test_status_says_what_is_there(vault: Vault) -> None:
     async with vault.peer() as peer:
         agent = await peer.attach()
