@@ -33,11 +33,15 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from hypothesis import settings
 
 RUN_VARIABLE = "BLOCKREPL_TEST_RUN"
 CLONE_NEWNS = 0x00020000
-GRACE_SECONDS = 3.0  # a process that was told to end may still be ending when the test returns
+GRACE_SECONDS = 10.0  # a process that was told to end may still be ending when the test returns
 SHARED_MEMORY = Path("/dev/shm")
+
+settings.register_profile("blockrepl", deadline=None)  # a machine that stalls is no failure
+settings.load_profile("blockrepl")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -41,6 +41,7 @@ class Stage:
     spool_reserve: str = "0"
     seed: int = 1
     image: Path | None = None  # None: one is made
+    agent_options: tuple[str, ...] = ()
     samples: list[Sample] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -63,7 +64,7 @@ class Stage:
 
     def start_agent(self, *options: str) -> None:
         spool = ("--spool-size", self.spool_size, "--spool-reserve", self.spool_reserve)
-        self.place.start_agent(*spool, *options)
+        self.place.start_agent(*spool, *self.agent_options, *options)
 
     def start(self, service: str) -> None:
         if service == "agent":

@@ -56,7 +56,7 @@ def test_records_replayed_are_the_image_and_every_prefix_is_legal(place: Pair) -
         def look() -> bool:
             # as the agent takes a watermark: the clock, then what was stamped before it
             now = clock.now()
-            assert replay.reader.quiesce(1.0)
+            assert replay.reader.quiesce(10.0)
             replay.drain(until_ns=now)
             if choose.random() < 0.4:
                 views.append(View(now, stamps.decode(bytes(replay.content))))

@@ -84,8 +84,8 @@ def test_a_write_that_never_reached_the_disk(stage: MakeStage) -> None:
     it = settled(stage())
     sent_before = it.source_group()["sent_bytes"]
     it.place.kill("receiver")  # else the comparison may be over before it is seen
-    it.disk.kill()
     RingWriter(it.disk.ring).take_range(0, MIB, MIB + BLOCK)  # its slot is taken, its region hot
+    it.disk.kill()
     wait_for(lambda: stale_regions(it.reader) == [1], "what was in flight is to be compared")
     it.place.start_receiver()
     it.wait_synced()
@@ -98,13 +98,13 @@ def test_a_write_that_never_reached_the_disk(stage: MakeStage) -> None:
 def test_a_write_that_reached_the_disk_and_not_the_ring(stage: MakeStage) -> None:
     # Guards the same line: the replica would never hear of the write.
     it = settled(stage())
-    it.disk.kill()
     RingWriter(it.disk.ring).take_range(0, 3 * MIB, 3 * MIB + BLOCK)
     data = os.urandom(BLOCK)
     with it.disk.image.open("r+b") as image:
         image.seek(3 * MIB)
         image.write(data)
     it.content[3 * MIB : 3 * MIB + BLOCK] = data
+    it.disk.kill()
     wait_for(lambda: bool(it.gaps()), "what was in flight is compared")
     it.wait_synced()
     it.check()

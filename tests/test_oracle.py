@@ -59,7 +59,7 @@ def test_kills_in_random_order_leave_the_same_bytes_and_legal_points(place: Pair
 @pytest.mark.timeout(360)
 def test_a_link_slower_than_the_guest_costs_no_point(place: Pair) -> None:
     """Guards is_crowded in Outbox._place: the ring is smaller than what memory may hold."""
-    outcome = run_slow_link(place, 6.0, seed=4)
+    outcome = run_slow_link(place, 6.0, seed=4, pace=Pace(0.25))  # the ring lasts some seconds
     show(outcome)
     assert outcome.problems == []
     assert (outcome.refused, outcome.gaps) == (0, 0)

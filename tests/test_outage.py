@@ -125,7 +125,8 @@ def test_a_resync_that_is_interrupted_again_and_again_ends_with_the_same_bytes(
 ) -> None:
     # Guards ``restart_syncs``: in DiskSync.interrupted when the receiver is killed, in
     # SourceDisk.attach when the agent is.
-    it = stage(size_bytes=64 * MIB, spool_size="4M", seed=3)
+    slow = ("--limit", "0:00-24:00=4M/s")  # it is not over before it is seen
+    it = stage(size_bytes=64 * MIB, spool_size="4M", seed=3, agent_options=slow)
     it.write_some(40)
     it.sample()
     it.wait_synced()
