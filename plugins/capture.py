@@ -16,9 +16,19 @@ from types import TracebackType
 import nbdkit
 
 from blockrepl.capture import _core
-from blockrepl.capture._core import extents, flush, get_size, pread, pwrite, trim, zero
+from blockrepl.capture._core import (
+    close,
+    extents,
+    flush,
+    get_size,
+    open,
+    pread,
+    pwrite,
+    trim,
+    zero,
+)
 
-__all__ = ["extents", "flush", "get_size", "pread", "pwrite", "trim", "zero"]
+__all__ = ["close", "extents", "flush", "get_size", "open", "pread", "pwrite", "trim", "zero"]
 
 API_VERSION = 2
 _parameters: dict[str, str] = {}
@@ -81,10 +91,6 @@ def after_fork() -> None:
 def cleanup() -> None:
     """A flush of the core's own is waited for: the next server would take it for a killed one's."""
     _core.stop()
-
-
-def open(readonly: bool) -> int:
-    return 1
 
 
 def block_size(handle: int) -> tuple[int, int, int]:

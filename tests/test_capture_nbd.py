@@ -259,6 +259,19 @@ def test_200_clients_that_vanish_harm_nobody(place: Pair) -> None:
     qemu_io(disk, f"write -P 0x12 0 {SIZE}", f"read -P 0x12 0 {SIZE}")
 
 
+def test_a_connection_leaves_nothing_behind(served: Disk) -> None:
+    # Red without `close` in _core.pyx: Python's states of the threads stay, 4 KiB each.
+    def memory_after(connections: int) -> int:
+        for _ in range(connections):
+            with Client(served.socket) as client:
+                client.write(0, b"x")
+        status = Path(f"/proc/{served.process()}/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) * KIB
+
+    before = memory_after(100)
+    assert memory_after(300) < before + 512 * KIB
+
+
 def test_garbage_instead_of_requests_harms_nobody(served: Disk) -> None:
     for number in range(20):
         client = Client(served.socket)

@@ -20,6 +20,12 @@ cdef extern from "sys/prctl.h" nogil:
         PR_SET_PDEATHSIG
     int prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)
 
+cdef extern from "Python.h":
+    ctypedef enum PyGILState_STATE:
+        PyGILState_LOCKED
+    PyGILState_STATE PyGILState_Ensure()
+    void PyGILState_Release(PyGILState_STATE state)
+
 cdef extern from "device.h" nogil:
     struct device:
         pass
@@ -79,6 +85,22 @@ def stop():
     global served
     device_close(served)
     served = NULL
+
+
+def open(readonly):
+    """Keep Python's state of this thread, which serves the connection's requests, until `close`.
+
+    nbdkit's Python plugin takes the state for each request and gives it back; the last to give it
+    back ends it, so each request would make one and end one. Where a connection has other threads
+    for its requests (PARALLEL), they do.
+    """
+    PyGILState_Ensure()
+    return 1
+
+
+def close(handle):
+    """The thread that opened ends. Not called when nbdkit quits: the state goes with Python."""
+    PyGILState_Release(PyGILState_LOCKED)
 
 
 cdef int fail(int rc) except -1:
