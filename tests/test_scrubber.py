@@ -46,7 +46,13 @@ from blockrepl.formats.messages import AttachedDisk
 from blockrepl.model.scrub import ScrubPlan
 from blockrepl.services import scrubber
 from blockrepl.services.group_pump import GroupPump
-from blockrepl.services.scrub_pace import METER_SECONDS, UNDER_WAY_MAX, Meter, ScrubPool
+from blockrepl.services.scrub_pace import (
+    METER_SECONDS,
+    PASS_SECONDS,
+    UNDER_WAY_MAX,
+    Meter,
+    ScrubPool,
+)
 from blockrepl.services.scrubber import GroupScrub, Instant
 from blockrepl.services.source_disk import SourceDisk
 from blockrepl.storage.pieces import digest_range
@@ -545,9 +551,28 @@ async def test_a_scrub_takes_what_replication_leaves_of_its_rate() -> None:
     plan = ScrubPlan(SIZE, 0.0)
     pool.add(plan)
     assert pool.share(plan, 6e6) == 6e6
-    assert pool.share(plan, 11e6) == pool.share(plan, math.inf) == 3e6
+    assert pool.share(plan, 11.9e6) == pool.share(plan, math.inf) == 12e6 / 20
     assert ScrubPool(math.inf).share(plan, 1e12) == math.inf
     assert ScrubPool(0.0).share(plan, 1e6) == 0.0  # only when asked for
+
+
+async def test_a_pass_ends_in_a_week_beside_the_busiest_guest() -> None:
+    pool = ScrubPool(12e6)
+    plans = [ScrubPlan(round(5e11), 0.0) for _ in range(2)]
+    for plan in plans:
+        pool.add(plan)
+    assert pool.share(plans[0], math.inf) == pytest.approx(5e11 / PASS_SECONDS)
+    plans[1].begin_now(0.0)
+    assert pool.share(plans[0], math.inf) == pytest.approx(5e11 / PASS_SECONDS)
+    # But it takes a quarter of the rate at most.
+    assert pool.share(ScrubPlan(limits.DISK_BYTES_MAX, 0.0), math.inf) == 12e6 / 4 / 2
+
+
+async def test_a_pass_that_somebody_waits_for_takes_the_quarter() -> None:
+    pool, plan = ScrubPool(12e6), ScrubPlan(SIZE, 0.0)
+    pool.add(plan)
+    plan.begin_now(0.0)
+    assert pool.share(plan, math.inf) == 12e6 / 4
 
 
 async def test_the_speed_of_replication_is_measured(autojump_clock: object) -> None:

@@ -134,6 +134,11 @@ class ScrubPlan:
         return self.current is not None and self.current.ended is None
 
     @property
+    def is_asked_for(self) -> bool:
+        """Whether somebody waits for the last pass begun."""
+        return self.current is not None and self.current.is_asked_for
+
+    @property
     def rate_now(self) -> float:
         """Of the pass under way, in bytes per second."""
         if self._running().is_asked_for:

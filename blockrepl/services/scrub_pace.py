@@ -1,9 +1,10 @@
 """How fast an agent's scrubs may read; what its disks have in common.
 
 The rate is shared by all disks with a pass under way, and gives way to the guests: a disk's scrub
-takes of it what the replication of its group leaves, but never less than LEAST_SHARE, so that a
-pass ends however busy the guest is. What was written at random is read back in many pieces, which
-costs the receiver more than storing as many bytes.
+takes of it what the replication of its group leaves. But a pass ends however busy the guest is: a
+scrub never takes less than ends a pass in PASS_SECONDS, within the bounds of LEAST_SHARE. What was
+written at random is read back in many pieces, which costs the receiver more than storing as many
+bytes. Is somebody waiting for the pass, it is the higher bound.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import trio
 from blockrepl.model.scrub import RATE_DEFAULT, ScrubPlan
 
 UNDER_WAY_MAX = 2  # comparisons of all of an agent's scrubs: hides the round trip
-LEAST_SHARE = 0.25  # of the rate
+LEAST_SHARE = (0.05, 0.25)  # of the rate, at the busiest guest
+PASS_SECONDS = 7 * 86400.0  # of a pass beside it, where that takes no more than the higher share
 METER_SECONDS = 1.0  # over which the speed of replication is measured
 
 
@@ -33,9 +35,12 @@ class ScrubPool:
 
     def share(self, plan: ScrubPlan, replicated_per_second: float) -> float:
         """The rate of one of the disks that have a pass under way, itself counted in."""
-        others = sum(other is not plan and other.is_under_way for other in self._plans)
-        left = 1 - replicated_per_second / (self.rate or RATE_DEFAULT)
-        return self.rate * max(LEAST_SHARE, left) / (1 + others)
+        disks = 1 + sum(other is not plan and other.is_under_way for other in self._plans)
+        rate = self.rate or RATE_DEFAULT
+        low, high = LEAST_SHARE
+        due = high if plan.is_asked_for else disks * plan.size_bytes / PASS_SECONDS / rate
+        left = 1 - replicated_per_second / rate
+        return self.rate * max(left, min(max(low, due), high)) / disks
 
 
 class Meter:
