@@ -22,7 +22,7 @@ def extension(name: str, *sources: str, libraries: Sequence[str] = ()) -> Extens
     return Extension(
         name,
         sources=list(sources),
-        include_dirs=["blockrepl/capture", "blockrepl/storage"],
+        include_dirs=["blockrepl/capture", "blockrepl/formats", "blockrepl/storage"],
         depends=HEADERS,
         libraries=list(libraries),
         extra_compile_args=FLAGS,
@@ -43,9 +43,14 @@ EXTENSIONS = [
         "blockrepl/storage/gather.c",
         "blockrepl/storage/frame_table.c",
         "blockrepl/storage/kept.c",
-        libraries=["lz4"],
+        libraries=["lz4", "xxhash"],
     ),
     extension("blockrepl.storage._ring", "blockrepl/storage/_ring.pyx"),
+    extension(
+        "blockrepl.formats._blocks",
+        "blockrepl/formats/_blocks.pyx",
+        libraries=["lz4", "xxhash"],
+    ),
     extension("blockrepl.formats._pack", "blockrepl/formats/_pack.pyx"),
     extension("blockrepl.model._sweep", "blockrepl/model/_sweep.pyx"),
 ]

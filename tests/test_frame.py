@@ -201,12 +201,17 @@ def test_each_block_is_read_and_proven_without_the_others() -> None:
 
 
 def test_blocks_that_do_not_shrink_are_passed_on_without_a_copy() -> None:
-    payload = bytearray(np.random.default_rng(2).bytes(2 * BLOCK))
+    noise = np.random.default_rng(2).bytes(5 * BLOCK)
+    payload = bytearray(noise[: 2 * BLOCK] + bytes(BLOCK) + noise[2 * BLOCK :] + b"end")
     encoded = encode([(1, 0, len(payload), RecordKind.WRITE)], payload, FrameKind.RECORDS)  # type: ignore[arg-type]
-    assert [len(block) for block in encoded.buffers[1:]] == [BLOCK, BLOCK]
-    assert all(
-        isinstance(block, memoryview) and block.obj is payload for block in encoded.buffers[1:]
-    )
+    before, packed, behind = encoded.buffers[1:]
+    assert len(before) == 2 * BLOCK
+    assert len(packed) < BLOCK // 100
+    assert len(behind) == 3 * BLOCK + len(b"end")
+    for raw in (before, behind):
+        assert isinstance(raw, memoryview)
+        assert raw.obj is payload
+    assert read(b"".join(encoded.buffers))[2] == payload
 
 
 # --- damage

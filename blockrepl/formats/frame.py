@@ -56,6 +56,7 @@ import xxhash
 
 from blockrepl import limits
 from blockrepl.errors import PeerError
+from blockrepl.formats._blocks import encode_blocks, first_damaged
 
 Buffer = bytes | bytearray | memoryview
 U8 = npt.NDArray[np.uint8]
@@ -258,11 +259,8 @@ def check_body(header: FrameHeader, body: Buffer) -> None:
         raise PeerError("frame body is cut short")
     check_table(header, body)
     blocks = parse_blocks(header, body)
-    view = memoryview(body)
-    bounds = blocks.offsets.tolist()
-    for index, digest in enumerate(blocks.digests.tolist()):
-        if xxhash.xxh3_64_intdigest(view[bounds[index] : bounds[index + 1]]) != digest:
-            raise PeerError("frame block does not match its digest")
+    if first_damaged(body, blocks.offsets, blocks.digests) >= 0:
+        raise PeerError("frame block does not match its digest")
     columns = parse_columns(header, body)
     if int(columns.payload_lengths().sum()) != header.payload_bytes and header.record_count:
         raise PeerError("frame records do not add up to its payload")
@@ -317,23 +315,12 @@ def encode_frame(
     payload: Buffer = b"",
 ) -> EncodedFrame:
     """Build a frame. Incompressible blocks are passed on as views of ``payload``, not copied."""
-    view = memoryview(payload)
-    blocks: list[Buffer] = []
-    stored: list[int] = []
-    digests: list[int] = []
-    for at in range(0, len(view), limits.BLOCK_BYTES):
-        plain = view[at : at + limits.BLOCK_BYTES]
-        packed: Buffer = lz4.block.compress(plain, store_size=False)
-        raw = len(packed) >= len(plain)
-        block = plain if raw else packed
-        blocks.append(block)
-        stored.append(len(block) | (RAW_BIT if raw else 0))
-        digests.append(xxhash.xxh3_64_intdigest(block))
+    blocks, digests, lengths = encode_blocks(payload, limits.BLOCK_BYTES, RAW_BIT)
     table = b"".join(
         (
             *(() if columns is None else _column_bytes(columns)),
-            np.array(digests, np.uint64).tobytes(),
-            np.array(stored, np.uint32).tobytes(),
+            digests.tobytes(),
+            lengths.tobytes(),
         )
     )
     count = 0 if columns is None else len(columns.stamps)
@@ -350,9 +337,9 @@ def encode_frame(
         watermark=watermark,
         ring_id=ring_id,
         first_sequence=first_sequence,
-        payload_bytes=len(view),
+        payload_bytes=memoryview(payload).nbytes,
         body_bytes=len(table) + sum(len(block) for block in blocks),
-        block_count=len(blocks),
+        block_count=len(lengths),
         digest=xxhash.xxh3_64_intdigest(table),
     )
     return EncodedFrame(header, [encode_header(header) + table, *blocks])

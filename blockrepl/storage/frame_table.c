@@ -1,12 +1,11 @@
 #define _GNU_SOURCE
-#define XXH_INLINE_ALL
 #include "frame_table.h"
+#include "digest.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
-#include <xxhash.h>
 
 /* formats/frame.py and limits.py; a test holds them against these. */
 #define HEADER_BYTES 144
@@ -69,7 +68,7 @@ static bool parse_header(const uint8_t *data, struct header *header)
 {
     if (memcmp(data, "BRF1\1\0", 6) != 0 || data[6] < 1 || data[6] > 4)
         return false;
-    if (XXH3_64bits(data, HEADER_BYTES - 8) != u64_at(data + HEADER_BYTES - 8))
+    if (digest64(data, HEADER_BYTES - 8) != u64_at(data + HEADER_BYTES - 8))
         return false;
     *header = (struct header){
         .records = u32_at(data + 68),
@@ -154,7 +153,7 @@ int read_frame_table(
         failed = read_range(file->descriptor, rest, table_bytes, offset + HEADER_BYTES, flags);
         body = rest;
     }
-    if (!failed && XXH3_64bits(body, table_bytes) != header.digest)
+    if (!failed && digest64(body, table_bytes) != header.digest)
         failed = WRONG_TABLE;
     const uint8_t *entries = body + columns_bytes;
     if (!failed && stored_bytes(entries, header.blocks) != header.body_bytes - table_bytes)

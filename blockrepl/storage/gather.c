@@ -1,6 +1,6 @@
 #define _GNU_SOURCE
-#define XXH_INLINE_ALL
 #include "gather.h"
+#include "digest.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -8,7 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
-#include <xxhash.h>
 
 /* Read for nothing rather than in two calls. */
 #define BRIDGE_BYTES (16 << 10)
@@ -260,7 +259,7 @@ static int do_block(struct work *work, const struct item *item, int flags)
         work->files[item->file].descriptor, stored, item->length, item->offset, flags);
     if (failed)
         return failed_at(work, item, want, failed);
-    if (XXH3_64bits(stored, item->length) != table->digests[block])
+    if (digest64(stored, item->length) != table->digests[block])
         return failed_at(work, item, want, WRONG_DIGEST);
     if (table->raw[block]) {
         __atomic_store_n(&table->proven[block], 1, __ATOMIC_RELAXED);
