@@ -31,6 +31,7 @@ import trio
 from typing_extensions import Buffer
 
 from blockrepl import limits
+from blockrepl.channel.prompt_lock import PromptLock
 from blockrepl.channel.secure_stream import SecureStream
 from blockrepl.errors import PeerError
 
@@ -56,7 +57,7 @@ class MessageStream:
         self._payload_bytes_max = dict(payload_bytes_max)
         self._idle_seconds = idle_seconds
         self._message_seconds = message_seconds
-        self._send_lock = trio.StrictFIFOLock()
+        self._send_lock = PromptLock()
         self._inside_message = False
 
     async def send(self, message_type: int, *buffers: Buffer) -> None:

@@ -164,18 +164,18 @@ class SecureStream(trio.abc.Stream):
     async def receive_into(self, buffer: memoryview) -> None:
         """Fill `buffer` (writable bytes) to its end, decrypting straight into it.
 
+        Does not yield where enough has arrived: a message's first bytes were `receive_some`'s.
         Raises PeerError when the stream ends first. If cancelled, part of the buffer is filled and
         those bytes are gone from the stream: give the channel up.
         """
         with self._receiving:
             self._check_receiving()
             await trio.lowlevel.checkpoint_if_cancelled()
-            filled_bytes, waited = 0, False
+            filled_bytes = 0
             while filled_bytes < len(buffer):
                 count = self._decrypt(buffer[filled_bytes:])
                 if count is None:
                     await self._feed()
-                    waited = True
                 elif count == 0:
                     raise PeerError(
                         f"the peer closed the connection {len(buffer) - filled_bytes} bytes early",
@@ -183,8 +183,6 @@ class SecureStream(trio.abc.Stream):
                     )
                 else:
                     filled_bytes += count
-            if not waited:
-                await trio.lowlevel.cancel_shielded_checkpoint()
 
     def _decrypt(self, buffer: memoryview | bytearray) -> int | None:
         """Bytes put into `buffer`, 0 after a clean end, None when the transport must be read."""

@@ -123,6 +123,11 @@ class DiskSync:
             return False
         return bool(self._unreadable.choice(ring.stale, trio.current_time()).any())
 
+    def is_under_way(self) -> bool:
+        """Whether there is something to read, now or later, or to be told by the receiver."""
+        ring = self.disk.ring
+        return bool(self._comparing or self._differing or (ring is not None and ring.needs_sync()))
+
     def has_piece(self) -> bool:
         """Whether `step` may be called now."""
         disk = self.disk

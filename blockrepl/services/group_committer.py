@@ -2,7 +2,9 @@
 
 The task takes everything in its queue, in order, lets a worker thread check, write and sync it,
 and meanwhile reading from the network goes on: what arrives then is the next commit. Commits begin
-at least COMMIT_SECONDS apart, so that a trickle of small frames shares them.
+at least COMMIT_SECONDS apart, so that a trickle of small frames shares them. Behind one that took
+longer there is a pause as long as it: the busier the machine, the more frames share a commit, and
+each costs it as much as a frame does.
 
 ======================  =======================================================================
 what fails              who notices
@@ -34,6 +36,7 @@ from blockrepl.storage.replica import Commit, Replica
 logger = logging.getLogger(__name__)
 
 RATE_SECONDS = 5.0  # throughput is averaged over it
+GATHER_SECONDS = 0.02  # the pause behind a long commit, at most
 Result = TypeVar("Result")
 
 
@@ -82,19 +85,18 @@ class MemoryBudget:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._used_bytes = 0
-        self._waiting = trio.Condition()
+        self._freed = trio.Event()
 
     async def take(self, size_bytes: int) -> None:
         """Wait for room. A frame larger than the whole budget waits to be alone."""
-        async with self._waiting:
-            while self._used_bytes and self._used_bytes + size_bytes > self._limit_bytes:
-                await self._waiting.wait()
-            self._used_bytes += size_bytes
+        while self._used_bytes and self._used_bytes + size_bytes > self._limit_bytes:
+            await self._freed.wait()
+        self._used_bytes += size_bytes
 
-    async def give_back(self, size_bytes: int) -> None:
-        async with self._waiting:
-            self._used_bytes -= size_bytes
-            self._waiting.notify_all()
+    def give_back(self, size_bytes: int) -> None:
+        self._used_bytes -= size_bytes
+        self._freed.set()
+        self._freed = trio.Event()
 
 
 class Throughput:
@@ -161,14 +163,18 @@ class GroupCommitter:
             if not self._queue:
                 self._work = trio.Event()
                 await self._work.wait()
-            await trio.sleep_until(earliest)
-            earliest = trio.current_time() + limits.COMMIT_SECONDS
+            if trio.current_time() < earliest:
+                await trio.sleep_until(earliest)
+            started = trio.current_time()
             first = self._queue[0]
             if isinstance(first, _Job):
                 self._queue.popleft()
                 await self._run(first)
             else:
                 await self._commit(self._take_arrivals())
+            ended = trio.current_time()
+            gathering = min(ended - started, GATHER_SECONDS)
+            earliest = max(started + limits.COMMIT_SECONDS, ended + gathering)
 
     async def _run(self, job: _Job) -> None:
         try:
@@ -206,8 +212,7 @@ class GroupCommitter:
             self._finished += len(arrivals)
             self._progress.set()
             self._progress = trio.Event()
-            with trio.CancelScope(shield=True):
-                await self._budget.give_back(sum(a.frame.nbytes for a in arrivals))
+            self._budget.give_back(sum(a.frame.nbytes for a in arrivals))
 
     def _store(self, batch: _Batch) -> Commit:
         """In a worker thread: check, stage and commit a batch."""

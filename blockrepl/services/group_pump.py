@@ -39,6 +39,7 @@ from uuid import UUID
 import trio
 
 from blockrepl import limits
+from blockrepl.channel.prompt_lock import PromptLock
 from blockrepl.errors import StateError
 from blockrepl.formats.comparison import Verdict
 from blockrepl.formats.frame import EncodedFrame, FrameKind, encode_frame
@@ -121,7 +122,7 @@ class GroupPump:
         }
         self.comparers: list[Comparer] = list(self.syncs.values())
         self._in_turn = list(self.syncs.values())  # the one that sent a piece last is at the end
-        self.between_rounds = trio.StrictFIFOLock()
+        self.between_rounds = PromptLock()
         # Whoever wants the lock of a disk takes this one first: a retirement holds both, for long.
         self.retiring = trio.Lock()
         self._by_id = {disk.id: disk for disk in disks}
@@ -261,7 +262,7 @@ class GroupPump:
     def _owes_number(self) -> bool:
         """Whether all content is sent, and waits for a numbered frame behind it."""
         return self.outbox.needs_number and not any(
-            disk.ring is not None and disk.ring.needs_sync() for disk in self.disks
+            sync.is_under_way() for sync in self.syncs.values()
         )
 
     # --- a round

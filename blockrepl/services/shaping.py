@@ -12,6 +12,7 @@ from datetime import datetime
 
 import trio
 
+from blockrepl.channel.prompt_lock import PromptLock
 from blockrepl.model.bandwidth import BandwidthLimit, Rate, TokenBucket
 
 LOOK_SECONDS = 1.0  # how soon another rate is noticed, as when a period ends
@@ -27,7 +28,7 @@ class Shaper:
         self._limit = limit
         self._local_time = local_time
         self._bucket = TokenBucket()
-        self._turn = trio.StrictFIFOLock()
+        self._turn = PromptLock()
         self._held_until = -1.0
 
     def rate(self) -> Rate:
