@@ -44,6 +44,7 @@ from blockrepl.services import disk_sync
 from blockrepl.services.group_pump import (
     GROW_SECONDS,
     IDLE_POLL_SECONDS,
+    LAST_FACTOR,
     POLL_SECONDS,
     GroupPump,
     WantedCheckpoint,
@@ -129,11 +130,25 @@ async def test_a_frame_keeps_to_its_limits(source: Source, receiver: Receiver) -
         await until(lambda: len(receiver.records(entry.id.bytes)) == count)
     for frame in receiver.frames:
         assert frame.header.record_count <= limits.FRAME_RECORDS_MAX
-        assert (
-            frame.header.record_count == 1
-            or frame.header.payload_bytes <= limits.FRAME_PAYLOAD_BYTES_TARGET
-        )
+        assert frame.header.record_count == 1 or frame.header.payload_bytes <= FRAME * LAST_FACTOR
     check_stream(receiver.frames, source.watermark)
+
+
+@pytest.mark.parametrize(
+    ("kibibytes", "frames"),
+    [(2 * 1024, [2048]), (2800, [2800]), (3 * 1024, [3072]), (3088, [2048, 1040])],
+)
+async def test_what_is_left_goes_with_the_last_frame_instead_of_in_a_small_one(
+    source: Source, receiver: Receiver, kibibytes: int, frames: list[int]
+) -> None:
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    for _ in range(kibibytes // 16):
+        guest.write(0, random_bytes(16 * KIB))
+    async with pumping(source, receiver, known(entry)):
+        await until(lambda: len(receiver.records(entry.id.bytes)) == kibibytes // 16)
+    sent = [frame.header.payload_bytes for frame in receiver.frames if frame.records]
+    assert sent == [size * KIB for size in frames]
 
 
 async def test_a_ring_is_gone_round_many_times(source: Source, receiver: Receiver) -> None:

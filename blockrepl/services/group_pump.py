@@ -71,6 +71,7 @@ GROW_SECONDS = 0.02  # at most, for the sake of a frame that is yet to be acknow
 SPOOL_POLL_SECONDS = 0.02  # fewer, larger frames while nobody waits for them
 SPOOL_FRAMES = 4  # appended at once, and until then a part of the ring: a thread costs half a frame
 PRESSURE = 0.5  # of a ring, at which frames leave memory for the spool
+LAST_FACTOR = 1.5  # a round's last frame may be so much larger: rather than a small one behind it
 BEHIND_BYTES = 2 * limits.FRAME_PAYLOAD_BYTES_TARGET  # under way: a commit's worth, or two
 CROWD = 0.25  # of a ring: less than this in memory is not what fills it
 
@@ -422,16 +423,18 @@ class GroupPump:
 
 
 def _chunks(heads: list[tuple[SourceDisk, int]]) -> Iterator[_Chunk]:
-    """All records up to the heads, in frames' worth, the disks taking turns."""
+    """All records up to the heads, in frames' worth and what is left, the disks taking turns."""
     waiting = [(disk, disk.cursor, head) for disk, head in heads]
     while waiting:
         further = []
         for disk, first, head in waiting:
             if disk.ring is None or first >= head:
                 continue
-            batch = disk.ring.take(
-                first, head, limits.FRAME_PAYLOAD_BYTES_TARGET, limits.FRAME_RECORDS_MAX
-            )
+            size_bytes = limits.FRAME_PAYLOAD_BYTES_TARGET
+            left_bytes = disk.ring.payload_bytes(first, head)
+            if left_bytes <= LAST_FACTOR * size_bytes:
+                size_bytes = left_bytes
+            batch = disk.ring.take(first, head, size_bytes, limits.FRAME_RECORDS_MAX)
             yield _Chunk(disk, batch)
             further.append((disk, batch.after, head))
         waiting = further
