@@ -8,7 +8,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import pytest
 from journal_model import GROUP, Journal, Record, small_segments
 from serving import as_root, tool, wait_for
 from test_export import command
-from test_fuse import Mounted, digests, expected, serving_process
+from test_fuse import Mounted, digests, expected, kill_serving_process, serving_process
 from test_view import SIZES
 
 from blockrepl.cli.main import run
@@ -196,7 +195,7 @@ def test_what_was_flushed_survives_the_death_of_the_view_process(
     data = random.Random(2).randbytes(20_000)
     with Mounted(journal, tmp_path / "m", option, "--fork=kept") as mounted:
         write(mounted / "data.img", 7000, data)
-        os.kill(serving_process(mounted.directory), signal.SIGKILL)
+        kill_serving_process(mounted.directory)
     wanted = journal.model.at(stamp)["data"]
     wanted[7000:27_000] = data
     with Mounted(journal, tmp_path / "again", "--fork=kept") as mounted:
@@ -204,7 +203,7 @@ def test_what_was_flushed_survives_the_death_of_the_view_process(
     # One without a name is gone with the next that is made.
     with Mounted(journal, tmp_path / "lost", option, "--writable") as mounted:
         write(mounted / "data.img", 0, data)
-        os.kill(serving_process(mounted.directory), signal.SIGKILL)
+        kill_serving_process(mounted.directory)
     assert len(list((journal.directory / "forks").iterdir())) == 2
     assert [
         row["name"] for row in json.loads(succeed(journal, "fork", "list", GROUP, "--json"))
@@ -464,7 +463,7 @@ def test_pins_are_of_living_processes_only(journal: Journal, tmp_path: Path) -> 
     stamp, option = at(journal, 10)
     with Mounted(journal, tmp_path / "m", option) as mounted:
         assert pinned(journal) == [(stamp, f"mount {mounted.directory}")]
-        os.kill(serving_process(mounted.directory), signal.SIGKILL)
+        kill_serving_process(mounted.directory)
         wait_for(lambda: pinned(journal) == [], "the dead mount's pin void")
     assert not list((journal.directory / "pins").iterdir())
     with Mounted(journal, tmp_path / "tree") as mounted:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -93,6 +94,16 @@ def serving_process(directory: Path) -> int:
     line = next(line for line in Path("/proc/mounts").read_text().splitlines()
                 if line.split()[1] == str(directory))  # fmt: skip
     return int(line.split()[0].split(":")[2])
+
+
+def kill_serving_process(directory: Path) -> None:
+    """And wait for its end: until then it holds its locks."""
+    descriptor = os.pidfd_open(serving_process(directory))
+    try:
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        assert select.select([descriptor], [], [], 20)[0]
+    finally:
+        os.close(descriptor)
 
 
 def test_a_mount_at_a_point_holds_every_disk_as_it_was(journal: Journal, tmp_path: Path) -> None:
