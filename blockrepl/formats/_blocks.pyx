@@ -16,7 +16,7 @@ cdef extern from "digest.h" nogil:
     uint64_t digest64(const void *data, size_t length)
 
 cdef enum:
-    FASTEST = 1  # of LZ4's accelerations, the one that compresses best
+    ACCELERATION = 1  # of LZ4: the least, which compresses best
 
 
 def encode_blocks(payload, Py_ssize_t block_bytes, uint32_t raw_bit):
@@ -47,7 +47,7 @@ def encode_blocks(payload, Py_ssize_t block_bytes, uint32_t raw_bit):
             with nogil:
                 # Room for less than the block: LZ4 gives up, and copies nothing.
                 packed = LZ4_compress_fast_extState(
-                    state, <const char *>&view[at], target, <int>length, <int>length - 1, FASTEST
+                    state, <const char *>&view[at], target, <int>length, <int>length - 1, ACCELERATION
                 )
                 if packed:
                     digest_of[index] = digest64(target, packed)

@@ -4,7 +4,7 @@ The rate is shared by all disks with a pass under way, and gives way to the gues
 takes of it what the replication of its group leaves. But a pass ends however busy the guest is: a
 scrub never takes less than ends a pass in PASS_SECONDS, within the bounds of LEAST_SHARE. What was
 written at random is read back in many pieces, which costs the receiver more than storing as many
-bytes. Is somebody waiting for the pass, it is the higher bound.
+bytes. A pass that somebody waits for takes the higher bound.
 """
 
 from __future__ import annotations
