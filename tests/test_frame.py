@@ -238,6 +238,21 @@ def test_every_flipped_byte_of_several_blocks_is_found() -> None:
             read(bytes(damaged))
 
 
+@pytest.mark.parametrize("block", range(3))
+def test_a_body_is_proven_to_its_last_block_without_its_payload_being_decoded(block: int) -> None:
+    # Guards `first_damaged` in check_body: the receiver journals what it has not decompressed.
+    payload = np.random.default_rng(3).bytes(BLOCK) + b"ab" * (BLOCK // 2) + b"end"
+    data = build([(1, 0, len(payload), RecordKind.WRITE)], payload)
+    header, body = frames.decode_header(data), bytearray(data[frames.HEADER_BYTES :])
+    frames.check_body(header, body)
+    first, after = frames.parse_blocks(header, body).offsets[block : block + 2].tolist()
+    for at in (first, after - 1):
+        damaged = bytearray(body)
+        damaged[at] ^= 1
+        with pytest.raises(PeerError):
+            frames.check_body(header, damaged)
+
+
 def test_every_truncation_and_any_surplus_is_found() -> None:
     for size in range(len(SAMPLE)):
         with pytest.raises(PeerError):
