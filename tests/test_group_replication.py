@@ -33,7 +33,7 @@ from blockrepl.formats.frame import FrameKind
 from blockrepl.formats.marks import GapMark
 from blockrepl.formats.messages import Attached
 from blockrepl.services import flush_doubts, group_replication
-from blockrepl.services.group_pump import WantedCheckpoint
+from blockrepl.services.group_pump import GroupPump, WantedCheckpoint
 from blockrepl.services.group_replication import GroupReplication, Link
 from blockrepl.services.outbox_ends import LostError
 from blockrepl.storage import flush_watch
@@ -412,6 +412,8 @@ async def test_a_group_stops_although_its_round_never_ends_and_a_retirement_wait
     # Guards the order in _stop_running: a full spool without a link is such a round. Found by the
     # simulation (seed 3000565).
     monkeypatch.setattr(group_replication, "RETIRE_SECONDS", 0.01)
+    monkeypatch.setattr(group_replication, "RETIRE_PATIENCE_SECONDS", 60)
+    monkeypatch.setattr(GroupPump, "_round", lambda pump: trio.sleep_forever())
     entry = source.add("idle", SIZE)
     monkeypatch.setattr(source.disks, "is_serving", lambda entry: False)
     async with replicating(source) as group, trio.open_nursery() as nursery:
@@ -419,8 +421,7 @@ async def test_a_group_stops_although_its_round_never_ends_and_a_retirement_wait
         await until(lambda: group.pump)
         pump = group.pump
         assert pump is not None
-        monkeypatch.setattr(pump, "_round", trio.sleep_forever)
-        await until(lambda: pump.retiring.locked() and pump.between_rounds.locked())
+        await until(pump.retiring.locked)
         await trio.sleep(0.05)
         assert pump.retiring.locked()
         with trio.fail_after(5):

@@ -17,10 +17,9 @@ async def test_a_free_lock_is_taken_without_a_turn_of_the_scheduler() -> None:
         nursery.start_soon(_append, others)
         for _ in range(3):
             async with lock:
-                assert lock.locked()
+                pass
         assert others == []
     assert others == [1]
-    assert not lock.locked()
 
 
 async def _append(to: list[int]) -> None:
@@ -51,4 +50,6 @@ async def test_a_cancelled_task_does_not_get_it() -> None:
         async with lock:
             pytest.fail("the task went on")
     assert scope.cancelled_caught
-    assert not lock.locked()
+    with trio.fail_after(5):
+        async with lock:  # nor keep it
+            pass

@@ -17,9 +17,6 @@ class PromptLock:
     def __init__(self) -> None:
         self._lock = trio.StrictFIFOLock()
 
-    def locked(self) -> bool:
-        return self._lock.locked()
-
     async def __aenter__(self) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
         try:
