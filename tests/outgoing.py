@@ -72,7 +72,9 @@ def content(
     return frame, found
 
 
-def marked(number: int, mark: Mark | None = None) -> tuple[EncodedFrame, Mark]:
+def marked(
+    number: int, mark: Mark | None = None, *, ring_id: int = 0, first_sequence: int = 0
+) -> tuple[EncodedFrame, Mark]:
     mark = mark or CheckpointMark(name=f"c{number}", at_ns=1000 + number)
     frame = frames.encode_frame(
         kind=FrameKind.MARK,
@@ -80,6 +82,8 @@ def marked(number: int, mark: Mark | None = None) -> tuple[EncodedFrame, Mark]:
         source=SOURCE,
         number=number,
         watermark=1000 + number,
+        ring_id=ring_id,
+        first_sequence=first_sequence,
         payload=encode_mark(mark),
     )
     return frame, mark

@@ -92,7 +92,9 @@ class Agent:
         return self._mark(encode_mark(CheckpointMark(name=name, at_ns=self.stamp, kept=kept)))
 
     def consistent(self) -> Frame:
-        return self._mark(encode_mark(ConsistentMark(disk=self.disk, at_ns=self.stamp)))
+        mark = ConsistentMark(disk=self.disk, at_ns=self.stamp)
+        place = {"ring_id": self.ring, "sequence": self.sequence}
+        return self._frame(FrameKind.MARK, None, encode_mark(mark), **place)
 
     def gap(self) -> Frame:
         return self._mark(encode_mark(GapMark(disk=self.disk, from_ns=self.stamp)))

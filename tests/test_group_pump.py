@@ -708,6 +708,31 @@ async def test_a_ring_that_is_lost_before_a_syncs_end_is_noted_has_all_compared(
     assert source.disks.load("root").stale_ring == 0
 
 
+async def test_records_that_a_restored_receiver_lacks_are_lost_once(
+    source: Source, receiver: Receiver
+) -> None:
+    # Guards the ring's position in the consistent mark: where nothing differs no content tells it,
+    # and the next agent began another gap. Found by the simulation (seed 8016628).
+    entry = source.add("root", SIZE, content=random_bytes(SIZE))
+    guest = source.guest(entry)
+    async with pumping(source, receiver, known(entry)) as pump:
+        guest.write(0, b"x" * 512)
+        await until(lambda: pump.disks[0].ring and pump.disks[0].ring.tail() == 1)
+    restored = Receiver(before={entry.id.bytes: entry.image.read_bytes()})
+    async with pumping(source, restored, known(entry, next_sequence=0)) as pump:
+        await until(lambda: pump.outbox.known.disks[entry.id.bytes].state == "ready")
+        await until(lambda: len(restored.marks()) == 2)
+        known_then = pump.outbox.known.disks[entry.id.bytes]
+    assert [mark.mark for mark in restored.marks()] == ["gap", "consistent"]
+    assert not restored.of(FrameKind.SYNC)
+    again = Receiver()
+    async with pumping(source, again, known_then) as pump:
+        guest.write(0, b"y" * 512)
+        await until(lambda: again.records(entry.id.bytes))
+        await a_round(pump)
+    assert not again.marks()
+
+
 async def test_after_a_lost_ring_no_later_session_writes_the_base(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:

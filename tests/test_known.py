@@ -46,6 +46,7 @@ def step(agent: Agent, what: str) -> Frame | None:
         case "gap":
             return agent.gap()
         case "consistent":
+            agent.sequence += 2  # records that were skipped for content
             return agent.consistent()
         case "checkpoint":
             return agent.checkpoint(f"c{agent.number}")

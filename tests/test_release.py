@@ -33,6 +33,12 @@ def test_a_mark_lets_go_of_what_it_says(mark: Mark, wanted: Release) -> None:
     assert release_of(frame.header, None, again) == wanted
 
 
+def test_the_end_of_a_sync_lets_go_of_the_records_before_it() -> None:
+    frame, mark = marked(3, ConsistentMark(disk=DISK, at_ns=9), ring_id=RING, first_sequence=41)
+    found = release_of(frame.header, None, mark)
+    assert found == Release(DISK.bytes, RING, next_sequence=41, consistent=True)
+
+
 def test_records_let_go_of_the_ring_up_to_the_last_of_them() -> None:
     found = release_of(records(3, 41).header, None, None)
     assert found == Release(DISK.bytes, RING, next_sequence=42)

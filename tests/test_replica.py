@@ -390,6 +390,20 @@ def test_a_source_that_joins_takes_no_instant_of_the_others(opened: tuple[Replic
     assert [row.ready_ns for row in replica.catalog.disks()] == [reached, START]
 
 
+def test_a_mark_moves_no_ring_of_another_source(opened: tuple[Replica, Agent]) -> None:
+    # Guards "or header.ring_id" in admission.check_header: the agent would send records again.
+    replica, agent = opened
+    put(replica, agent.consistent(), agent.writes())
+    joined, own = bytes([1] * 16), UUID(int=8)
+    replica.attach(joined, [AttachDisk(id=own, name="data", size_bytes=DISK_BYTES)])
+    forger = Agent(agent.group, joined, agent.disk, stamp=agent.stamp)
+    mark = encode_mark(ConsistentMark(disk=own, at_ns=agent.stamp))
+    forged = forger._frame(FrameKind.MARK, None, mark, ring_id=RING, sequence=0)
+    with pytest.raises(PeerError, match="has not attached"):
+        put(replica, forged)
+    assert attach(replica).disks[0].next_sequence == agent.sequence
+
+
 def test_a_disk_that_grows_waits_for_the_proofs_before_it_takes_the_catalog(
     opened: tuple[Replica, Agent],
 ) -> None:

@@ -58,7 +58,7 @@ from blockrepl.services.source_disk import SourceDisk
 from blockrepl.session.known import Known
 from blockrepl.session.release import Release
 from blockrepl.storage.clock import SourceClock
-from blockrepl.storage.ring import Batch
+from blockrepl.storage.ring import Batch, RingReader
 from blockrepl.storage.spool import Spool
 from blockrepl.units import format_bytes, format_instant
 
@@ -400,7 +400,9 @@ class GroupPump:
         await self._put_mark(mark, None, watermark)
 
     async def _put_mark(self, mark: Mark, disk: SourceDisk | None, watermark: int) -> None:
-        frame = self._encode(disk, FrameKind.MARK, watermark, encode_mark(mark))
+        # Only the end of a sync says where the ring is: an earlier one's content is yet to come.
+        ring = disk.ring if disk and isinstance(mark, ConsistentMark) else None
+        frame = self._encode(disk, FrameKind.MARK, watermark, encode_mark(mark), ring=ring)
         await self.outbox.put(frame, mark=mark)
 
     def _encode(
@@ -409,6 +411,7 @@ class GroupPump:
         kind: FrameKind,
         watermark: int,
         payload: bytes = b"",
+        ring: RingReader | None = None,
     ) -> EncodedFrame:
         return encode_frame(
             kind=kind,
@@ -418,6 +421,8 @@ class GroupPump:
             number=self.outbox.due.next_number,
             epoch=disk.epoch if disk else 0,
             watermark=watermark,
+            ring_id=ring.geometry.ring_id if ring else 0,
+            first_sequence=disk.cursor if disk and ring else 0,
             payload=payload,
         )
 

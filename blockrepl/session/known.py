@@ -9,6 +9,8 @@ frame         of a disk that is   then
 ============  ==================  ============================================================
 records       any                 the ring's position is behind its last record
 sync          any                 the ring's position is its ``first_sequence``
+mark          any                 the same: where nothing differed, no content tells of records that
+consistent                        were skipped for it
 mark gap      ready               gap, and the next epoch
 mark gap      empty, gap          nothing: there is no history to break, or it is broken already
 mark          empty, gap          ready
@@ -60,7 +62,7 @@ class Known:
         assert header.number == self.next_number
         self.next_number += 1
         self.watermark = max(self.watermark, header.watermark)
-        if header.record_count and header.ring_id:
+        if header.ring_id:
             taken = header.record_count if header.kind == FrameKind.RECORDS else 0
             self._update(
                 header.disk, ring_id=header.ring_id, next_sequence=header.first_sequence + taken

@@ -3,7 +3,8 @@ But for rule 8: a mark that says too much stands for what its source may say.
 
 1. Of this group, of the source whose session it came through, and as long as its message.
 2. Numbers that the catalog can hold (below 2^63 - 1); number 0 for base frames, and only for them.
-3. With records, or a mark that names a disk: of a disk that this source has attached.
+3. With records, a ring's position, or a mark that names a disk: of a disk that this source has
+   attached.
 4. Columns, block table and every block match their digests.
 5. Every record inside its disk, of a known kind.
 6. A disk grows, to DISK_BYTES_MAX at the most and DISK_GROWTHS_MAX times, and after the watermark:
@@ -62,7 +63,7 @@ def check_header(
     next_sequence = header.first_sequence + header.record_count
     if max(header.number, header.watermark, header.last_stamp, next_sequence) > NUMBER_MAX:
         raise PeerError("frame numbers are out of range")
-    if header.record_count:
+    if header.record_count or header.ring_id:
         _own_disk(disks, header.disk, source)
 
 

@@ -304,8 +304,8 @@ class Replica:
         source = header.source
         self._numbers[source] = header.number
         self._watermarks[source] = max(header.watermark, self._watermarks[source])
-        if header.record_count and header.ring_id:
-            # A sync frame holds no records of the ring; it tells how far they have come.
+        if header.ring_id:
+            # A sync frame or a mark holds no records of the ring; it tells how far they have come.
             taken = header.record_count if header.kind == FrameKind.RECORDS else 0
             self._positions[header.disk] = (header.ring_id, header.first_sequence + taken)
 
