@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from blockrepl.heap import share_one_heap
+
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 LOG_TIME = "%Y-%m-%dT%H:%M:%S%z"
 
@@ -23,6 +25,7 @@ Notify = Callable[[], None]
 
 def run_foreground(service: Callable[[Notify], Awaitable[None]]) -> None:
     """Run ``service(ready)`` until it ends or a signal comes. Raises what the service raises."""
+    share_one_heap()
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt=LOG_TIME)
     for quiet in ("hypercorn", "httpx"):
         logging.getLogger(quiet).setLevel(logging.WARNING)

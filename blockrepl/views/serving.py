@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import time
@@ -15,11 +14,11 @@ import pyfuse3
 import trio
 
 from blockrepl.errors import StateError
+from blockrepl.heap import share_one_heap
 from blockrepl.model import points
 from blockrepl.model.points import Resolved
 from blockrepl.storage.forks import open_overlays
 from blockrepl.storage.history import ReplicaHistory
-from blockrepl.units import MIB
 from blockrepl.views.forking import Wanted, open_wanted
 from blockrepl.views.fuse import READERS, ViewFileSystem
 from blockrepl.views.fuse_fork import ForkFileSystem
@@ -28,8 +27,6 @@ from blockrepl.views.mounting import check_mount_point, fuse_descriptors, mounts
 from blockrepl.views.priority import give_way
 
 READ_AHEAD_KIB = 4096  # 128 KiB, the default, reads at 0.4x of this (measured)
-M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -3, -1  # malloc.h
-KEPT_BYTES = 32 * MIB  # of freed memory: replies of a megabyte each need not be mapped anew
 TASKS = 2 * READERS  # of pyfuse3; with a fixed number it starts and ends none per request
 
 
@@ -42,7 +39,7 @@ def serve(
 ) -> None:
     """Mount and serve until unmounted, or until SIGTERM or SIGINT. ``ready`` is called once."""
     path = check_mount_point(directory)
-    _share_one_heap()
+    share_one_heap()
     if wanted.is_fork:
         give_way()
     with contextlib.ExitStack() as closing:
@@ -98,15 +95,6 @@ def _files(
             files = ViewFileSystem(replica, resolved.at_ns if resolved else None, state, what)
         closing.callback(files.close)
         yield files, resolved
-
-
-def _share_one_heap() -> None:
-    """Each reader's thread would keep a heap of its own: 300 MB in place of 200 (measured)."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        library = ctypes.CDLL(None)
-        library.mallopt(M_ARENA_MAX, 1)
-        library.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 async def _serve(path: Path, ready: Callable[[], None]) -> None:
