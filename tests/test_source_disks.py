@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -371,7 +372,7 @@ def test_a_disk_that_grows_just_before_it_is_served_is_served(
     entry = add(disks, image)
 
     def grow() -> None:
-        grow_image(entry, SIZE + MIB, lambda reached: None)
+        grow_image(disks, entry, SIZE + MIB, lambda reached: None)
         grow_disk(disks, "root", SIZE + MIB, clock)
 
     served = serves_after(monkeypatch, grow)
@@ -614,7 +615,7 @@ def test_a_flush_that_fails_as_the_disk_grows_is_not_forgotten(
 
         patch.setattr("blockrepl.storage.growing.os.fsync", fail)
         with pytest.raises(StorageError, match="Input/output"):
-            grow_image(entry, SIZE + MIB, lambda reached: None)
+            grow_image(disks, entry, SIZE + MIB, lambda reached: None)
     assert ring.flush_failed()
     assert not retire(disks, entry, ring, clock)
     assert_kept(disks, entry, ring)
@@ -628,7 +629,30 @@ def test_a_flush_that_fails_as_a_disk_without_a_ring_grows_is_an_error(
 
     monkeypatch.setattr("blockrepl.storage.growing.os.fsync", fail)
     with pytest.raises(StorageError, match="Input/output"):
-        grow_image(entry, SIZE + MIB, lambda reached: None)
+        grow_image(disks, entry, SIZE + MIB, lambda reached: None)
+
+
+def test_a_disk_grows_although_its_ring_is_being_given_back(
+    disks: SourceDisks, entry: DiskEntry
+) -> None:
+    # Guards the disk's lock in grow_image: "in use by another server", for a moment.
+    held, may_go = threading.Event(), threading.Event()
+
+    def give_back() -> None:  # as Retirement.prepare holds them
+        with disks.lock(entry):
+            image = lock_image(entry.image)
+            held.set()
+            assert may_go.wait(20)
+            os.close(image)
+
+    agent = threading.Thread(target=give_back)
+    agent.start()
+    assert held.wait(20)
+    release = threading.Timer(0.2, may_go.set)
+    release.start()
+    assert grow_image(disks, entry, SIZE + MIB, lambda reached: None) == SIZE + MIB
+    agent.join()
+    release.join()
 
 
 def test_what_comes_while_the_image_is_synced_keeps_the_ring_and_the_map(
@@ -753,7 +777,7 @@ def test_a_disk_whose_ring_has_a_writer_is_not_touched_though_its_image_is_free(
     os.truncate(entry.image, SIZE + MIB)
     for call in (
         lambda: disks.remove(entry),
-        lambda: grow_image(entry, None, lambda reached: None),
+        lambda: grow_image(disks, entry, None, lambda reached: None),
         lambda: grow_disk(disks, "root", SIZE + MIB, clock),
         lambda: exec_server(disks, "root"),
     ):

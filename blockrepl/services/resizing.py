@@ -25,7 +25,7 @@ def resize(home: Home, name: str, size_bytes: int | None, progress: Progress) ->
     """
     disks = SourceDisks(home)
     before = disks.load(name)
-    wanted = grow_image(before, size_bytes, progress)
+    wanted = grow_image(disks, before, size_bytes, progress)
     try:
         ControlClient(home.agent_socket, "agent").post(
             f"/disks/{name}/grow", {"size_bytes": wanted}

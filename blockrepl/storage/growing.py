@@ -46,13 +46,17 @@ CHUNK_BYTES = 4 * MIB  # of zeros, written at once
 Progress = Callable[[int], None]  # called with the size that is reached
 
 
-def grow_image(entry: DiskEntry, size_bytes: int | None, progress: Progress) -> int:
+def grow_image(
+    disks: SourceDisks, entry: DiskEntry, size_bytes: int | None, progress: Progress
+) -> int:
     """Step 1; the image's size. None: it has the new size already. Harmless when done before.
 
     UsageError, StateError, StorageError: nothing has been changed, but zeros written behind the
     disk's end.
     """
-    with _unserved(entry) as descriptor:
+    with contextlib.ExitStack() as held:
+        with disks.lock(entry):  # an agent that gives the ring back has the image for a moment
+            descriptor = held.enter_context(_unserved(entry))
         is_block = stat.S_ISBLK(os.fstat(descriptor).st_mode)
         found = os.lseek(descriptor, 0, os.SEEK_END)
         wanted = found if size_bytes is None else size_bytes
