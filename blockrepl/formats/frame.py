@@ -20,7 +20,8 @@ offset   size  header field
 88       8     watermark: every record of this source's disks in the group with a stamp up to it is
                in this frame or in one of a smaller number
 96       8     ring id, the incarnation of the ring the records were taken from; 0 for none
-104      8     sequence of the first record in that ring; kind sync: of the next record to be sent
+104      8     sequence of the first record in that ring; kind sync, and the mark that ends a sync:
+               of the next record to be sent
 112      8     payload bytes, before compression
 120      4     body bytes, as stored
 124      4     block count b
