@@ -400,7 +400,7 @@ class GroupPump:
         await self._put_mark(mark, None, watermark)
 
     async def _put_mark(self, mark: Mark, disk: SourceDisk | None, watermark: int) -> None:
-        # Only the end of a sync says where the ring is: an earlier one's content is yet to come.
+        # Only the end of a sync: before it, content that stands for skipped records is yet to come.
         ring = disk.ring if disk and isinstance(mark, ConsistentMark) else None
         frame = self._encode(disk, FrameKind.MARK, watermark, encode_mark(mark), ring=ring)
         await self.outbox.put(frame, mark=mark)

@@ -60,8 +60,8 @@ def release_of(header: FrameHeader, columns: Columns | None, mark: Mark | None) 
     if isinstance(mark, GapMark):
         return Release(mark.disk.bytes, gap_from=mark.from_ns)
     if isinstance(mark, ConsistentMark):
-        taken = header.first_sequence if header.ring_id else 0
-        return Release(mark.disk.bytes, header.ring_id, next_sequence=taken, consistent=True)
+        place = header.ring_id, header.first_sequence
+        return Release(mark.disk.bytes, *place, consistent=True)
     if isinstance(mark, GrowMark):
         return Release(mark.disk.bytes)  # nothing waits for it: the next answer to ATTACH tells
     if header.kind == FrameKind.RECORDS:
