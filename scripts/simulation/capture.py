@@ -329,6 +329,7 @@ class Server:
             if self._world.chance.random() < PAUSE_CHANCE / 2:
                 await self._step()
             self._words.store(layout.HEAD_AT, head + 1)
+            self._model.ring_firsts.setdefault(self.geometry.ring_id, stamp)
             if request is not None:
                 self._model.record(stamp, offset, data)
                 request.state = "recorded"
@@ -377,7 +378,8 @@ class Server:
         """What was in flight may have reached the disk, without a record."""
         instant = self._clock.now()
         if self._requests:
-            self._model.cause("killed", instant, instant)
+            began = self._model.ring_firsts.get(self.geometry.ring_id, instant)
+            self._model.cause("killed", instant, instant, began)
         for request in self._requests:
             if request.state == "writing":
                 content = self._content(request.offset, request.length)

@@ -80,11 +80,10 @@ def _check_gaps(disk: DiskModel, gaps: list[GapRow]) -> None:
     """Each has a cause of its own, that may begin a gap there.
 
     A drop that the agent sees half way, as it takes the ring up, begins one at the watermark. So
-    does the death of a server before any record of its ring is known, where the first sync was done
-    without it: there may have been another ring between the two.
+    does the death of a server before any record of its ring is known to the receiver: there may
+    have been another ring between the two.
     """
     causes = list(disk.causes)
-    first = min((change.stamp for change in disk.changes if change.kind == "record"), default=0)
     for gap in gaps:
         fitting = [
             cause
@@ -92,7 +91,7 @@ def _check_gaps(disk: DiskModel, gaps: list[GapRow]) -> None:
             if (
                 cause.kind == "dropped"
                 or cause.earliest <= gap.from_ns
-                or (cause.kind == "killed" and gap.from_ns < first)
+                or gap.from_ns <= cause.ring_began
             )
             and (gap.to_ns is None or cause.stamp <= gap.to_ns)
         ]

@@ -37,7 +37,8 @@ class Change:
 class Cause:
     kind: Literal["dropped", "killed", "power", "ring lost", "spool", "rolled back"]
     stamp: int
-    earliest: int  # no gap that it causes begins before
+    earliest: int  # no gap that it causes begins before, but for the next
+    ring_began: int = 0  # the receiver may know no record of the ring: the gap begins before them
 
 
 @dataclass(slots=True)
@@ -48,6 +49,7 @@ class DiskModel:
     flushes: list[int] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
     server_starts: list[int] = field(default_factory=list)
+    ring_firsts: dict[int, int] = field(default_factory=dict)  # ring id -> its first record
 
     @property
     def last_stamp(self) -> int:
@@ -67,8 +69,9 @@ class DiskModel:
         kind: Literal["dropped", "killed", "power", "ring lost", "spool", "rolled back"],
         stamp: int,
         earliest: int,
+        ring_began: int = 0,
     ) -> None:
-        self.causes.append(Cause(kind, stamp, earliest))
+        self.causes.append(Cause(kind, stamp, earliest, ring_began))
 
     def state_at(
         self, stamp: int, leave_out: Callable[[Change], bool] = lambda _change: False
