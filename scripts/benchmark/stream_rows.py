@@ -1,12 +1,12 @@
 """What arrives at the receiver: sustained throughput, lag, the journal's own cost.
 
 Sustained: 64 KiB writes at a steady rate; bytes written over the time from the first write until
-the receiver has all of it durable. The rate is the highest of several, each a quarter above the one
-before, that this keeps pace with: at a higher one what waits only grows, in the ring and then in
-the spool, which is written and read too. A figure with a gap would count bytes that never arrived,
-so a round with one counts as nothing. The disk has a ring of 512 MiB instead of 64: source and
-receiver share one disk here, whose fdatasync stalls for up to 0.4 s when two streams write to it
-(with no blockrepl involved, too), and at this rate that is more than the default ring holds.
+the receiver has all of it durable. The rate is the highest, to within 6 %, that this keeps pace
+with: at a higher one what waits only grows, in the ring and then in the spool, which is written and
+read too. A figure with a gap would count bytes that never arrived, so a round with one counts as
+nothing. The disk has a ring of 512 MiB instead of 64: source and receiver share one disk here,
+whose fdatasync stalls for up to 0.4 s when two streams write to it (with no blockrepl involved,
+too), and at this rate that is more than the default ring holds.
 
 Lag: 20 MB/s of 4 KiB writes, the receiver's ``lag_seconds`` sampled all the while over its control
 API. Percentiles are of all samples; the range is that of fifths of the run.
@@ -14,6 +14,7 @@ API. Percentiles are of all samples; the range is that of fifths of the run.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -30,7 +31,7 @@ SUSTAINED_BLOCK_BYTES = 64 * 1024
 SUSTAINED_SECONDS = 8.0  # at least: a second's worth of a disk's whims is an eighth of it
 FIRST_RATE_BYTES = 100 * MEGABYTE
 RATE_FACTOR = 1.25
-TRIALS_MAX = 10
+HALVINGS = 2  # of the step between what was kept pace with and what was not: 6 % of it
 PACE = 0.9  # of fio's rate, from its first write until all is durable: at the first or second try
 WIDE_RING = "512M"
 LAG_SECONDS = 15.0
@@ -83,21 +84,30 @@ def _sustained_row(bench: Bench, product: Ours) -> Row:
 
 def _sustained_rate(bench: Bench, product: Ours) -> tuple[int, float]:
     """The highest rate that was kept pace with, and what it reached, in MB/s. MeasurementError."""
-    sustained: tuple[int, float] | None = None
-    rate, has_failed = FIRST_RATE_BYTES, False
-    for _ in range(TRIALS_MAX):
-        reached = _sustained(bench, product, rate)
-        bench.progress(f"{rate / MEGABYTE:.0f} MB/s from fio: {reached:.0f} MB/s durable")
-        if reached * MEGABYTE >= PACE * rate:
-            sustained = rate, reached
-            rate, has_failed = int(rate * RATE_FACTOR), False
-        elif has_failed:  # twice: not a disk's whim
-            break
-        else:
-            has_failed = True
-    if sustained is None:
+
+    def reached_at(rate: int) -> float:
+        """0 when it was not kept pace with, twice: once may be a disk's whim."""
+        for _ in range(2):
+            reached = _sustained(bench, product, rate)
+            bench.progress(f"{rate / MEGABYTE:.0f} MB/s from fio: {reached:.0f} MB/s durable")
+            if reached * MEGABYTE >= PACE * rate:
+                return reached
+        return 0.0
+
+    rate, reached = 0, 0.0
+    faster = FIRST_RATE_BYTES
+    while found := reached_at(faster):
+        rate, reached = faster, found
+        faster = int(rate * RATE_FACTOR)
+    if not rate:
         raise MeasurementError(f"not even {FIRST_RATE_BYTES // MEGABYTE} MB/s can be kept up")
-    return sustained
+    for _ in range(HALVINGS):
+        between = int(math.sqrt(rate * faster))
+        if found := reached_at(between):
+            rate, reached = between, found
+        else:
+            faster = between
+    return rate, reached
 
 
 def _lag_samples(bench: Bench, product: Ours) -> tuple[list[float], Load]:
