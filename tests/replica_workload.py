@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from uuid import UUID
 
 import numpy as np
+import xxhash
 
 from blockrepl.formats import frame as frames
+from blockrepl.formats import segment as segments
 from blockrepl.formats.frame import Columns, EncodedFrame, FrameHeader, FrameKind, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, encode_mark
 from blockrepl.formats.messages import AttachDisk, Attached
@@ -128,6 +130,23 @@ class Agent:
         if number is None:
             self.number += 1
         return joined(frame)
+
+
+def with_seal(agent: Agent, at: int, frames_end: int) -> Frame:
+    """A frame for offset ``at`` of a segment; its write ends as a sealed segment does."""
+    bare = replace(agent, random=random.Random(2)).writes(1)[1]
+    contents = segments.Contents(
+        frames_end=frames_end, frame_table_offset=0, frame_count=0, frame_table_digest=0, runs=[]
+    )
+    text = contents.model_dump_json().encode()
+    contents_at = at + len(bare) - segments.TRAILER_BYTES - len(text)
+    trailer = segments.Trailer(contents_at, len(text), xxhash.xxh3_64_intdigest(text), 0)
+    seal = text + segments.encode_trailer(trailer)
+    agent.stamp += 1000
+    padding = agent.random.randbytes(4096 - len(seal))
+    frame = agent.records([(agent.stamp, 0, 4096, int(RecordKind.WRITE))], padding + seal)
+    assert len(frame[1]) == len(bare)
+    return frame
 
 
 def attach(replica: Replica, *, source: bytes = SOURCE, disk: UUID = DISK, name: str = "root",

@@ -7,14 +7,14 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from uuid import UUID
 
 import numpy as np
 import pytest
 import xxhash
-from replica_workload import Agent, Frame
+from replica_workload import Agent, Frame, with_seal
 
 from blockrepl.errors import DamageError, StorageError
 from blockrepl.formats import frame as frames
@@ -356,6 +356,33 @@ def test_r7_every_half_written_seal_is_cut_off(tmp_path: Path, damage: str) -> N
         assert journal.path.read_bytes() == sealed[:end]
         assert recovered.newest is not None
         assert not recovered.sealed
+
+
+@pytest.mark.parametrize("place", ["header", "frame", "within", "before contents", "negative"])
+def test_a_write_that_ends_like_a_seal_is_none(journal: Journal, place: str) -> None:
+    # Guards the bounds and the look behind frames_end in _contents, and the second scan in
+    # _take_frames: a source could have all frames of a segment forgotten.
+    start = journal.ends[-1]
+    size = start + len(with_seal(replace(journal.agent), start, 0)[1])
+    ends = {
+        "header": segments.HEADER_BYTES,
+        "frame": start,
+        "within": start + 100,
+        "before contents": size - 400,
+        "negative": -1,
+    }
+    frame = with_seal(journal.agent, start, ends[place])[1]
+    with journal.path.open("ab") as file:
+        file.write(frame)
+    trailer = segments.decode_trailer(bytes(frame[-segments.TRAILER_BYTES :]))
+    assert trailer is not None
+    assert trailer.contents_offset + trailer.contents_bytes == size - segments.TRAILER_BYTES
+    seen: list[tuple[int, bool]] = []
+    recovered = journal.recover(rows={1: row(1, size)}, seen=seen)
+    assert recovered.newest is not None
+    assert not recovered.sealed
+    assert seen == [(number, True) for number in (1, 2, 3, 4)]
+    assert journal.path.stat().st_size == size
 
 
 FAULTS: dict[str, Callable[[Journal], object]] = {

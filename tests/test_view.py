@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from journal_model import GROUP, START, Journal, Record, small_segments
+from replica_workload import put, start, with_seal
 
 from blockrepl.errors import DamageError, PointError, StateError, StorageError, UsageError
 from blockrepl.formats.frame import Columns, RecordKind
-from blockrepl.formats.segment import file_name
+from blockrepl.formats.segment import HEADER_BYTES, file_name
 from blockrepl.model import points
 from blockrepl.storage.durable import FILE_NAME as DURABLE_NAME
 from blockrepl.storage.folding import foldable
@@ -333,7 +334,7 @@ def test_marks_that_the_catalog_does_not_know_yet_are_applied_from_the_segments(
 def test_a_sealed_segment_that_the_catalog_does_not_know_hides_nothing(
     journal: Journal, replica: ReplicaHistory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Guards SegmentReader._survey: a seal may be durable where the catalog's row of it is not.
+    # A seal may be durable where the catalog's row of it is not: its frames are read.
     monkeypatch.setattr("blockrepl.storage.replica.Replica._write_catalog", lambda *_: None)
     while len(segments_of(journal)) < 3:
         journal.run(12)
@@ -348,6 +349,20 @@ def test_a_sealed_segment_that_the_catalog_does_not_know_hides_nothing(
     assert len(before) > 10
     assert tagged > state.latest_ns
     assert content(View(replica, state.latest_ns, state)) == journal.model.at(state.latest_ns)
+
+
+def test_a_write_that_ends_like_a_seal_hides_nothing(tmp_path: Path) -> None:
+    # Guards "if known.sealed" in SegmentReader._take_up: the view showed the base.
+    replica, agent = start(tmp_path / "web")
+    put(replica, agent.base(0, b"B" * 4096), agent.consistent())
+    end = replica.status().journal_bytes
+    frame = with_seal(agent, end, HEADER_BYTES)
+    put(replica, frame)
+    with ReplicaHistory(tmp_path / "web") as history:
+        state = history.state()
+        shown = View(history, state.latest_ns, state).read("root", 0, 4096)
+    assert shown == bytes(frame[1][-4096:])
+    replica.close()
 
 
 def test_a_segment_that_was_being_begun_when_power_went_hides_nothing(

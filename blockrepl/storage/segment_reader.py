@@ -184,11 +184,10 @@ class SegmentReader:
     def _take_up(self, known: Known, limit: int | None) -> None:
         if not self._checked_header:
             self._check_header(known)
-        contents = self._contents()
+        # Before the catalog says so, a trailer may be the end of what a source made a disk write.
+        contents = self._contents() if known.sealed else None
         if contents is not None:
             self._adopt(contents)
-            if not known.sealed:
-                self._survey(contents.frame_count)
         else:
             self._scan(known, limit)
 
@@ -291,22 +290,6 @@ class SegmentReader:
     def _file_run(self, entry: segments.RunEntry) -> MendedRun:
         run = FileRun(self.path, entry, self._files, self._directories)
         return MendedRun(run, partial(self._rebuilt, entry.disk.bytes))
-
-    def _survey(self, frame_count: int) -> None:
-        """Sealed, but the catalog does not know it: it may lack the frames' marks, too.
-
-        Under the lock, as all that takes up: nothing here may ``_look``.
-        """
-        self.marks = []
-        for ordinal in range(frame_count):
-            try:
-                header = self._header(ordinal)
-            except DamageError as error:
-                log.error("%s", error)
-                continue
-            self.watermarks[header.source] = header.watermark
-            if header.kind == FrameKind.MARK:
-                self._note_mark(header, self._frame_offset(ordinal))
 
     def _rebuilt(self, disk: bytes, error: DamageError) -> Run:
         """The entries of a disk from the frames, where the index run is damaged."""

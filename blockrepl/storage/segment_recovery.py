@@ -14,7 +14,8 @@ R4    within what is known: a body that does not      kept and stepped over: rea
       match its digest                                marks are in the catalog already
 R5    an older file that is not sealed (sealing is    opened to be sealed by the caller
       done in the background, so there may be many)
-R6    a file with a true trailer, not catalogued      catalogued as sealed
+R6    a file with a true trailer, not catalogued,     catalogued as sealed. (A trailer in a frame is
+      exactly behind its frames                       what a source sent, not a seal)
 R7    a half-written seal                             as R3: its bytes are no frame
 R8    within what is known: a header that does not    DamageError: frames behind it cannot be found,
       match, missing bytes, a missing file            and cutting them would lose promised history
@@ -149,6 +150,9 @@ class _Recovery:
         file_bytes = os.fstat(segment.descriptor).st_size
         contents = _contents(segment.descriptor, file_bytes)
         self.result.damaged_frames += _scan(segment, known_bytes, self.replay, contents)
+        if contents is not None and segment.size_bytes != contents.frames_end:
+            contents = None  # its end lies within a frame
+            self.result.damaged_frames += _scan(segment, known_bytes, self.replay, None)
         # A killed receiver may have left all of it in the page cache alone. From here on the source
         # is told that it is durable.
         if segment.size_bytes < file_bytes and contents is None:  # R3, R7
@@ -183,11 +187,18 @@ def _contents(descriptor: int, file_bytes: int) -> segments.Contents | None:
     if trailer is None or trailer.contents_offset + trailer.contents_bytes != at:
         return None
     try:
-        return segments.decode_contents(
+        contents = segments.decode_contents(
             trailer, os.pread(descriptor, trailer.contents_bytes, trailer.contents_offset)
         )
     except PeerError:
         return None
+    if not segments.HEADER_BYTES <= contents.frames_end <= trailer.contents_offset:
+        return None
+    try:
+        frames.decode_header(os.pread(descriptor, frames.HEADER_BYTES, contents.frames_end))
+    except PeerError:
+        return contents
+    return None  # the frames go on: these are bytes that a source sent
 
 
 def _scan(
