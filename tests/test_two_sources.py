@@ -186,6 +186,25 @@ def test_without_a_durable_record_all_that_could_be_reached_still_can(
     assert latest(group) == 10
 
 
+def test_a_disk_whose_source_is_behind_changes_no_instant_that_could_be_reached(
+    group: Group,
+) -> None:
+    # Guards "least + 1" in admission.bounded: the newest instant had the disk, and then more of it.
+    group.put(SOURCE, group.agent.consistent())
+    group.put(SOURCE, write(group.agent, 10, b"data"))
+    other = group.join()
+    other.stamp = START + 3 * SECOND
+    group.put(OTHER, other.consistent())
+    with ReplicaHistory(group.directory) as history:
+        assert View(history, START + 10 * SECOND, history.state()).disks.keys() == {"root"}
+    group.put(OTHER, write(other, 9, b"late"))
+    group.put(OTHER, write(other, 12, b"more"))
+    group.put(SOURCE, write(group.agent, 12, b"data"))
+    with ReplicaHistory(group.directory) as history:
+        assert View(history, START + 10 * SECOND, history.state()).disks.keys() == {"root"}
+    assert group.read("data", 11) == b"late"
+
+
 def test_without_a_durable_record_no_instant_is_offered_that_a_disk_may_lack_records_of(
     group: Group,
 ) -> None:
@@ -218,5 +237,5 @@ def test_a_disk_that_is_synced_late_hides_nothing_of_before_when_the_record_is_l
     group.put(OTHER, other.consistent())
     lose_record(group)
     with ReplicaHistory(group.directory) as history:
-        assert history.state().latest_ns == START + 10 * SECOND - 1
+        assert history.state().latest_ns == START + 10 * SECOND
     group.replica = open_replica(group.directory)

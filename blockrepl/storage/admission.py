@@ -13,8 +13,9 @@ But for rule 8: a mark that says too much stands for what its source may say.
    stamps lie in the past, and would show in every point behind them.
 8. A gap begins after the watermark: from the instants up to that, which can be reached, nothing is
    taken. A disk is consistent from an instant on between the watermark of before, of its source and
-   of the group, and the frame's own. (The pump reports a gap before a watermark passes it, and says
-   that a disk is consistent in a frame with that watermark.)
+   of the group, and the frame's own; where that is behind the group's, just after the latter. (The
+   pump reports a gap before a watermark passes it, and says that a disk is consistent in a frame
+   with that watermark.)
 """
 
 from __future__ import annotations
@@ -108,7 +109,10 @@ def bounded(mark: Mark, header: FrameHeader, watermark: int, group_watermark: in
         return mark.model_copy(update={"from_ns": max(mark.from_ns, watermark + 1)})
     if isinstance(mark, ConsistentMark):
         least = max(watermark, group_watermark)
-        at_ns = min(max(mark.at_ns, least), max(header.watermark, least))
+        # A source that is behind the group has records yet to come up to the group's watermark.
+        at_ns = least + 1
+        if header.watermark >= least:
+            at_ns = min(max(mark.at_ns, least), header.watermark)
         return mark.model_copy(update={"at_ns": at_ns})
     return mark
 
