@@ -38,11 +38,13 @@ from blockrepl.formats.frame import Buffer, FrameKind, RecordKind
 from blockrepl.formats.marks import ConsistentMark, GapMark, GrowMark, encode_mark
 from blockrepl.formats.messages import AttachDisk
 from blockrepl.formats.segment import file_name
+from blockrepl.model import points
 from blockrepl.model.retention import Kept
 from blockrepl.model.retention_plan import Decision
 from blockrepl.storage.catalog import Catalog, CheckpointRow, GapRow
 from blockrepl.storage.durable import read_durable
 from blockrepl.storage.files import Files
+from blockrepl.storage.history import ReplicaHistory
 from blockrepl.storage.replica import Admission, Replica, create_replica, open_replica
 from blockrepl.units import MIB
 
@@ -386,8 +388,8 @@ def test_a_source_that_joins_takes_no_instant_of_the_others(opened: tuple[Replic
     replica.attach(joined, [AttachDisk(id=disk, name="data", size_bytes=DISK_BYTES)])
     other = Agent(agent.group, joined, disk, stamp=5)
     put(replica, other.consistent(), other.gap())
-    assert replica.catalog.gaps() == [GapRow(disk.bytes, reached + 1, None)]
-    assert [row.ready_ns for row in replica.catalog.disks()] == [reached, START]
+    assert replica.catalog.gaps() == [GapRow(disk.bytes, reached + 2, None)]
+    assert [row.ready_ns for row in replica.catalog.disks()] == [reached + 1, START]
 
 
 def test_a_mark_moves_no_ring_of_another_source(opened: tuple[Replica, Agent]) -> None:
@@ -513,6 +515,29 @@ def test_a_full_disk_acknowledges_nothing_and_goes_on_when_there_is_room(
     replica, again = start(tmp_path / "web")
     assert again.number == 4
     replica.close()
+
+
+def test_retention_publishes_no_instant_past_a_gap_that_the_catalog_lacks(
+    opened: tuple[Replica, Agent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the catalog's turn in _publish: a point within the gap was offered.
+    replica, agent = opened
+    put(replica, agent.consistent(), agent.writes())
+    reached = agent.stamp
+
+    def no_room(*_: object) -> None:
+        raise StorageError("no space", code="full")
+
+    with monkeypatch.context() as full:
+        full.setattr(replica.catalog, "set_position", no_room)
+        with pytest.raises(StorageError):
+            put(replica, agent.gap(), agent.writes())
+    replica.replace_segments([], [])  # the source is gone, and there is room again
+    with ReplicaHistory(replica.directory) as history:
+        state = history.state()
+        assert state.latest_ns > reached
+        assert [gap.from_ns for gap in state.gaps] == [reached + 1]
+        assert points.nearest(history.history(state), state.latest_ns)[0] == reached
 
 
 def test_a_failed_write_is_fail_stop(tmp_path: Path) -> None:

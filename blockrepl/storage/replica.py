@@ -337,8 +337,6 @@ class Replica:
             self._write_base()
             self._journal.append(self._staged)
             self._take_staged()
-            if self._journal.take_rows() or self._marks_due:
-                self._write_catalog()
             self._publish()
         except StorageError as error:
             if error.code != "full":
@@ -460,6 +458,9 @@ class Replica:
         return replace(row, ring_id=known.ring_id, next_sequence=known.next_sequence)
 
     def _publish(self) -> None:
+        """Let readers see what is durable, its marks first: a gap that the catalog lacks hides none."""
+        if self._journal.take_rows() or self._marks_due:
+            self._write_catalog()
         live = {disk.source for disk in self._disks.values()}
         least = min((self._sources[source].watermark for source in live), default=0)
         # A source that has only just joined has no watermark yet: it takes back none of ours.
