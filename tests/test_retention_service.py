@@ -391,6 +391,30 @@ async def test_the_floor_is_a_point_though_the_gaps_of_two_disks_overlap(
             assert history.resolve(Point("x", Instant(floor_ns)), journal.stamp).at_ns == floor_ns
 
 
+async def test_the_floor_is_a_point_though_its_way_out_of_a_gap_leads_into_another(
+    journal: Journal,
+) -> None:
+    # Guards reversed in retention._decide: the instant kept before the later gap was in the other.
+    disk = journal.ids["root"]
+    journal.run(200)
+    for length, until_next in ((180, 20), (220, 10)):
+        journal.mark(GapMark(disk=disk, from_ns=journal.tick()))
+        journal.replica.commit()
+        journal.run(length)
+        journal.mark(ConsistentMark(disk=disk, at_ns=journal.tick()))
+        journal.replica.commit()
+        journal.run(until_next)
+    write_policy(journal.replica.catalog, Policy(ladder="all:10s,60s:120s"))
+    async with committing(journal) as committer:
+        for _ in range(40):
+            await Retention().run_pass(committer)
+            with ReplicaHistory(journal.directory) as history:
+                at = Point("x", Instant(floor_of(journal)))
+                assert history.resolve(at, journal.stamp).at_ns == floor_of(journal)
+            journal.run(10)
+    assert not journal.replica.status().gaps  # it has come past both
+
+
 async def test_commits_do_not_wait_for_who_holds_the_lock_of_the_pins(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:

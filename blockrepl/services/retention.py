@@ -188,7 +188,8 @@ def _decide(replica: Replica) -> tuple[list[str], str] | None:
         found += [Pinned(one.at_ns, one.at_ns) for one in catalog.checkpoints() if one.kept]
         kept = read_kept(catalog)
         decision = decide(policy.rungs(), now_ns, kept, found, status.floor_ns, room_ns)
-        for gap in union_of(status.gaps, catalog.disks(removed=True)):
+        # The newest first: what is kept before one may lie in an earlier one.
+        for gap in reversed(union_of(status.gaps, catalog.disks(removed=True))):
             if gap.from_ns <= decision.floor_ns and (gap.to_ns or now_ns + 1) > decision.floor_ns:
                 # The floor must be a point: it waits for the end of the gap.
                 found.append(Pinned(gap.from_ns - 1, gap.from_ns - 1))

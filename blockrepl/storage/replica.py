@@ -458,7 +458,7 @@ class Replica:
         return replace(row, ring_id=known.ring_id, next_sequence=known.next_sequence)
 
     def _publish(self) -> None:
-        """Let readers see what is durable, its marks first: a gap that the catalog lacks hides none."""
+        """Let readers see what is durable. The marks first: a point past an unknown gap is none."""
         if self._journal.take_rows() or self._marks_due:
             self._write_catalog()
         live = {disk.source for disk in self._disks.values()}
