@@ -611,10 +611,11 @@ async def test_base_content_counts_with_the_next_number_at_once(
         told = told.model_copy(update={"blank": False})
         receiver.before[entry.id.bytes] = content
     receiver.at_once = False
+    of_comparisons = int(where == "found there")  # they wait for a watermark
     async with pumping(source, receiver, told) as pump:
         ring = pump.disks[0].ring
         assert ring is not None
-        await until(lambda: receiver.of(FrameKind.RECORDS))
+        await until(lambda: len(receiver.of(FrameKind.RECORDS)) == of_comparisons + 1)
         before = len(receiver.frames) - 1
         receiver.acknowledge(before)
         await a_round(pump)
@@ -625,7 +626,7 @@ async def test_base_content_counts_with_the_next_number_at_once(
         assert not ring.is_syncing()
         await until(receiver.marks)
     numbered = [frame for frame in receiver.frames if frame.header.number]
-    assert len(numbered) == 2  # one for the content, and the mark
+    assert len(numbered) == of_comparisons + 2  # one for the content, and the mark
 
 
 async def test_a_lost_session_sends_again_what_was_not_acknowledged(
@@ -686,6 +687,25 @@ async def test_what_is_synced_is_not_sent_again_when_its_ring_is_lost(
         await a_round(pump)
     assert not again.of(FrameKind.SYNC)
     assert not again.marks()
+
+
+async def test_what_an_earlier_pump_sent_above_its_watermark_is_compared_too(
+    source: Source, receiver: Receiver
+) -> None:
+    # Guards waits_for_watermark in DiskSync.has_piece: at the watermark of before a region was the
+    # same; the record that had been sent since was on top.
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    stamp = guest.write(0, b"x" * 512)
+    async with pumping(source, receiver, known(entry)):
+        await until(lambda: receiver.records(entry.id.bytes))
+    os.pwrite(guest.image, bytes(512), 0)  # its record found no room, and its gap has been told
+    guest.writer._words.store_byte(guest.writer.geometry.stale_at, 1)
+    source.watermark = stamp - 1
+    again = Receiver(frames=receiver.frames, earlier=len(receiver.frames))
+    async with pumping(source, again, known(entry, "gap", next_sequence=1)):
+        await until(again.marks)
+    assert replay(again.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
 
 
 async def test_a_ring_that_is_lost_before_a_syncs_end_is_noted_has_all_compared(
@@ -749,7 +769,7 @@ async def test_after_a_lost_ring_no_later_session_writes_the_base(
     told = known(entry, "empty", next_sequence=1)
     ring_path(entry.id.bytes).unlink()  # a power cut
     source.make_ring(entry)
-    async with pumping(source, second, told, window_messages=1):
+    async with pumping(source, second, told, window_messages=2):  # comparisons want a watermark
         await until(lambda: second.of(FrameKind.SYNC))  # the first regions
     async with pumping(source, third, known(entry, "empty")):
         await until(third.marks)

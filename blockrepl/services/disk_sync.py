@@ -82,6 +82,7 @@ class DiskSync:
         self.problem: StorageError | None = None
         self._outbox = outbox
         self._source = source
+        self._first_watermark = outbox.due.watermark  # as an earlier pump left it
         self._catch_up = catch_up  # put all records of the disk there are; False: not now
         self._epoch = 1
         self._turn = 0  # counts what was begun, and what is sent of it
@@ -132,7 +133,15 @@ class DiskSync:
         """Whether `step` may be called now."""
         disk = self.disk
         # ready: lost since the gaps were looked at; the next round reports it
-        return not disk.gap_in_flight and disk.state != "ready" and self.wants()
+        is_due = not disk.gap_in_flight and disk.state != "ready" and self.wants()
+        return is_due and not self.waits_for_watermark()
+
+    def waits_for_watermark(self) -> bool:
+        """Whether a comparison needs a newer watermark: what lies above the one of before may have
+        been sent, and is on top of what would be compared.
+        """
+        is_new = self._outbox.due.watermark <= self._first_watermark
+        return is_new and self.disk.must_compare and self.wants()
 
     async def step(self, watermark: int) -> bool:
         """Read and send one piece. ``watermark``: of the frames sent so far. True when it did."""

@@ -266,6 +266,9 @@ class GroupPump:
             sync.is_under_way() for sync in self.syncs.values()
         )
 
+    def _owes_watermark(self) -> bool:
+        return any(sync.waits_for_watermark() for sync in self.syncs.values())
+
     # --- a round
 
     async def _round(self) -> bool:
@@ -300,7 +303,7 @@ class GroupPump:
             await self._put_checkpoint(checkpoint, watermark)
             worked = True
         is_late = watermark - self.outbox.due.watermark > limits.WATERMARK_SECONDS * 1e9
-        if not worked and (is_late or self._owes_number()):
+        if not worked and (is_late or self._owes_number() or self._owes_watermark()):
             await self.outbox.put(self._encode(None, FrameKind.RECORDS, watermark))
         if not self.outbox.is_direct:
             return worked
