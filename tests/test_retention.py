@@ -20,6 +20,7 @@ from blockrepl.model.retention import (
     parse_age,
     parse_ladder,
 )
+from blockrepl.model.retention_plan import Pinned, decide
 
 S = 1_000_000_000
 H, D = 3600 * S, 86400 * S
@@ -127,6 +128,17 @@ def test_a_point_that_is_gone_never_comes_back(
         left = {one for one in range(now) if one >= floor and _is_left(kept, one)}
         assert not left & gone
         gone |= {one for one in range(now) if one not in left}
+
+
+def test_all_that_thinning_has_left_of_a_pinned_interval_stays() -> None:
+    # Guards "inside" in decide: once the fork that an instant was kept for was gone, bisect lost
+    # that instant, though it was inside the interval that bisect pins.
+    kept = Kept((Stretch(0, 400, 100),), (50, 150, 250, 350))
+    ladder = Ladder((Rung(0, 20), Rung(100, 2000)))
+    decision = decide(ladder, 1000, kept, [Pinned(100, 250)], 0)
+    assert decision.kept.instants == (150, 250)
+    decision = decide(ladder, 1000, kept, [Pinned(100, 250), Pinned(350, 350)], 0)
+    assert decision.kept.instants == (150, 250, 350)
 
 
 def test_what_was_thinned_is_refused_with_the_nearest_kept_points() -> None:

@@ -64,7 +64,9 @@ def decide(
         end = one.to_ns if begin is None else min(one.to_ns, begin - begin % one.step_ns)
         if end > one.from_ns:
             wanted.append(Stretch(one.from_ns, end, one.step_ns))
-    return Decision(advance(kept, wanted, firsts, floor), floor)
+    # Of what was thinned before, a pin has what was left of it then, whoever that was spared for.
+    inside = [at for at in kept.instants if any(pin.first_ns <= at <= pin.last_ns for pin in pins)]
+    return Decision(advance(kept, wanted, firsts + inside, floor), floor)
 
 
 def floor_for_room(segments: Sequence[Segment], excess_bytes: int, promised_from_ns: int) -> int:
