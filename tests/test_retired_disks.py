@@ -152,6 +152,19 @@ def test_the_room_of_a_forgotten_disk_is_freed_beside_commits(group: Group) -> N
     assert removed() == []
 
 
+def test_a_proof_that_waits_when_its_disk_is_forgotten_fails_no_other(group: Group) -> None:
+    # Guards "FROM disks" in Proofs._write_chunks: no proof could be written any more, and the next
+    # disk that grew stopped the group.
+    proofs = group.replica.proofs
+    group.retire()
+    for disk in (OTHER, DISK):
+        proofs.prove(disk.bytes, DISK_BYTES, 0, DISK_BYTES, group.agent.stamp)
+    group.write_after(3600)
+    _decide(group.replica)
+    proofs.write()
+    assert proofs.proven(DISK.bytes, DISK_BYTES).is_whole
+
+
 def test_no_crash_leaves_points_without_the_disks_they_had(
     group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:

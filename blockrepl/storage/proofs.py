@@ -177,8 +177,9 @@ class Proofs:
     def _write_chunks(self) -> None:
         for (disk, chunk), stamps in self._waiting.items():
             proven, oldest, newest = _sums(stamps)
-            self._catalog.change(
-                "INSERT OR REPLACE INTO proofs VALUES (?, ?, ?, ?, ?, ?)",
+            self._catalog.change(  # nothing of a disk that was forgotten meanwhile
+                "INSERT OR REPLACE INTO proofs SELECT id, ?2, ?3, ?4, ?5, ?6 "
+                "FROM disks WHERE id = ?1",
                 disk.hex(),
                 chunk,
                 proven,
