@@ -8,6 +8,8 @@ import os
 import shutil
 import ssl
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,17 +22,20 @@ from pumping import Source, StalledWrite, until
 from serving import Disk, blockrepl, place, wait_for
 from trio.testing import MockClock
 
+from blockrepl import limits
 from blockrepl.channel.certificates import Authority, key_to_pem, make_key_and_request
 from blockrepl.channel.enrolment import CA, CERTIFICATE, KEY, RECEIVER, Identity
 from blockrepl.channel.framing import MessageStream
 from blockrepl.errors import BlockreplError, PeerError, StateError, TrustError
 from blockrepl.model.backoff import FIRST_SECONDS, LAST_SECONDS
+from blockrepl.services import agent as agent_module
 from blockrepl.services.agent import FENCED_SECONDS, Agent
 from blockrepl.services.agent_api import _take_checkpoint, _WantedCheckpoint
 from blockrepl.services.agent_session import AgentSession
 from blockrepl.services.group_replication import GroupReplication
 from blockrepl.storage import clock
 from blockrepl.storage.clock import LEASE_NS
+from blockrepl.storage.group_notes import GroupNote, write_note
 from blockrepl.storage.home import Home
 from blockrepl.storage.source import SourceDisks
 from blockrepl.units import MIB
@@ -122,6 +127,51 @@ async def test_an_identity_that_cannot_be_read_now_is_tried_again_and_opens_no_c
     assert opened == []
     assert agent.problem is not None
     assert "Too many open files" in str(agent.problem)
+
+
+async def test_a_disk_whose_entry_cannot_be_read_is_not_taken_out_of_its_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Guards "lacking" in Agent._follow_groups: the receiver retired the disk, and when its entry
+    # was restored, points of the other disks were gone, too.
+    monkeypatch.setattr(agent_module, "CONFIGURATION_SECONDS", 0.01)
+    home = joined_home(tmp_path)
+    disks = SourceDisks(home)
+    sizes = {"create_bytes": MIB, "ring_bytes": limits.RING_BYTES_MIN}
+    for name, group in (("root", "web"), ("data", "web"), ("post", "mail")):
+        image = tmp_path / f"{name}.img"
+        disks.add(name, image, group, **sizes)
+    path = disks.directory / "data.json"
+    whole = path.read_bytes()
+    write_note(home, "web", GroupNote(replica=uuid4(), next_number=1, disks=("data", "root")))
+
+    def disks_of(agent: Agent, group: str) -> list[str]:
+        return [entry.name for entry in agent.groups[group].entries]
+
+    @asynccontextmanager
+    async def running() -> AsyncIterator[Agent]:
+        async with trio.open_nursery() as nursery:
+            agent = Agent(home, connect=trio.sleep_forever)
+            nursery.start_soon(agent.run)
+            await until(lambda: "mail" in agent.groups)
+            yield agent
+            nursery.cancel_scope.cancel()
+
+    async with running() as agent:
+        path.write_bytes(whole[:-10])
+        (disks.directory / "post.json").unlink()
+        await until(lambda: not disks_of(agent, "mail"))
+        assert disks_of(agent, "web") == ["data", "root"]
+        assert "until the entry of disk data can be read, or is removed, group web" in caplog.text
+    disks.add("letters", tmp_path / "new.img", "mail", **sizes)
+    async with running() as agent:
+        assert disks_of(agent, "mail") == ["letters"]
+        assert "web" not in agent.groups
+        path.write_bytes(whole)
+        await until(lambda: "web" in agent.groups)
+        assert disks_of(agent, "web") == ["data", "root"]
+        path.unlink()
+        await until(lambda: disks_of(agent, "web") == ["root"])
 
 
 async def test_whether_a_checkpoints_name_is_taken_is_asked_of_that_name_alone(

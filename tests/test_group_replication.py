@@ -39,7 +39,7 @@ from blockrepl.services.outbox_ends import LostError
 from blockrepl.storage import flush_watch
 from blockrepl.storage import retiring as retiring_module
 from blockrepl.storage import source as source_module
-from blockrepl.storage.group_notes import GroupNote, write_note
+from blockrepl.storage.group_notes import GroupNote, read_note, write_note
 from blockrepl.storage.image import is_locked
 from blockrepl.storage.ring import RingReader, read_next_number, ring_path
 from blockrepl.storage.spool import SpoolLimits
@@ -163,6 +163,27 @@ async def test_a_spool_that_cannot_be_begun_with_is_given_up(
 
 def spooled(group: GroupReplication) -> list[bytes]:
     return [path.read_bytes() for path in sorted(group.spool.directory.glob("*.frames"))]
+
+
+async def test_the_disks_that_a_group_has_are_noted(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards "disks" in GroupReplication._keep_note: an agent that begins could not know whether a
+    # disk whose entry it cannot read is the group's. And max() in _note: a spool's beginning may
+    # lie behind what is remembered.
+    monkeypatch.setattr(group_replication, "NOTE_SECONDS", 0.01)
+    home = source.disks.home
+    answer = attach(source, *(known(source.add(name, SIZE)) for name in ("data", "root")))
+    async with replicating(source) as group, trio.open_nursery() as nursery:
+        nursery.start_soon(serve, group, Receiver(at_once=False), answer)
+        note = GroupNote(replica=REPLICA, next_number=1, disks=("data", "root"))
+        await until(lambda: read_note(home, "web") == note)
+        nursery.cancel_scope.cancel()
+    for number, disks in ((9, ("root",)), (5, ("data", "root"))):
+        group._note(GroupNote(replica=REPLICA, next_number=number, disks=disks))
+    assert read_note(home, "web") == GroupNote(
+        replica=REPLICA, next_number=9, disks=("data", "root")
+    )
 
 
 async def test_another_replica_is_begun_with_and_not_mistaken_for_the_one_before(

@@ -857,7 +857,8 @@ def test_an_entry_that_does_not_parse_stops_no_other_disk(
     (disks.directory / "torn.json").write_text('{"name": "to')
     assert disks.all() == [disks.load(entry.name)]
     assert disks.all() == [disks.load(entry.name)]
-    assert caplog.text.count("disk torn is not protected") == 1
+    assert caplog.text.count("disk torn: ") == 1
+    assert disks.unreadable == {"torn"}
     with pytest.raises(StateError, match="does not parse"):
         disks.load("torn")
 

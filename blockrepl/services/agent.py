@@ -31,6 +31,7 @@ from blockrepl.services.group_replication import GroupReplication
 from blockrepl.services.scrub_pace import ScrubPool
 from blockrepl.services.shaping import Shaper
 from blockrepl.storage.clock import SourceClock, open_clock
+from blockrepl.storage.group_notes import read_note
 from blockrepl.storage.growing import grow_disk
 from blockrepl.storage.home import Home, exclusive_lock
 from blockrepl.storage.source import DiskEntry, SourceDisks
@@ -123,8 +124,29 @@ class Agent:
             wanted.setdefault(entry.group, []).append(entry)
         spooled = self.home.source_directory / "spool"
         names = wanted.keys() | {path.parent.name for path in spooled.glob("*/state.json")}
+        held = []
         for name in names | self.groups.keys():
-            self._follow_group(nursery, name, wanted.get(name, []), is_due=name in names)
+            if lacking := self._unreadable_disks(name):
+                held.append(
+                    f"until the entry of disk {', '.join(sorted(lacking))} can be read, or is "
+                    f"removed, group {name} stays as it is"
+                )
+            else:
+                self._follow_group(nursery, name, wanted.get(name, []), is_due=name in names)
+        if held:
+            raise StateError("; ".join(sorted(held)))
+
+    def _unreadable_disks(self, name: str) -> set[str]:
+        """Those of a group: without them it would be attached as if they had been removed, and the
+        receiver would retire them.
+        """
+        unreadable = self.disks.unreadable
+        if not unreadable:
+            return set()
+        if name in self.groups:
+            return unreadable & {entry.name for entry in self.groups[name].entries}
+        note = read_note(self.home, name)
+        return unreadable & set(note.disks) if note is not None else set()
 
     def _follow_group(
         self, nursery: trio.Nursery, name: str, entries: list[DiskEntry], *, is_due: bool

@@ -222,8 +222,7 @@ class GroupReplication:
             await trio.sleep(NOTE_SECONDS)
             if self.pump is None:
                 continue
-            known = self.pump.outbox.known
-            note = GroupNote(replica=known.group_id, next_number=known.next_number)
+            note = _note_of(self.pump.outbox.known, self.pump.outbox.disks)
             positions = [(disk, disk.durable) for disk in self.disks]
             try:
                 await trio.to_thread.run_sync(self._note, note)
@@ -239,7 +238,10 @@ class GroupReplication:
         if self._noted is None:
             self._noted = read_note(home, self.name)
         old = self._noted
-        if old is None or old.replica != note.replica or old.next_number < note.next_number:
+        if old is not None and old.replica == note.replica:
+            number = max(old.next_number, note.next_number)
+            note = note.model_copy(update={"next_number": number})
+        if note != old:
             write_note(home, self.name, note)
             self._noted = note
 
@@ -276,7 +278,7 @@ class GroupReplication:
             for entry in [one for one in self.entries if one.name in self.errors]:  # but of these
                 await trio.to_thread.run_sync(self._source_disks.bind_replica, entry, None)
             self._has_lost = False
-            self._noted = GroupNote(replica=known.group_id, next_number=known.next_number)
+            self._noted = _note_of(known, _attach_disks(self.entries))
             await trio.to_thread.run_sync(
                 write_note, self._source_disks.home, self.name, self._noted
             )
@@ -499,6 +501,14 @@ def _attach_disks(entries: list[DiskEntry]) -> list[AttachDisk]:
     return [
         AttachDisk(id=entry.id, name=entry.name, size_bytes=entry.size_bytes) for entry in entries
     ]
+
+
+def _note_of(known: Known, disks: list[AttachDisk]) -> GroupNote:
+    return GroupNote(
+        replica=known.group_id,
+        next_number=known.next_number,
+        disks=tuple(disk.name for disk in disks),
+    )
 
 
 def _check_size(entry: DiskEntry, known_bytes: int | None) -> None:

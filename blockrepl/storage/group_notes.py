@@ -1,4 +1,5 @@
-"""What a source remembers of a group's replica: up to which frame it was durable there once.
+"""What a source remembers of a group's replica: up to which frame it was durable there once, and
+which disks it had.
 
 ``<home>/source/groups/<group>.json``, written before regions may cool on the strength of it. A
 receiver whose next number is lower has lost durable frames: its store was restored from an older
@@ -27,6 +28,7 @@ class GroupNote(BaseModel):
     model_config = ConfigDict(frozen=True)
     replica: UUID
     next_number: int = Field(ge=1)
+    disks: tuple[str, ...] = ()  # by name: so an entry that cannot be read is known to be a group's
 
 
 def _path(home: Home, group: str) -> Path:

@@ -84,7 +84,7 @@ class SourceDisks:
     def __init__(self, home: Home) -> None:
         self.home = home
         self.directory = home.source_directory / "disks"
-        self._reported: set[str] = set()  # entries that could not be read
+        self.unreadable: set[str] = set()  # whose entries `all` could not read when it last tried
 
     # --- entries
 
@@ -106,16 +106,17 @@ class SourceDisks:
 
         It must not stop the others.
         """
-        entries = []
+        entries, unreadable = [], set[str]()
         for name in self.names():
             try:
                 entries.append(self._read(self.directory / f"{name}.json"))
             except FileNotFoundError:
                 continue  # removed meanwhile
             except StateError as error:
-                if name not in self._reported:
-                    self._reported.add(name)
-                    log.error("disk %s is not protected: %s; %s", name, error, error.hint)
+                unreadable.add(name)
+                if name not in self.unreadable:
+                    log.error("disk %s: %s; %s", name, error, error.hint)
+        self.unreadable = unreadable
         return entries
 
     def _read(self, path: Path) -> DiskEntry:
