@@ -863,6 +863,22 @@ def test_an_entry_that_does_not_parse_stops_no_other_disk(
         disks.load("torn")
 
 
+def test_a_directory_that_cannot_be_read_is_not_one_without_disks(
+    disks: SourceDisks, entry: DiskEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards os.listdir in SourceDisks.names: glob passes over such errors, and the agent took all
+    # disks for removed.
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patched:
+        for call in ("scandir", "listdir"):
+            patched.setattr(os, call, refuse)
+        with pytest.raises(PermissionError):
+            disks.all()
+    assert disks.all() == [entry]
+
+
 def test_a_reader_of_an_old_ring_gives_no_later_one_back(
     disks: SourceDisks, entry: DiskEntry, ring: RingReader, clock: SourceClock
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,9 @@ def complete_disk(
     from blockrepl.storage.home import Home
     from blockrepl.storage.source import SourceDisks
 
-    names = SourceDisks(Home(completion_home(context))).names()  # none where nothing is
+    names: list[str] = []
+    with suppress(OSError):  # never complains
+        names = SourceDisks(Home(completion_home(context))).names()
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 

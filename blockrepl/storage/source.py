@@ -89,7 +89,12 @@ class SourceDisks:
     # --- entries
 
     def names(self) -> list[str]:
-        return sorted(path.stem for path in self.directory.glob("*.json"))
+        """OSError when the directory cannot be read: `glob` would find none in it."""
+        try:
+            found = os.listdir(self.directory)
+        except FileNotFoundError:
+            return []
+        return sorted(name.removesuffix(".json") for name in found if name.endswith(".json"))
 
     def load(self, name: str) -> DiskEntry:
         if re.fullmatch(limits.NAME_PATTERN, name):
