@@ -419,6 +419,21 @@ def test_a_block_that_is_not_what_it_says_is_refused(
         read(blocks_frame([(stored, raw)], payload_bytes))
 
 
+def test_a_payload_is_proven_to_decompress_a_block_at_a_time() -> None:
+    # Guards the loop in check_payload: what it has decompressed is not kept.
+    payload = bytes(limits.FRAME_PAYLOAD_BYTES_MAX)
+    stored = lz4.block.compress(payload[:BLOCK], store_size=False)
+    data = blocks_frame([(stored, False)] * (len(payload) // BLOCK), len(payload))
+    header, body = frames.decode_header(data), memoryview(data)[frames.HEADER_BYTES :]
+    tracemalloc.start()
+    try:
+        frames.check_payload(header, body)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 4 * BLOCK
+
+
 def test_decompression_takes_no_more_than_a_block() -> None:
     bomb = blocks_frame([(lz4.block.compress(bytes(1 << 24), store_size=False), False)], BLOCK)
     tracemalloc.start()

@@ -242,7 +242,13 @@ def bytes_of(data: bytes) -> Callable[[Peer], Awaitable[object]]:
 
 def sealed(agent: Agent, stored: list[bytes], payload_bytes: int, kind: FrameKind) -> bytes:
     """A frame of such blocks, its digests right whatever they hold."""
-    _, sample = replace(agent).checkpoint("x") if kind is FrameKind.MARK else agent.writes(1)
+    match kind:
+        case FrameKind.MARK:
+            _, sample = replace(agent).checkpoint("x")
+        case FrameKind.BASE:
+            _, sample = agent.base(0, bytes(payload_bytes))
+        case _:
+            _, sample = agent.writes(1)
     header = frames.decode_header(sample)
     columns = bytes(sample[frames.HEADER_BYTES :][: header.record_count * frames.RECORD_BYTES])
     digests = b"".join(struct.pack("<Q", xxhash.xxh3_64_intdigest(block)) for block in stored)
@@ -362,6 +368,29 @@ async def test_records_beyond_the_disk_are_refused(
     async with besieged.attacked():
         refusal = await besieged.refused(zero)
         assert "beyond the end of disk root" in refusal.error
+
+
+async def test_content_that_does_not_decompress_ends_its_senders_session_alone(
+    besieged: Siege,
+) -> None:
+    # Guards check_payload in admission.check_content: the liar came back, and each of its frames
+    # took along what the others of its group had sent for the same commit.
+    async def send_noise(peer: Peer) -> None:
+        agent = await peer.attach("shared")
+        noise = sealed(agent, [b"\xff" * 300], limits.BLOCK_BYTES, FrameKind.BASE)
+        await peer.stream.send(MessageType.DATA, noise)
+
+    for name in ("fair", "bad"):
+        await besieged.vault.join(name, "shared")
+    async with besieged.attacked(), besieged.vault.peer("fair") as peer:
+        fair = await peer.attach("shared", UUID(int=8), "data")
+        for turn in range(5):
+            await peer.send(fair.writes())
+            refusal = await besieged.refused(send_noise)
+            assert (refusal.code, refusal.group) == ("protocol", None)
+            assert refusal.error == "frame block does not decompress"
+            assert await peer.acknowledged(turn + 1) == turn + 1
+    assert "nothing was acknowledged" not in besieged.log.read_text()
 
 
 async def test_stamps_from_the_future_are_shown_and_move_nobody_else(besieged: Siege) -> None:

@@ -126,10 +126,11 @@ class Vault:
         self._directory = directory
         self._identities: dict[str, Identity] = {}
 
-    async def join(self, name: str) -> Identity:
+    async def join(self, name: str, *groups: str) -> Identity:
+        """``groups``: that it shares with others."""
         if name not in self._identities:
             token = receiver_home.invite(
-                self.home, expires_seconds=60, groups=[], address=self.address
+                self.home, expires_seconds=60, groups=[*groups], address=self.address
             )
             self._identities[name] = await enrolment.join(token, name, self._directory / name)
         return self._identities[name]

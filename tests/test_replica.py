@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+import xxhash
 from replica_workload import (
     DISK,
     DISK_BYTES,
@@ -183,6 +185,19 @@ def _sent(agent: Agent, **fields: object) -> Frame:
     return changed, memoryview(frames.encode_header(changed) + bytes(data[frames.HEADER_BYTES :]))
 
 
+def _base_of_noise(agent: Agent) -> Frame:
+    """Its one block is no LZ4; the digests are right."""
+    header, data = agent.base(0, bytes(limits.BLOCK_BYTES))
+    changed = bytearray(data[frames.HEADER_BYTES :])
+    columns_bytes = header.record_count * frames.RECORD_BYTES
+    block = b"\xff" * (len(changed) - header.blocks_offset)
+    changed[header.blocks_offset :] = block
+    struct.pack_into("<Q", changed, columns_bytes, xxhash.xxh3_64_intdigest(block))
+    digest = xxhash.xxh3_64_intdigest(changed[: header.blocks_offset])
+    header = replace(header, digest=digest)
+    return header, memoryview(frames.encode_header(header) + changed)
+
+
 FALSE_FRAMES: dict[str, Callable[[Agent], Frame]] = {
     "a flipped payload byte": lambda a: _tampered(a.writes()),
     "another group": lambda a: _sent(a, group=b"g" * 16),
@@ -203,6 +218,8 @@ FALSE_FRAMES: dict[str, Callable[[Agent], Frame]] = {
     ),
     "an unknown record kind": lambda a: a.records([(START + 1, 0, 512, 9)], b""),
     "a base frame beyond the end": lambda a: a.base(DISK_BYTES, bytes(512)),
+    # Guards check_payload in admission.check_content: the commit failed, for all its sources.
+    "a base frame that does not decompress": _base_of_noise,
     "a gap of an unknown disk": lambda a: Agent(a.group, disk=UUID(int=99), number=a.number).gap(),
 }
 

@@ -46,7 +46,7 @@ check its digest, then each block before use. Foreign bytes raise ``PeerError`` 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -293,12 +293,21 @@ def decode_block(blocks: Blocks, index: int, stored: Buffer) -> Buffer:
 
 def decode_payload(header: FrameHeader, body: Buffer) -> bytes:
     """The whole payload of a body that has been checked. Raises PeerError."""
+    return b"".join(_decoded(header, body))
+
+
+def check_payload(header: FrameHeader, body: Buffer) -> None:
+    """Prove that `decode_payload` will do, in the memory of a block. Raises PeerError."""
+    for _ in _decoded(header, body):
+        pass
+
+
+def _decoded(header: FrameHeader, body: Buffer) -> Iterator[Buffer]:
     blocks = parse_blocks(header, body)
     view = memoryview(body)
     bounds = blocks.offsets.tolist()
-    return b"".join(
-        decode_block(blocks, i, view[bounds[i] : bounds[i + 1]]) for i in range(header.block_count)
-    )
+    for i in range(header.block_count):
+        yield decode_block(blocks, i, view[bounds[i] : bounds[i + 1]])
 
 
 def encode_frame(
