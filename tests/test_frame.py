@@ -240,7 +240,7 @@ def test_every_flipped_byte_of_several_blocks_is_found() -> None:
 
 @pytest.mark.parametrize("block", range(3))
 def test_a_body_is_proven_to_its_last_block_without_its_payload_being_decoded(block: int) -> None:
-    # Guards `first_damaged` in check_body: the receiver journals what it has not decompressed.
+    # Guards `first_damaged` in check_body.
     payload = np.random.default_rng(3).bytes(BLOCK) + b"ab" * (BLOCK // 2) + b"end"
     data = build([(1, 0, len(payload), RecordKind.WRITE)], payload)
     header, body = frames.decode_header(data), bytearray(data[frames.HEADER_BYTES :])

@@ -185,9 +185,9 @@ def _sent(agent: Agent, **fields: object) -> Frame:
     return changed, memoryview(frames.encode_header(changed) + bytes(data[frames.HEADER_BYTES :]))
 
 
-def _base_of_noise(agent: Agent) -> Frame:
-    """Its one block is no LZ4; the digests are right."""
-    header, data = agent.base(0, bytes(limits.BLOCK_BYTES))
+def _noise(frame: Frame) -> Frame:
+    """A frame of one block, now no LZ4; the digests are right."""
+    header, data = frame
     changed = bytearray(data[frames.HEADER_BYTES :])
     columns_bytes = header.record_count * frames.RECORD_BYTES
     block = b"\xff" * (len(changed) - header.blocks_offset)
@@ -219,7 +219,11 @@ FALSE_FRAMES: dict[str, Callable[[Agent], Frame]] = {
     "an unknown record kind": lambda a: a.records([(START + 1, 0, 512, 9)], b""),
     "a base frame beyond the end": lambda a: a.base(DISK_BYTES, bytes(512)),
     # Guards check_payload in admission.check_content: the commit failed, for all its sources.
-    "a base frame that does not decompress": _base_of_noise,
+    "a base frame that does not decompress": lambda a: _noise(a.base(0, bytes(65536))),
+    # So does this: nothing of the group was folded any more from its segment on.
+    "a record that does not decompress": lambda a: _noise(
+        a.records([(START + 5000, 0, 65536, 0)], bytes(65536))
+    ),
     "a gap of an unknown disk": lambda a: Agent(a.group, disk=UUID(int=99), number=a.number).gap(),
 }
 

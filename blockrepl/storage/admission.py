@@ -5,9 +5,9 @@ But for rule 8: a mark that says too much stands for what its source may say.
 2. Numbers that the catalog can hold (below 2^63 - 1); number 0 for base frames, and only for them.
 3. With records, a ring's position, or a mark that names a disk: of a disk that this source has
    attached.
-4. Columns, block table and every block match their digests. What a commit decompresses, content of
-   a first sync, decompresses: a commit that fails does so for all its sources. (Not kept meanwhile:
-   it may take 250 times the memory that is counted for its frame.)
+4. Columns, block table and every block match their digests, and every block decompresses: else a
+   commit of base content would fail for all its sources, and nothing behind a false record would
+   ever be folded. (It is not kept: it may take 250 times the memory counted for its frame.)
 5. Every record inside its disk, of a known kind.
 6. A disk grows, to DISK_BYTES_MAX at the most and DISK_GROWTHS_MAX times, and after the watermark:
    a point up to that may be mounted already.
@@ -81,8 +81,7 @@ def _own_disk(disks: Mapping[bytes, DiskRow], disk: bytes, source: bytes) -> Dis
 def check_content(header: FrameHeader, body: memoryview, disk: DiskRow | None) -> None:
     """Rules 4 and 5. ``disk`` is the frame's, where it has records."""
     check_body(header, body)
-    if header.kind == FrameKind.BASE:
-        check_payload(header, body)
+    check_payload(header, body)
     if disk is None:
         return
     columns = parse_columns(header, body)
