@@ -411,6 +411,28 @@ async def test_stamps_from_the_future_are_shown_and_move_nobody_else(besieged: S
         assert (good["problem"], good["ahead_seconds"]) == (None, None)
 
 
+async def test_a_record_from_the_future_is_shown_although_no_watermark_is(
+    besieged: Siege,
+) -> None:
+    # Guards newest_stamp in receiver_status.facts_of: no fold gets past that record's segment.
+    day_ns = 86400 * 10**9
+    async with besieged.attacked(), besieged.vault.peer("bad") as peer:
+        agent = await peer.attach("mine")
+        agent.stamp = time.time_ns()
+        await peer.send(agent.consistent(), agent.writes())
+        await peer.acknowledged(2)
+        assert (await besieged.vault.group("mine"))["problem"] is None
+        rows = [(time.time_ns() + 10 * day_ns, 0, 512, int(RecordKind.ZERO))]
+        await peer.send(agent.records(rows, b""), agent.checkpoint("after"))
+        await peer.acknowledged(4)
+        mine = await besieged.vault.group("mine")
+        assert mine["ahead_seconds"] == pytest.approx(10 * 86400, abs=60)
+        assert "not let go before that time" in mine["problem"]
+        assert mine["latest_ns"] == agent.stamp
+        good = await besieged.vault.group("good")
+        assert (good["problem"], good["ahead_seconds"]) == (None, None)
+
+
 # --- slow ones, and many
 
 

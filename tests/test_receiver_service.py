@@ -34,6 +34,7 @@ from blockrepl.channel.handshake import RECEIVER_SERVER_NAME, connect
 from blockrepl.cli import main as cli
 from blockrepl.errors import BlockreplError, PeerError, StateError, UsageError
 from blockrepl.formats import messages
+from blockrepl.formats.frame import RecordKind
 from blockrepl.formats.messages import (
     Attach,
     AttachDisk,
@@ -939,6 +940,19 @@ async def test_status_of_a_receiver_at_rest_is_read_from_its_files(
         assert part in shown
     assert cli.run(["--home", home, "status", "other", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["code"] == "no-group"
+
+
+async def test_a_record_from_the_future_is_shown_of_a_receiver_at_rest(tmp_path: Path) -> None:
+    # Guards newest_stamp in receiver_status._facts_at_rest.
+    async with running(tmp_path) as vault, vault.peer() as peer:
+        agent = await peer.attach()
+        agent.stamp = time.time_ns()
+        rows = [(agent.stamp + 86400 * 10**9, 0, 512, int(RecordKind.ZERO))]
+        await peer.send(agent.consistent(), agent.records(rows, b""))
+        await peer.acknowledged(2)
+    (group,) = receiver_status.status_at_rest(vault.home).groups
+    assert group.ahead_seconds == pytest.approx(86400, abs=60)
+    assert group.latest_ns == agent.stamp
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,15 @@ otherwise                               replicating
 ======================================  =============
 
 Stamps are the sources' clocks'. Where they are CLOCK_AHEAD_SECONDS and more ahead of this one, lag
-means nothing: it is unknown, and the status says how far they are ahead.
+means nothing: it is unknown, and the status says how far they are ahead. That goes for records as
+for watermarks: a fold waits until the youngest of a segment's is old. None is refused for it: a
+source whose clock is ahead, or that sends records while its watermark is held, is honest.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,6 +65,7 @@ class GroupFacts:
     error: BlockreplError | None = None
     proven: Mapping[bytes, Proven] = field(default_factory=dict)
     newest_watermark: int = 0  # of the source that is furthest
+    newest_stamp: int = 0  # of all records
     outlook: HistoryOutlook | None = None
     unreadable: Sequence[str] = ()  # why which disks cannot be compared with their source
 
@@ -74,11 +77,12 @@ def facts_of(
     cannot be compared, by id.
     """
     status, now = replica.status(), time.time_ns()
+    rows: list[SegmentRow] | None = None
     proven: dict[bytes, Proven] = {}
-    seen = _outlook(
-        replica.directory, replica.catalog, replica.segments, replica.newest_ns(), problem
-    )
     with suppress(BlockreplError):  # the group's error says it
+        rows = replica.segments()
+    seen = _outlook(replica.directory, replica.catalog, rows, replica.newest_ns(), problem)
+    with suppress(BlockreplError):
         proven = {row.id: replica.proofs.proven(row.id, row.size_bytes) for row in status.disks}
     return GroupFacts(
         status.name,
@@ -92,6 +96,7 @@ def facts_of(
         status.error,
         proven,
         max((row.watermark for row in status.sources.values()), default=0),
+        _newest_stamp(rows or ()),
         seen,
         sorted((unreadable or {}).values()),
     )
@@ -105,14 +110,19 @@ def facts_of_failed(directory: Path, error: BlockreplError) -> GroupFacts:
 def _outlook(
     directory: Path,
     catalog: Catalog,
-    segments: Callable[[], list[SegmentRow]],
+    rows: Sequence[SegmentRow] | None,
     latest_ns: int,
     problem: str,
 ) -> HistoryOutlook | None:
     with suppress(BlockreplError, OSError):
-        told = describe_retention(directory, catalog, segments(), latest_ns, problem)
-        return HistoryOutlook.of(told)
+        if rows is not None:
+            told = describe_retention(directory, catalog, rows, latest_ns, problem)
+            return HistoryOutlook.of(told)
     return None
+
+
+def _newest_stamp(rows: Sequence[SegmentRow]) -> int:
+    return max((row.last_stamp for row in rows), default=0)
 
 
 def describe_group(
@@ -199,7 +209,7 @@ def _disk_status(
 
 
 def _ahead_seconds(facts: GroupFacts) -> float | None:
-    newest = max(facts.watermark, facts.newest_watermark)
+    newest = max(facts.watermark, facts.newest_watermark, facts.newest_stamp)
     ahead_seconds = (newest - facts.now) / NANOSECONDS_PER_SECOND
     return ahead_seconds if ahead_seconds >= limits.CLOCK_AHEAD_SECONDS else None
 
@@ -224,7 +234,8 @@ def _clock_problem(ahead_seconds: float | None) -> str | None:
         return None
     return (
         f"a source's clock is {ahead_seconds:.0f} s ahead of this receiver's: its points carry its "
-        "time, and the lag is unknown. Set the clock that is wrong"
+        "time, the lag is unknown, and what is journaled from there on is not let go before that "
+        "time. Set the clock that is wrong"
     )
 
 
@@ -274,6 +285,7 @@ def _facts_at_rest(directory: Path) -> GroupFacts:
         with ReplicaHistory(directory) as history:
             state, now = history.state(), time.time_ns()
             proofs = Proofs(history.catalog)
+            rows = history.catalog.segments()
             return GroupFacts(
                 history.group,
                 state.latest_ns,
@@ -283,13 +295,8 @@ def _facts_at_rest(directory: Path) -> GroupFacts:
                 history.history(state).floor_ns,
                 state.gaps,
                 proven={row.id: proofs.proven(row.id, row.size_bytes) for row in state.disks},
-                outlook=_outlook(
-                    directory,
-                    history.catalog,
-                    history.catalog.segments,
-                    min(state.latest_ns, now),
-                    "",
-                ),
+                newest_stamp=_newest_stamp(rows),
+                outlook=_outlook(directory, history.catalog, rows, min(state.latest_ns, now), ""),
             )
     except BlockreplError as error:
         return GroupFacts(directory.name, error=error)
