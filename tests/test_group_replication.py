@@ -450,6 +450,49 @@ async def test_a_group_stops_although_its_round_never_ends_and_a_retirement_wait
         nursery.cancel_scope.cancel()
 
 
+async def test_a_link_that_comes_while_a_pump_is_given_up_is_not_left_with_it(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the order in GroupReplication._give_up: the refusal was that of the link before, and
+    # nobody read the rings until this one broke by itself.
+    monkeypatch.setattr(group_replication, "RETIRE_SECONDS", 0.01)
+    monkeypatch.setattr(retiring_module, "os", image := StalledImage())
+    entries = [source.add(name, SIZE) for name in ("idle", "used")]
+    monkeypatch.setattr(source.disks, "is_serving", lambda entry: entry.name == "used")
+    receiver = Receiver(at_once=False)
+    answer = attach(source, *map(known, entries))
+
+    def fail() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "clock.json")
+
+    async with replicating(source) as group:
+        async with trio.open_nursery() as link:
+            link.start_soon(serve, group, receiver, answer)
+            await until(image.begun.is_set)
+            link.cancel_scope.cancel()
+        pump = group.pump
+        assert pump is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(source.clock, "renew", fail)
+            source.end_lease()
+            await until(lambda: pump.retiring.statistics().tasks_waiting)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lend_until_refused, group, receiver, answer)
+            await until(lambda: group.is_linked and group.pump is pump)
+            image.goes_on.set()
+        assert group.pump is None
+        source.guest(entries[1]).write(0, b"x" * 512)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, group, receiver, answer)
+            await until(lambda: receiver.records(entries[1].id.bytes))
+            nursery.cancel_scope.cancel()
+
+
+async def lend_until_refused(group: GroupReplication, receiver: Receiver, answer: Attached) -> None:
+    with pytest.raises(StorageError, match=r"clock\.json"), trio.fail_after(5):
+        await serve(group, receiver, answer)
+
+
 async def test_a_home_that_stalls_while_a_syncs_end_is_noted_holds_up_nothing(
     source: Source, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -166,9 +166,9 @@ class GroupReplication:
         self._report(error)
         self._failed = True
         await pump.stop()
-        self.refuse(error)
         if not self.is_linked:
             await self._stop_running()
+        self.refuse(error)  # last: a link that came meanwhile has been lent this pump
 
     def _report(self, error: Exception) -> None:
         """Show an error of the group, and log it unless that was the last one."""
