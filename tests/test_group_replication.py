@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -30,7 +31,7 @@ from pumping import (
 from blockrepl import limits
 from blockrepl.errors import DamageError, StorageError
 from blockrepl.formats.frame import FrameKind
-from blockrepl.formats.marks import GapMark
+from blockrepl.formats.marks import ConsistentMark, GapMark
 from blockrepl.formats.messages import Attached
 from blockrepl.services import flush_doubts, group_replication
 from blockrepl.services.group_pump import GroupPump, WantedCheckpoint
@@ -161,6 +162,10 @@ async def test_a_spool_that_cannot_be_begun_with_is_given_up(
             nursery.cancel_scope.cancel()
 
 
+def is_spooled(group: GroupReplication, block: bytes) -> bool:
+    return any(block in data for data in spooled(group))
+
+
 def spooled(group: GroupReplication) -> list[bytes]:
     return [path.read_bytes() for path in sorted(group.spool.directory.glob("*.frames"))]
 
@@ -184,6 +189,54 @@ async def test_the_disks_that_a_group_has_are_noted(
     assert read_note(home, "web") == GroupNote(
         replica=REPLICA, next_number=9, disks=("data", "root")
     )
+
+
+async def test_what_is_lost_where_a_spool_cannot_be_read_is_a_gap(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards OSError in FileRecovery._true_header: the group was never attached again.
+    monkeypatch.setattr(limits, "SPOOL_FILE_BYTES", 1)
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    answer = attach(source, known(entry))
+    receiver = Receiver(at_once=False)
+    async with replicating(source) as group:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, group, receiver, answer)
+            await until(lambda: group.is_linked)
+            nursery.cancel_scope.cancel()
+        blocks = [random_bytes(512, seed) for seed in range(3)]  # kept, lost, and behind it
+        stamps = []
+        for number, block in enumerate(blocks):
+            stamps.append(guest.write(512 * number, block))
+            await until(partial(is_spooled, group, block))
+    paths = group.spool.directory.glob("*.frames")
+    [damaged] = [path for path in paths if blocks[1] in path.read_bytes()]
+    pread = os.pread
+
+    def bad_sector(descriptor: int, size_bytes: int, offset: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(damaged):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(descriptor, size_bytes, offset)
+
+    monkeypatch.setattr(os, "pread", bad_sector)
+    receiver = Receiver(at_once=False)
+    with trio.fail_after(10):
+        async with replicating(source) as group, trio.open_nursery() as nursery:
+            monkeypatch.setattr(os, "pread", pread)  # the file has been emptied
+            nursery.start_soon(serve, group, receiver, answer)
+            await until(lambda: group.is_linked)
+            receiver.pump, receiver.at_once = group.pump, True
+            receiver.acknowledge()
+            await until(lambda: any(isinstance(mark, ConsistentMark) for mark in receiver.marks()))
+            nursery.cancel_scope.cancel()
+    [gap] = [mark for mark in receiver.marks() if isinstance(mark, GapMark)]
+    assert stamps[0] < gap.from_ns <= stamps[1]
+    [record] = [one for one in receiver.records(entry.id.bytes) if one[0] <= stamps[2]]
+    assert record[0] == stamps[0]
+    [consistent] = [mark for mark in receiver.marks() if isinstance(mark, ConsistentMark)]
+    assert consistent.at_ns > stamps[2]
+    assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
 
 
 async def test_another_replica_is_begun_with_and_not_mistaken_for_the_one_before(

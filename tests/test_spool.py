@@ -327,6 +327,74 @@ def test_damage_anywhere_is_never_delivered_and_no_number_behind_it_is_free(
     again.close()
 
 
+def bad_sector(monkeypatch: pytest.MonkeyPatch, path: Path, at: int) -> None:
+    """That byte of the file cannot be read."""
+    pread, preadv = os.pread, os.preadv
+
+    def check(descriptor: int, size_bytes: int, offset: int) -> None:
+        is_file = os.readlink(f"/proc/self/fd/{descriptor}") == str(path)
+        if is_file and offset <= at < offset + size_bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def bad_pread(descriptor: int, size_bytes: int, offset: int) -> bytes:
+        check(descriptor, size_bytes, offset)
+        return pread(descriptor, size_bytes, offset)
+
+    def bad_preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        check(descriptor, sum(len(buffer) for buffer in buffers), offset)
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "pread", bad_pread)
+    monkeypatch.setattr(os, "preadv", bad_preadv)
+
+
+@pytest.mark.parametrize("before", [0, 1])  # frames of the file
+@pytest.mark.parametrize(("place", "inside"), [(0, 10), (1, 10), (-1, 10), (-1, 150)])
+def test_what_cannot_be_read_at_the_start_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, inside: int, before: int
+) -> None:
+    # Guards OSError in FileRecovery._true_header and _is_torn: every start of the agent failed, and
+    # the group was never attached again.
+    spool = begun(tmp_path, 1, 20)
+    path = sorted(spool.directory.glob("*.frames"))[place]
+    first = int(path.stem)
+    at = sum(len(whole(number)) for number in range(first, first + before))
+    bad_sector(monkeypatch, path, at + inside)
+    again = reopened(spool)
+    assert (again.next_number, again.is_certain) == (first + before, False)
+    assert rest(again) == list(range(1, first + before))
+    again.append(frame(again.next_number))
+    monkeypatch.undo()
+    monkeypatch.setattr(limits, "SPOOL_FILE_BYTES", FILE_BYTES)
+    assert rest(reopened(again)) == list(range(1, first + before + 1))
+
+
+def test_a_file_that_cannot_be_cut_where_it_is_damaged_is_emptied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the ``except`` in spool_recovery._truncated: XFS reads the block that it cuts in
+    # two. Left as it is, old frames would follow on new ones at the next start.
+    spool = begun(tmp_path, 1, 20)
+    path = sorted(spool.directory.glob("*.frames"))[1]
+    first = int(path.stem)
+    at = len(whole(first))
+    ftruncate = os.ftruncate
+
+    def truncate(descriptor: int, size_bytes: int) -> None:
+        if size_bytes == at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        ftruncate(descriptor, size_bytes)
+
+    bad_sector(monkeypatch, path, at)
+    monkeypatch.setattr(os, "ftruncate", truncate)
+    again = reopened(spool)
+    assert (again.next_number, again.is_certain) == (first, False)
+    assert path.stat().st_size == 0
+    again.append(frame(first))
+    assert rest(again) == list(range(1, first + 1))
+    again.close()
+
+
 @CRASH
 @given(st.data())
 def test_a_file_that_is_missing_ends_the_spool_before_it(

@@ -45,7 +45,9 @@ class FileRecovery:
                     is_damaged = not (
                         self.is_last and _is_torn(descriptor, number + count, at, end)
                     )
-                    os.ftruncate(descriptor, at)
+                    if not _truncated(descriptor, at):
+                        count = at = 0
+                        is_damaged = True
                     break
                 at += header.frame_bytes
                 count += 1
@@ -60,7 +62,7 @@ class FileRecovery:
             if self.bodies:
                 body = os.pread(descriptor, header.body_bytes, at + frames.HEADER_BYTES)
                 frames.check_body(header, body)
-        except PeerError:
+        except (PeerError, OSError):
             return None
         return header
 
@@ -71,6 +73,16 @@ def _is_torn(descriptor: int, number: int, at: int, end: int) -> bool:
         return True
     try:
         header = frames.decode_header(os.pread(descriptor, frames.HEADER_BYTES, at))
-    except PeerError:
+    except (PeerError, OSError):
         return False
     return header.number == number and at + header.frame_bytes > end
+
+
+def _truncated(descriptor: int, at: int) -> bool:
+    """False: it had to be emptied. Old frames left behind might follow on new ones later."""
+    try:
+        os.ftruncate(descriptor, at)
+    except OSError:  # XFS reads the block that it cuts in two
+        os.ftruncate(descriptor, 0)
+        return False
+    return True
