@@ -369,6 +369,26 @@ def test_what_cannot_be_read_at_the_start_is_damage(
     assert rest(reopened(again)) == list(range(1, first + before + 1))
 
 
+@pytest.mark.parametrize("how", ["read", "skip"])
+def test_content_that_cannot_be_read_later_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    # Guards preadv in the ``try`` of Spool.read: each link came to this frame, and none further.
+    spool = begun(tmp_path, 1, 20)
+    number = 7  # a mark: it is read when others are skipped
+    path = [one for one in sorted(spool.directory.glob("*.frames")) if int(one.stem) <= number][-1]
+    at = sum(len(whole(one)) for one in range(int(path.stem), number + 1)) - 1
+    bad_sector(monkeypatch, path, at)
+    again = reopened(spool)
+    assert again.is_certain
+    next_frame = again.read if how == "read" else again.skip
+    for _ in range(1, number):
+        next_frame()
+    with pytest.raises(DamageError, match=f"frame {number} "):
+        next_frame()
+    again.close()
+
+
 def test_a_file_that_cannot_be_cut_where_it_is_damaged_is_emptied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -340,12 +340,12 @@ class Spool:
         header = self._read_header()
         assert self._reading is not None
         data = memoryview(np.empty(header.frame_bytes, np.uint8).data)
-        if os.preadv(self._reading, [data], self._read_at) != len(data):
-            raise self._damage()
         found = SpooledFrame(header, data)
         try:
+            if os.preadv(self._reading, [data], self._read_at) != len(data):
+                raise self._damage()
             frames.check_body(header, found.body)
-        except PeerError as error:
+        except (OSError, PeerError) as error:
             raise self._damage() from error
         self._read_at += header.frame_bytes
         self._read_number += 1
