@@ -405,6 +405,37 @@ def test_a_write_that_the_local_disk_refuses_is_not_a_record(
     assert disk.hot_regions() == [0, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(
+    ("kind", "flags", "call", "stale"),
+    [
+        (nbd_client.WRITE_ZEROES, nbd_client.FAST_ZERO, "fallocate", []),
+        (nbd_client.WRITE_ZEROES, nbd_client.FAST_ZERO | nbd_client.FUA, "fdatasync", [2]),
+        (nbd_client.WRITE, nbd_client.FUA, "fdatasync", [2]),
+        (nbd_client.WRITE, 0, "pwrite64", [2]),
+    ],
+)
+def test_only_a_fast_zero_is_refused_without_a_trace(
+    place: Pair, kind: int, flags: int, call: str, stale: list[int]
+) -> None:
+    # Guards is_refusal in change (device.c): "not supported" passed for a refusal that has changed
+    # nothing, whichever call had said so.
+    disk = Disk(place)
+    disk.make_cold()
+    disk.start()
+    data = bytes(4096) if kind == nbd_client.WRITE else b""
+    log = place.directory / "refusals.log"
+    with Client(disk.socket) as client:
+        client.write(2 * REGION, b"hot")
+        with traced(disk, log, f"inject={call}:error=EOPNOTSUPP"):
+            client.send(kind, 2 * REGION, 4096, data, flags)
+            assert client.receive()[1] != 0
+    assert "(INJECTED)" in log.read_text()
+    reader = disk.reader()
+    assert reader.head() == 1  # of "hot"
+    assert stale_regions(reader) == stale
+    assert bool(reader.gap_from()) == bool(stale)
+
+
 def test_a_server_outlives_the_shell_that_started_it(place: Pair) -> None:
     """nbdkit 1.32 by itself ends with its parent, and on SIGHUP."""
     disk = Disk(place)

@@ -271,11 +271,12 @@ int device_read(struct device *d, void *data, uint32_t length, uint64_t offset)
     return transfer(d->image_fd, data, length, offset, 0);
 }
 
-/* `data` NULL: make the range zeros. A clean refusal (fast zero) leaves nothing behind. */
+/* `data` NULL: make the range zeros. A refused fast zero has changed nothing, and leaves nothing
+ * behind; with any other failure, whatever its error, the range may be there in part. */
 static int change(struct device *d, int kind, const void *data, uint32_t length, uint64_t offset,
                   int punch, int fast, int fua)
 {
-    int rc, range;
+    int rc, range, is_refusal;
     uint64_t head;
     if (length == 0)
         return 0;
@@ -287,11 +288,12 @@ static int change(struct device *d, int kind, const void *data, uint32_t length,
         head = ring_load(&d->ring->head);
         rc = data ? transfer(d->image_fd, (void *)data, length, offset, 1)
                   : local_zero(d, offset, length, punch, fast);
+        is_refusal = fast && rc == -EOPNOTSUPP;
         if (rc == 0 && fua)
             rc = sync_image(d, head);
         if (rc == 0)
             append_parts(d, kind | (fua ? RECORD_FUA : 0), offset, length, data);
-        else if (rc != -EOPNOTSUPP)
+        else if (!is_refusal)
             give_up(d, offset, length);
     }
     release_range(d, range);
