@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -55,7 +56,8 @@ from blockrepl.storage import clock, pieces
 from blockrepl.storage.clock import open_clock
 from blockrepl.storage.image import lock_image
 from blockrepl.storage.pieces import Piece, read_piece
-from blockrepl.storage.ring import ring_path
+from blockrepl.storage.ring import lock_ring, ring_path
+from blockrepl.storage.source import DiskEntry
 from blockrepl.storage.spool import SpoolLimits
 from blockrepl.units import KIB, MIB
 
@@ -1286,6 +1288,70 @@ async def test_a_ring_whose_file_is_gone_is_read_while_its_server_writes_to_it(
         guest.write(0, b"x" * 512)
         await until(lambda: receiver.records(entry.id.bytes))
     check_stream(receiver.frames, source.watermark)
+
+
+# --- an image whose path leads elsewhere
+
+
+@contextmanager
+def serving(entry: DiskEntry) -> Iterator[None]:
+    """A server's locks, on what the path leads to now."""
+    image, ring = lock_image(entry.image), lock_ring(ring_path(entry.id.bytes))
+    yield
+    os.close(image)
+    os.close(ring)
+
+
+def put_copy(entry: DiskEntry) -> Path:
+    """A copy in the image's place; where the image is now."""
+    moved = entry.image.with_suffix(".moved")
+    entry.image.rename(moved)
+    shutil.copyfile(moved, entry.image)
+    return moved
+
+
+async def test_content_is_read_from_the_file_that_the_server_writes(
+    source: Source, receiver: Receiver
+) -> None:
+    # Guards is_written_elsewhere in SourceDisk.refresh: the agent had the file open that was there
+    # before, and read that as long as its ring was there. The replica went back to it.
+    entry = source.add("root", SIZE)
+    async with pumping(source, receiver, known(entry)) as pump:
+        await a_round(pump)
+        put_copy(entry).unlink()
+        with serving(entry):
+            guest = source.guest(entry)
+            guest.write(0, b"x" * 512)
+            guest.write(512, b"y" * 512, kept=False)
+            await until(lambda: len(receiver.marks()) == 2)
+    assert [mark.mark for mark in receiver.marks()] == ["gap", "consistent"]
+    assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_no_content_is_read_while_the_server_writes_elsewhere(source: Source) -> None:
+    # Guards check_written in SourceDisk._open_ring.
+    entry = source.add("root", SIZE)
+    disk = SourceDisk(source.disks, entry, source.clock)
+    with serving(entry):
+        moved = put_copy(entry)
+        with pytest.raises(StateError, match="another file") as caught:
+            disk.attach(known(entry), REPLICA, source.watermark)
+        assert caught.value.code == "image-in-use"
+        disk.close()
+        moved.replace(entry.image)
+        disk.attach(known(entry), REPLICA, source.watermark)
+        put_copy(entry)
+        disk.refresh(source.watermark)  # the file that it has open is the server's still
+        seen = disk.rings_seen
+    disk.refresh(source.watermark)  # nobody writes: what is there now may be half a copy
+    assert disk.rings_seen == seen
+    with serving(entry):
+        entry.image.unlink()
+        moved.rename(entry.image)
+        with pytest.raises(StateError, match="another file"):
+            disk.refresh(source.watermark)
+    disk.close()
 
 
 # --- a killed server

@@ -23,13 +23,14 @@ from blockrepl.formats import ring as layout
 from blockrepl.formats.frame import RecordKind
 from blockrepl.services import disk_server
 from blockrepl.services.disk_server import exec_server
+from blockrepl.storage import source
 from blockrepl.storage.clock import SourceClock, open_clock
 from blockrepl.storage.growing import grow_disk, grow_image
 from blockrepl.storage.home import Home, is_locked
 from blockrepl.storage.image import lock_image
 from blockrepl.storage.retiring import Retirement
 from blockrepl.storage.ring import RingReader, lock_ring, read_geometry, ring_path
-from blockrepl.storage.source import DiskEntry, SourceDisks
+from blockrepl.storage.source import DiskEntry, SourceDisks, is_written_elsewhere
 from blockrepl.units import MIB
 
 SIZE = 4 * MIB + 512
@@ -787,6 +788,22 @@ def test_a_disk_whose_ring_has_a_writer_is_not_touched_though_its_image_is_free(
         assert caught.value.code == "image-in-use"
     assert disks.load("root") == entry
     assert_kept(disks, entry, ring)
+
+
+def test_a_server_that_ends_as_it_is_looked_for_does_not_write_elsewhere(
+    entry: DiskEntry, ring: RingReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the second look at the ring in is_written_elsewhere: the image was free, and the group
+    # was given up.
+    served = lock_ring(ring.path)
+
+    def ends(image: int) -> bool:
+        os.close(served)
+        return False
+
+    monkeypatch.setattr(source, "is_locked_by_another", ends)
+    with entry.image.open("rb") as image:
+        assert not is_written_elsewhere(entry, image.fileno())
 
 
 @pytest.mark.usefixtures("written")

@@ -32,7 +32,13 @@ from blockrepl.storage.clock import SourceClock
 from blockrepl.storage.flush_watch import FlushWatch
 from blockrepl.storage.retiring import Retirement
 from blockrepl.storage.ring import RingReader, read_geometry, ring_path
-from blockrepl.storage.source import DiskEntry, Growth, SourceDisks
+from blockrepl.storage.source import (
+    DiskEntry,
+    Growth,
+    SourceDisks,
+    check_written,
+    is_written_elsewhere,
+)
 
 
 class SourceDisk:
@@ -155,15 +161,26 @@ class SourceDisk:
             ring.set_durable(plan.cursor)
 
     def refresh(self, watermark: int) -> None:
-        """Notice a ring that was made, or made anew, since the last look.
+        """Notice a ring that was made, or made anew, since the last look; and a server that was
+        started on another file than the image that is open.
 
-        One whose file is gone is kept until there is another: its server still writes to it.
+        A ring whose file is gone is kept until there is another: its server still writes to it.
+        And so is the image, whatever its path leads to, while no server says which it writes.
         """
-        if self.ring is not None and self.ring.is_current():
+        if self._is_current():
             return
         if read_geometry(ring_path(self.id)) is not None:
             with self._noting:
                 self._take_up_ring(watermark)
+
+    def _is_current(self) -> bool:
+        """Whether the ring is the one at its path, and the image the one that its server writes."""
+        return (
+            self.ring is not None
+            and self.ring.is_current()
+            and self.image is not None
+            and not is_written_elsewhere(self.entry, self.image)
+        )
 
     def _take_up_ring(self, watermark: int) -> None:
         if self.ring is not None:
@@ -201,6 +218,7 @@ class SourceDisk:
                 hint="bring it back, or remove the disk with `blockrepl disk remove`",
                 code="no-image",
             ) from error
+        check_written(self.entry, self.image)
         self.ring = RingReader(path, self.id)
         self.flushes = FlushWatch(self.ring, self.image)
         self.rings_seen += 1
@@ -350,7 +368,7 @@ class SourceDisk:
         with self._disks.lock(self.entry):
             self._disks.check_served_ring(self.entry, self._clock)
             self._disks.ensure_ring(self.entry, self._clock)
-        if self.ring is None or not self.ring.is_current():
+        if not self._is_current():
             self._take_up_ring(from_ns - 1)
         assert self.ring is not None
         # Before the marks: were the ring lost with them, nothing else would know of these regions.

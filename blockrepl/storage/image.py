@@ -121,6 +121,11 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        return is_held_by_another(descriptor, _UNSHARED[0])
+        return is_locked_by_another(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_locked_by_another(image: int) -> bool:
+    """`is_locked`, of one that is open: whatever its path leads to now."""
+    return is_held_by_another(image, _UNSHARED[0])

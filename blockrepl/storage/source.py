@@ -33,7 +33,13 @@ from blockrepl.storage.home import (
     sync_directory,
     write_atomically,
 )
-from blockrepl.storage.image import check_size, image_size, is_locked, lock_image
+from blockrepl.storage.image import (
+    check_size,
+    image_size,
+    is_locked,
+    is_locked_by_another,
+    lock_image,
+)
 from blockrepl.storage.retired_names import check_not_retired, note_retired
 from blockrepl.storage.ring import (
     RingReader,
@@ -366,14 +372,37 @@ def check_unwritten(entry: DiskEntry) -> None:
     The caller holds that image's lock, which says nothing of a server when the path led to another
     file as it started.
     """
+    if has_writer(ring_path(entry.id.bytes)):
+        raise _written_elsewhere(entry, "and stop it")
+
+
+def is_written_elsewhere(entry: DiskEntry, image: int) -> bool:
+    """Whether a server writes to the disk's ring, and to another file than the open ``image``.
+
+    A server that starts locks its image first. One that ends lets go of the two in any order, so
+    the ring is looked at twice.
+    """
     ring = ring_path(entry.id.bytes)
-    if has_writer(ring):
-        raise StateError(
-            f"disk {entry.name!r} is in use by a server that writes to another file than the one "
-            f"which is at {entry.image} now",
-            hint=f"bring its file back if that was moved, and stop it: fuser -v {ring} names it",
-            code="image-in-use",
-        )
+    return has_writer(ring) and not is_locked_by_another(image) and has_writer(ring)
+
+
+def check_written(entry: DiskEntry, image: int) -> None:
+    """StateError when the open ``image``, that at the disk's path, is not what its server writes.
+
+    What is read of it is older than the ring says, and would take the replica back.
+    """
+    if is_written_elsewhere(entry, image):
+        raise _written_elsewhere(entry, "or restart it")
+
+
+def _written_elsewhere(entry: DiskEntry, remedy: str) -> StateError:
+    ring = ring_path(entry.id.bytes)
+    return StateError(
+        f"disk {entry.name!r} is in use by a server that writes to another file than the one "
+        f"which is at {entry.image} now",
+        hint=f"bring its file back if that was moved, {remedy}: fuser -v {ring} names it",
+        code="image-in-use",
+    )
 
 
 def _create_image(image: Path, size_bytes: int) -> bool:
