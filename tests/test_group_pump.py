@@ -8,11 +8,11 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -1325,6 +1325,30 @@ async def test_content_is_read_from_the_file_that_the_server_writes(
             guest.write(512, b"y" * 512, kept=False)
             await until(lambda: len(receiver.marks()) == 2)
     assert [mark.mark for mark in receiver.marks()] == ["gap", "consistent"]
+    assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+    check_stream(receiver.frames, source.watermark)
+
+
+async def test_content_of_another_file_than_the_server_writes_is_not_sent(
+    source: Source, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards _may_send in DiskSync: a server was started behind the round's look at it, and what it
+    # did not keep before the region's turn began was nowhere else than in its own file.
+    entry = source.add("root", SIZE)
+    choose, server = pieces.choose_regions, ExitStack()
+
+    def starts(*words: Any) -> range:
+        monkeypatch.undo()
+        put_copy(entry).unlink()
+        server.enter_context(serving(entry))
+        source.guest(entry).write(128 * KIB, b"y" * 512, kept=False)
+        return choose(*words)
+
+    monkeypatch.setattr(disk_sync, "choose_regions", starts)
+    with server:
+        async with pumping(source, receiver, known(entry)):
+            source.guest(entry).write(0, b"x" * 512, kept=False)
+            await until(lambda: len(receiver.marks()) == 2)
     assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
     check_stream(receiver.frames, source.watermark)
 

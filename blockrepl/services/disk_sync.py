@@ -183,6 +183,16 @@ class DiskSync:
         if self.problem is not None and not self._unreadable.regions():
             self.problem = None
 
+    def _may_send(self, epoch: int) -> bool:
+        """Whether what was read since that epoch is to be sent.
+
+        The link may have been lost, or a server started on another file than was read: behind the
+        round's look at it, and before records that are sent by now.
+        """
+        if self.disk.is_written_elsewhere():
+            self.interrupted()
+        return epoch == self._epoch
+
     async def _begin(self, hole_regions_max: int) -> range:
         """The regions to read next; none when the link was lost meanwhile."""
         ring, image, epoch = self.disk.ring, self.disk.image, self._epoch
@@ -227,7 +237,7 @@ class DiskSync:
             read_piece, image, regions, disk.entry.size_bytes, stamp
         )
         self._were_read()
-        if epoch != self._epoch:
+        if not self._may_send(epoch):
             return
         for region in regions[len(piece.regions) :]:
             ring.cancel_sync(region)
@@ -247,7 +257,7 @@ class DiskSync:
         end = min(regions.stop * limits.REGION_BYTES, disk.entry.size_bytes)
         digests = await trio.to_thread.run_sync(digest_range, disk.image, start, end)
         self._were_read()
-        if epoch != self._epoch:
+        if not self._may_send(epoch):
             return
         token = next(tokens)
         self._comparing[token] = (regions, turn, end)
@@ -305,7 +315,7 @@ class DiskSync:
         ranges = _ranges(blocks, disk.entry.size_bytes)
         columns, payload = await trio.to_thread.run_sync(read_ranges, disk.image, ranges, stamp)
         self._were_read()
-        if epoch != self._epoch:
+        if not self._may_send(epoch):
             return
         self.differing_bytes += sum(end - start for start, end in ranges)
         await self._put(columns, payload, watermark, may_use_base, turn)

@@ -175,12 +175,11 @@ class SourceDisk:
 
     def _is_current(self) -> bool:
         """Whether the ring is the one at its path, and the image the one that its server writes."""
-        return (
-            self.ring is not None
-            and self.ring.is_current()
-            and self.image is not None
-            and not is_written_elsewhere(self.entry, self.image)
-        )
+        return self.ring is not None and self.ring.is_current() and not self.is_written_elsewhere()
+
+    def is_written_elsewhere(self) -> bool:
+        """Whether the disk's server writes to another file than the image that is open."""
+        return self.image is not None and is_written_elsewhere(self.entry, self.image)
 
     def _take_up_ring(self, watermark: int) -> None:
         if self.ring is not None:
