@@ -98,7 +98,8 @@ def test_a_killed_guest_leaves_no_process_and_a_journal_to_replay(tmp_path: Path
     guest.check("echo kept > /home/note; sync")
     assert guest_processes(image)
     guest.kill()
-    assert guest_processes(image) == []
+    # Killed it is; how long the kernel takes to free what it had is another thing.
+    wait_until(lambda: guest_processes(image) == [], 20, "the killed guest's end")
     assert "recover" in file_system_state(image)
     with pytest.raises(GuestError, match="not running"):
         guest.run("true")
