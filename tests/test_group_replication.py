@@ -515,9 +515,6 @@ async def test_a_link_that_comes_while_a_pump_is_given_up_is_not_left_with_it(
     receiver = Receiver(at_once=False)
     answer = attach(source, *map(known, entries))
 
-    def fail() -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO), "clock.json")
-
     async with replicating(source) as group:
         async with trio.open_nursery() as link:
             link.start_soon(serve, group, receiver, answer)
@@ -526,7 +523,7 @@ async def test_a_link_that_comes_while_a_pump_is_given_up_is_not_left_with_it(
         pump = group.pump
         assert pump is not None
         with monkeypatch.context() as patch:
-            patch.setattr(source.clock, "renew", fail)
+            patch.setattr(source.clock, "renew", cannot_renew)
             source.end_lease()
             await until(lambda: pump.retiring.statistics().tasks_waiting)
         async with trio.open_nursery() as nursery:
@@ -539,6 +536,45 @@ async def test_a_link_that_comes_while_a_pump_is_given_up_is_not_left_with_it(
             nursery.start_soon(serve, group, receiver, answer)
             await until(lambda: receiver.records(entries[1].id.bytes))
             nursery.cancel_scope.cancel()
+
+
+async def test_a_round_that_fails_in_an_outage_costs_no_history(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards _start_without_link in GroupReplication._run_pump: until the link was back nobody read
+    # the rings, with room in the spool.
+    monkeypatch.setattr(group_replication, "RETRY_SECONDS", 0.05)
+    entry = source.add("root", SIZE)
+    guest = source.guest(entry)
+    answer = attach(source, known(entry))
+    receiver = Receiver(at_once=False)
+    async with replicating(source) as group:
+        async with trio.open_nursery() as link:
+            link.start_soon(serve, group, receiver, answer)
+            await until(lambda: group.is_linked)
+            link.cancel_scope.cancel()
+        blocks = [random_bytes(512, seed) for seed in range(2)]
+        guest.write(0, blocks[0])
+        await until(partial(is_spooled, group, blocks[0]))
+        with monkeypatch.context() as patch:
+            patch.setattr(source.clock, "renew", cannot_renew)
+            source.end_lease()
+            guest.write(512, blocks[1])
+            await until(lambda: group.pump is None)
+        await until(partial(is_spooled, group, blocks[1]))
+        async with trio.open_nursery() as link:
+            link.start_soon(serve, group, receiver, answer)
+            await until(lambda: group.is_linked)
+            receiver.pump, receiver.at_once = group.pump, True
+            receiver.acknowledge()
+            await until(lambda: len(receiver.records(entry.id.bytes)) == 2)
+            link.cancel_scope.cancel()
+    assert not receiver.marks()
+    assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+
+
+def cannot_renew() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), "clock.json")
 
 
 async def lend_until_refused(group: GroupReplication, receiver: Receiver, answer: Attached) -> None:

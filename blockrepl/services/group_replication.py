@@ -105,6 +105,7 @@ class GroupReplication:
         self._noted: GroupNote | None = None
         self._refusal = _Refusal()
         self._changed = trio.Event()
+        self._starting = trio.Lock()  # a link may come while the spool is begun with
         self._ready = trio.Event()
         self._scope = trio.CancelScope()
         self._drain_per_second = 0.0
@@ -140,18 +141,16 @@ class GroupReplication:
             except (BlockreplError, OSError) as error:
                 self._report(error)
                 await trio.sleep(RETRY_SECONDS)
-        if self.spool.is_certain:
-            try:
-                await self._start_from_spool()
-            except BlockreplError as error:
-                log.error("group %s: %s", self.name, error)
-                await self._stop_running()
+        await self._start_without_link()
 
     async def _run_pump(self) -> None:
         while True:
             pump = self.pump
             if pump is None or pump.is_stopped:
-                await self._changed.wait()
+                with trio.move_on_after(RETRY_SECONDS) as wait:
+                    await self._changed.wait()
+                if wait.cancelled_caught:
+                    await self._start_without_link()
                 continue
             try:
                 async with trio.open_nursery() as nursery:
@@ -162,7 +161,7 @@ class GroupReplication:
                 await self._give_up(pump, ours_of(group))
 
     async def _give_up(self, pump: GroupPump, error: BlockreplError) -> None:
-        """A round failed: begin anew by attaching, from what the rings and the spool hold."""
+        """A round failed: begin anew, from what the rings and the spool hold."""
         self._report(error)
         self._failed = True
         await pump.stop()
@@ -246,6 +245,16 @@ class GroupReplication:
             self._noted = note
 
     # --- starting and stopping to run
+
+    async def _start_without_link(self) -> None:
+        """Run, if the spool alone says with what; a link may be a long time coming."""
+        async with self._starting:
+            if self.pump is None and self.spool.is_certain and not self._has_lost:
+                try:
+                    await self._start_from_spool()
+                except BlockreplError as error:
+                    self._report(error)
+                    await self._stop_running()
 
     async def _start_from_spool(self) -> None:
         state = self.spool.state
@@ -394,9 +403,10 @@ class GroupReplication:
         pump: GroupPump | None = None
         is_outdated = False
         try:
-            if self.pump is None:
-                await self._start_from(attached)
-            pump = self.pump
+            async with self._starting:
+                if self.pump is None:
+                    await self._start_from(attached)
+                pump = self.pump
             assert pump is not None
             self.error = None
             await pump.outbox.connect(attached, link.window_messages, link.window_bytes)
