@@ -389,6 +389,29 @@ def test_content_that_cannot_be_read_later_is_damage(
     again.close()
 
 
+@pytest.mark.parametrize("error", [errno.EIO, errno.EMFILE])
+def test_a_state_that_lies_on_a_bad_sector_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    # Guards errno.EIO in Spool.open: the group was never attached again. Others may pass.
+    spool = begun(tmp_path, 1, 3)
+    spool.close()
+
+    def cannot_read(_path: Path) -> bytes:
+        raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", cannot_read)
+        if error != errno.EIO:
+            with pytest.raises(OSError, match="open files"):
+                Spool.open(spool.directory, spool.bounds)
+        else:
+            assert not Spool.open(spool.directory, spool.bounds).is_active
+    again = Spool.open(spool.directory, spool.bounds)
+    assert again.has_unread() == (error != errno.EIO)
+    again.close()
+
+
 def test_a_file_that_cannot_be_cut_where_it_is_damaged_is_emptied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

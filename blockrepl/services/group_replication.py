@@ -11,9 +11,9 @@ running    works, with a link or (spooling) without   the disks have changed, or
                                                       answer does not fit
 =========  =========================================  ========================================
 
-An agent that finds a spool that is certain starts running at once: the spool says what the receiver
-will know. One from before a reboot, or a damaged one, waits for the receiver (storage/spool.py,
-rule 6).
+With a spool that is certain a group need not wait, when its agent starts or after a round that
+failed: the spool says what the receiver will know. One from before a reboot, or a damaged one,
+waits for the receiver (storage/spool.py, rule 6).
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ whoever appends would wait too. Methods block on the disk, but for `unsynced`, `
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -139,6 +140,10 @@ class Spool:
             pass
         except ValidationError:
             log.warning("%s does not parse; the spool beside it is given up", directory / STATE)
+        except OSError as error:
+            if error.errno != errno.EIO:  # a want that passes costs no history
+                raise
+            log.warning("%s cannot be read; the spool beside it is given up", directory / STATE)
         if spool.state is None:
             spool.clear()
         else:
