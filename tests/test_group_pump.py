@@ -710,6 +710,20 @@ async def test_what_an_earlier_pump_sent_above_its_watermark_is_compared_too(
     assert replay(again.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
 
 
+async def test_a_clock_behind_the_watermark_keeps_nothing_from_being_compared(
+    source: Source, receiver: Receiver
+) -> None:
+    # Guards "< watermark" in DiskSync.waits_for_watermark: round by round an empty frame was sent,
+    # and no comparison, until the clock had caught up.
+    entry = source.add("root", SIZE)
+    source.guest(entry).write(0, b"x" * 512, kept=False)
+    source.watermark = source.clock.now() + 3600 * 10**9
+    async with pumping(source, receiver, known(entry)):
+        await until(lambda: len(receiver.marks()) == 2)
+    assert len(receiver.of(FrameKind.RECORDS)) <= 1
+    assert replay(receiver.frames, entry.id.bytes, SIZE) == entry.image.read_bytes()
+
+
 async def test_a_ring_that_is_lost_before_a_syncs_end_is_noted_has_all_compared(
     source: Source, receiver: Receiver
 ) -> None:

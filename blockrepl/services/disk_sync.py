@@ -129,18 +129,19 @@ class DiskSync:
         ring = self.disk.ring
         return bool(self._comparing or self._differing or (ring is not None and ring.needs_sync()))
 
-    def has_piece(self) -> bool:
+    def has_piece(self, watermark: int) -> bool:
         """Whether `step` may be called now."""
         disk = self.disk
         # ready: lost since the gaps were looked at; the next round reports it
         is_due = not disk.gap_in_flight and disk.state != "ready" and self.wants()
-        return is_due and not self.waits_for_watermark()
+        return is_due and not self.waits_for_watermark(watermark)
 
-    def waits_for_watermark(self) -> bool:
+    def waits_for_watermark(self, watermark: int) -> bool:
         """Whether a comparison needs a newer watermark: what lies above the one of before may have
-        been sent, and is on top of what would be compared.
+        been sent, and is on top of what would be compared. ``watermark`` would be the next: with a
+        clock that has gone back it is no newer, and there is none to wait for.
         """
-        is_new = self._outbox.due.watermark <= self._first_watermark
+        is_new = self._outbox.due.watermark <= self._first_watermark < watermark
         return is_new and self.disk.must_compare and self.wants()
 
     async def step(self, watermark: int) -> bool:

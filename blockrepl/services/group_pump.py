@@ -266,8 +266,8 @@ class GroupPump:
             sync.is_under_way() for sync in self.syncs.values()
         )
 
-    def _owes_watermark(self) -> bool:
-        return any(sync.waits_for_watermark() for sync in self.syncs.values())
+    def _owes_watermark(self, watermark: int) -> bool:
+        return any(sync.waits_for_watermark(watermark) for sync in self.syncs.values())
 
     # --- a round
 
@@ -303,7 +303,7 @@ class GroupPump:
             await self._put_checkpoint(checkpoint, watermark)
             worked = True
         is_late = watermark - self.outbox.due.watermark > limits.WATERMARK_SECONDS * 1e9
-        if not worked and (is_late or self._owes_number() or self._owes_watermark()):
+        if not worked and (is_late or self._owes_number() or self._owes_watermark(watermark)):
             await self.outbox.put(self._encode(None, FrameKind.RECORDS, watermark))
         if not self.outbox.is_direct:
             return worked
@@ -311,7 +311,7 @@ class GroupPump:
 
     async def _send_piece(self, watermark: int) -> bool:
         """One piece of content, of the disk whose turn it is. True when it was sent."""
-        due = next((sync for sync in self._in_turn if sync.has_piece()), None)
+        due = next((sync for sync in self._in_turn if sync.has_piece(watermark)), None)
         if due is None:
             return False
         self._in_turn.remove(due)

@@ -105,6 +105,7 @@ class GroupReplication:
         self._noted: GroupNote | None = None
         self._refusal = _Refusal()
         self._changed = trio.Event()
+        self._reported: BlockreplError | None = None  # by itself, not of a link
         self._starting = trio.Lock()  # a link may come while the spool is begun with
         self._ready = trio.Event()
         self._scope = trio.CancelScope()
@@ -120,6 +121,7 @@ class GroupReplication:
                 self._ready.set()
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._run_pump)
+                    nursery.start_soon(self._start_again)
                     nursery.start_soon(self._retire_rings)
                     nursery.start_soon(self._flush_doubts.run, lambda: self.disks)
                     nursery.start_soon(ImageWatch().run, lambda: self.disks)
@@ -147,10 +149,7 @@ class GroupReplication:
         while True:
             pump = self.pump
             if pump is None or pump.is_stopped:
-                with trio.move_on_after(RETRY_SECONDS) as wait:
-                    await self._changed.wait()
-                if wait.cancelled_caught:
-                    await self._start_without_link()
+                await self._changed.wait()
                 continue
             try:
                 async with trio.open_nursery() as nursery:
@@ -174,6 +173,7 @@ class GroupReplication:
         if str(error) != str(self.error):
             log.error("group %s: %s", self.name, error)
         self.error = error if isinstance(error, BlockreplError) else StateError(str(error))
+        self._reported = self.error
 
     def _notify(self) -> None:
         self._changed.set()
@@ -246,15 +246,30 @@ class GroupReplication:
 
     # --- starting and stopping to run
 
+    async def _start_again(self) -> None:
+        """After a round that failed, or for a disk that could not be opened, without a link."""
+        while True:
+            before = self.pump
+            await trio.sleep(RETRY_SECONDS)
+            if self.pump is not None and self.pump is before and self.error is self._reported:
+                self.error = None  # it works
+            await self._start_without_link()
+
     async def _start_without_link(self) -> None:
         """Run, if the spool alone says with what; a link may be a long time coming."""
         async with self._starting:
-            if self.pump is None and self.spool.is_certain and not self._has_lost:
-                try:
-                    await self._start_from_spool()
-                except BlockreplError as error:
-                    self._report(error)
-                    await self._stop_running()
+            if self.is_linked or self._has_lost or not self.spool.is_certain:
+                return
+            if self.pump is not None:
+                if not self.errors:
+                    return
+                await self.pump.stop()
+                await self._stop_running()
+            try:
+                await self._start_from_spool()
+            except BlockreplError as error:
+                self._report(error)
+                await self._stop_running()
 
     async def _start_from_spool(self) -> None:
         state = self.spool.state
@@ -407,10 +422,10 @@ class GroupReplication:
                 if self.pump is None:
                     await self._start_from(attached)
                 pump = self.pump
-            assert pump is not None
-            self.error = None
-            await pump.outbox.connect(attached, link.window_messages, link.window_bytes)
-            self.is_linked = True
+                assert pump is not None
+                self.error = None
+                await pump.outbox.connect(attached, link.window_messages, link.window_bytes)
+                self.is_linked = True
             await self._replicate(pump, link)
             is_outdated = True
         except (LostError, DamageError):
