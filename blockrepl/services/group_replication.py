@@ -263,7 +263,6 @@ class GroupReplication:
             if self.pump is not None:
                 if not self.errors:
                     return
-                await self.pump.stop()
                 await self._stop_running()
             try:
                 await self._start_from_spool()
