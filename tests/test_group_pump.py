@@ -1311,9 +1311,11 @@ async def test_a_ring_whose_file_is_gone_is_read_while_its_server_writes_to_it(
 def serving(entry: DiskEntry) -> Iterator[None]:
     """A server's locks, on what the path leads to now."""
     image, ring = lock_image(entry.image), lock_ring(ring_path(entry.id.bytes))
-    yield
-    os.close(image)
-    os.close(ring)
+    try:
+        yield
+    finally:
+        os.close(image)
+        os.close(ring)
 
 
 def put_copy(entry: DiskEntry) -> Path:

@@ -75,6 +75,14 @@ async def serve(group: GroupReplication, receiver: Receiver, answer: Attached) -
     await group.serve(answer, link)
 
 
+async def link_once(group: GroupReplication, receiver: Receiver, answer: Attached) -> None:
+    """A link that comes and goes: from then on the group spools."""
+    async with trio.open_nursery() as link:
+        link.start_soon(serve, group, receiver, answer)
+        await until(lambda: group.is_linked)
+        link.cancel_scope.cancel()
+
+
 async def test_a_full_disk_at_the_source_ends_a_round_and_the_group_begins_anew(
     source: Source, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -138,10 +146,7 @@ async def test_a_spool_that_cannot_be_begun_with_is_given_up(
     guest = source.guest(entry)
     answer = attach(source, known(entry))
     async with replicating(source) as group:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, group, Receiver(at_once=False), answer)
-            await until(lambda: group.is_linked)
-            nursery.cancel_scope.cancel()
+        await link_once(group, Receiver(at_once=False), answer)
         assert group.pump is not None
         group.pump.want_checkpoint(WantedCheckpoint("before-the-fault", kept=False))
         await until(lambda: any(b"before-the-fault" in data for data in spooled(group)))
@@ -202,10 +207,7 @@ async def test_what_is_lost_where_a_spool_cannot_be_read_is_a_gap(
     answer = attach(source, known(entry))
     receiver = Receiver(at_once=False)
     async with replicating(source) as group:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, group, receiver, answer)
-            await until(lambda: group.is_linked)
-            nursery.cancel_scope.cancel()
+        await link_once(group, receiver, answer)
         blocks = [random_bytes(512, seed) for seed in range(3)]  # kept, lost, and behind it
         stamps = []
         for number, block in enumerate(blocks):
@@ -550,10 +552,7 @@ async def test_a_round_that_fails_in_an_outage_costs_no_history(
     answer = attach(source, known(entry))
     receiver = Receiver(at_once=False)
     async with replicating(source) as group:
-        async with trio.open_nursery() as link:
-            link.start_soon(serve, group, receiver, answer)
-            await until(lambda: group.is_linked)
-            link.cancel_scope.cancel()
+        await link_once(group, receiver, answer)
         blocks = [random_bytes(512, seed) for seed in range(2)]
         guest.write(0, blocks[0])
         await until(partial(is_spooled, group, blocks[0]))
@@ -588,10 +587,7 @@ async def test_a_disk_that_comes_back_in_an_outage_is_read_again(
     answer = attach(source, *map(known, entries))
     blocks = [random_bytes(512, seed) for seed in range(2)]
     async with replicating(source) as group:
-        async with trio.open_nursery() as link:
-            link.start_soon(serve, group, Receiver(at_once=False), answer)
-            await until(lambda: group.is_linked)
-            link.cancel_scope.cancel()
+        await link_once(group, Receiver(at_once=False), answer)
         guests[1].write(0, blocks[1])
         await until(partial(is_spooled, group, blocks[1]))
         moved = entries[0].image.rename(entries[0].image.with_suffix(".moved"))
@@ -629,10 +625,7 @@ async def test_a_spool_has_one_user_while_a_link_begins_with_it(
         await connecting.wait()
 
     async with replicating(source) as group:
-        async with trio.open_nursery() as link:
-            link.start_soon(serve, group, receiver, answer)
-            await until(lambda: group.is_linked)
-            link.cancel_scope.cancel()
+        await link_once(group, receiver, answer)
         guest.write(0, block := random_bytes(512))
         await until(partial(is_spooled, group, block))
         monkeypatch.setattr(Outbox, "connect", connect_slowly)
