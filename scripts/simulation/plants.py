@@ -12,7 +12,7 @@ from typing import Any
 
 from blockrepl.services import disk_sync, group_pump, group_replication, source_disk
 from blockrepl.session import known
-from blockrepl.storage import replica, segment_recovery, segment_writer, spool
+from blockrepl.storage import replica, segment_recovery, segment_writer, source, spool
 
 Replacement = tuple[object, str, Any]
 
@@ -106,10 +106,10 @@ def _syncs_not_restarted() -> Replacement:
     return disk_sync.DiskSync, "interrupted", interrupted
 
 
-def _spool_recovered_one_frame_too_far() -> Replacement:
+def _spool_recovered_one_frame_too_short() -> Replacement:
     def recover(self: Any, state: Any) -> None:
         original(self, state)
-        self.next_number += 1
+        self.next_number = max(self.next_number - 1, state.attached.next_number)
 
     original = spool.Spool._recover
     return spool.Spool, "_recover", recover
@@ -122,6 +122,14 @@ def _durable_record_ahead() -> Replacement:
 
     original = replica.Replica._publish
     return replica.Replica, "_publish", publish
+
+
+def _hot_regions_not_compared() -> Replacement:
+    def create(path: Any, *, stale: Any, **options: Any) -> None:
+        original(path, stale=stale * 0, **options)
+
+    original = source.create_ring
+    return source, "create_ring", create
 
 
 def _lost_frames_not_noticed() -> Replacement:

@@ -117,7 +117,7 @@ class Run:
 
     def _check_failures(self) -> None:
         if self.world.failures:
-            raise Violation(f"logged as a defect: {self.world.failures[0]}")
+            raise Violation(self.world.failures[0])
 
     # --- the end
 

@@ -199,6 +199,19 @@ class SourceMachine:
         yield source_disk, "RingReader", _Reader
         yield retiring, "os", _System(self.machine)
         yield flush_watch, "os", _System(self.machine)
+        yield scrubber.GroupScrub, "_judge", self._judging(scrubber.GroupScrub._judge)
+
+    def _judging(self, judge: Callable[..., None]) -> Callable[..., None]:
+        """Nobody flips a byte here: what a scrub finds has diverged, and would be healed unseen."""
+
+        def judging(
+            scrubs: object, disk: bytes, scrub: object, read: Any, stamp: int, differing: Any
+        ) -> None:
+            if differing:
+                self.world.failures.append(f"the scrub finds a difference at {read.offset}")
+            judge(scrubs, disk, scrub, read, stamp, differing)
+
+        return judging
 
     def _write_atomically(self, path: Path, data: bytes, mode: int = 0o644) -> None:
         self.world.operation(f"write of {path.name}")

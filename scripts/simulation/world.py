@@ -149,7 +149,7 @@ class _Log(logging.Handler):
         message = record.getMessage()
         self._world.trace("log", record.levelname.lower(), message)
         if record.exc_info:
-            self._world.failures.append(f"{message}: {record.exc_info[1]!r}")
+            self._world.failures.append(f"logged as a defect: {message}: {record.exc_info[1]!r}")
             self._world.tracebacks.append(record.exc_info)
 
 
