@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from blockrepl.services import disk_sync, group_pump, group_replication, source_disk
+from blockrepl.services import disk_sync, group_pump, group_replication, scrubber, source_disk
 from blockrepl.session import known
 from blockrepl.storage import replica, segment_recovery, segment_writer, source, spool
+from blockrepl.storage.pieces import digest_range
+from blockrepl.storage.ring import create_ring
 
 Replacement = tuple[object, str, Any]
 
@@ -128,8 +130,15 @@ def _hot_regions_not_compared() -> Replacement:
     def create(path: Any, *, stale: Any, **options: Any) -> None:
         original(path, stale=stale * 0, **options)
 
-    original = source.create_ring
+    original = create_ring
     return source, "create_ring", create
+
+
+def _scrubbed_at_another_place() -> Replacement:
+    def digest(image: Any, start: int, end: int) -> Any:
+        return digest_range(image, 0, end - start)
+
+    return scrubber, "digest_range", digest
 
 
 def _lost_frames_not_noticed() -> Replacement:
