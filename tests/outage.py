@@ -146,6 +146,7 @@ class Stage:
                 latest = (root / "latest" / f"{self.disk.name}.img").read_bytes()
                 assert_same(latest, self.disk.content(), "latest")
                 assert_same(bytes(self.content), self.disk.content(), "the image")
+                assert self.place.scrub_finds(GROUP) == []
 
     def check_view(self, root: Path, sample: Sample) -> None:
         name = format_instant(sample.at_ns)

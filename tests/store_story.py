@@ -2,9 +2,10 @@
 store whatever stopped it: for tests that stop it everywhere.
 
 The story has everything the store writes for: first syncs into base images, commits, segments that
-fill up and are sealed, checkpoints, a gap with its resync, a second disk, proofs, a restart. It is
-the same each time, so a stop can be named by a number. A source that was stopped goes on as an
-agent would: it attaches, and sends what the store does not say it has.
+fill up and are sealed, checkpoints, a gap with its resync, a second disk, proofs, a restart, and
+retention: a floor that is raised, a fold, segments that are written anew. It is the same each time,
+so a stop can be named by a number. A source that was stopped goes on as an agent would: it
+attaches, and sends what the store does not say it has.
 """
 
 from __future__ import annotations
@@ -21,16 +22,22 @@ from pathlib import Path
 from uuid import UUID
 
 import numpy as np
+import pytest
 from journal_model import Model, Record
 
-from blockrepl.errors import BlockreplError, StorageError
+from blockrepl.errors import BlockreplError, PointError, StorageError
 from blockrepl.formats import frame as frames
 from blockrepl.formats.frame import Columns, FrameHeader, FrameKind, RecordKind
 from blockrepl.formats.marks import CheckpointMark, ConsistentMark, GapMark, encode_mark
 from blockrepl.formats.messages import AttachDisk, Attached
+from blockrepl.model.points import Instant, Point
+from blockrepl.model.retention import Kept, Stretch
+from blockrepl.model.retention_plan import Decision
 from blockrepl.storage.files import Files
 from blockrepl.storage.history import ReplicaHistory, State
 from blockrepl.storage.replica import Replica, create_replica, open_replica
+from blockrepl.storage.retained import fold_due
+from blockrepl.storage.retention_worker import Order, work
 from blockrepl.units import KIB
 from blockrepl.views.view import View
 
@@ -39,6 +46,7 @@ SIZES = {"root": 256 * KIB, "data": 64 * KIB}
 IDS = {name: UUID(int=place + 1) for place, name in enumerate(SIZES)}
 START = 1_800_000_000_000_000_000
 SEGMENT_BYTES = 40 * KIB  # for limits.SEGMENT_BYTES_TARGET: several segments in a story
+TICK_NS = 1000  # every stamp is a multiple: thinned to it, a stretch keeps every point
 Mark = CheckpointMark | GapMark | ConsistentMark
 
 
@@ -78,7 +86,7 @@ class Spec:
 
 @dataclass
 class Script:
-    """The story's steps: frames to commit together, disks to attach, or "restart"."""
+    """The story's steps: frames to commit together, disks to attach, "restart" or "retain"."""
 
     steps: list[list[Spec] | tuple[str, ...] | str] = field(default_factory=list)
     model: Model = field(
@@ -90,9 +98,11 @@ class Script:
     numbers: dict[int, int] = field(default_factory=dict)  # the watermark each leads to
     random: random.Random = field(default_factory=lambda: random.Random(5))
     stamp: int = START
+    floor_ns: int = 0  # to be raised by "retain"
+    edge_ns: int = 0  # up to which it thins
 
     def tick(self) -> int:
-        self.stamp += 1000
+        self.stamp += TICK_NS
         return self.stamp
 
     def spec(self, kind: FrameKind, disk: str = "", *records: Record, mark: Mark | None = None,
@@ -169,12 +179,16 @@ def make_script() -> Script:
     steps.append(("root", "data"))
     script.first_sync("data")
     steps.append([script.writes("data", 2), script.writes("root", 2)])
+    script.floor_ns = script.stamp
     script.gap("root")
     steps.append("restart")
     for round_number in range(3):
         steps.append([script.writes("data", 1), script.writes("root", 3)])
         steps.append([script.checkpoint(f"d{round_number}"), script.writes("root", 1)])
+    script.edge_ns = script.stamp
     steps.append([script.writes("root", 1)])
+    steps.append("retain")
+    steps.append([script.writes("data", 1)])
     return script
 
 
@@ -186,6 +200,7 @@ class Failure:
     hint: str
     code: str
     stays: bool
+    retaining: bool  # the store goes on: what retention could not do is done by the next pass
 
 
 class Source:
@@ -200,6 +215,7 @@ class Source:
         self._disks: tuple[str, ...] = ("root",)
         self._next = 1
         self._group = b""
+        self._is_retaining = False
 
     def run(self, *, tries: int = 1) -> None:
         """To the end of the script, from wherever the store is. BlockreplError when it cannot.
@@ -218,6 +234,8 @@ class Source:
                     self.replica.proofs.prove(IDS["root"].bytes, SIZES["root"], 0, 4096, START)
                 self.close()
                 self._again(self._open, tries)
+            elif step == "retain":
+                self._again(self._retain, tries)
             elif isinstance(step, list):
                 self._again(lambda: self._put(step), tries)  # noqa: B023  # called at once
 
@@ -272,6 +290,35 @@ class Source:
             self._acknowledge(self.acknowledged)
             self._next = self.acknowledged + 1
 
+    def _retain(self) -> None:
+        """As services/retention.py: history is cut at the floor, what is behind it written anew."""
+        replica, script = self.replica, self.script
+        assert replica is not None
+        self._is_retaining = True
+        kept = Kept((Stretch(script.floor_ns, script.edge_ns, TICK_NS),))
+        replica.shorten(Decision(kept, script.floor_ns))
+        due_ns = fold_due(replica.catalog)
+        if due_ns is not None:
+            done = work(Order(directory=self.directory, operation="fold", floor_ns=due_ns))
+            if done.failure is not None:
+                raise done.failure.as_error()
+            replica.replace_segments(done.old, done.rows(), due_ns)
+        replica.remove_leftovers()
+        numbers = [
+            row.number
+            for row in replica.catalog.segments()
+            if row.sealed and script.floor_ns < row.first_stamp <= row.last_stamp <= script.edge_ns
+            if row.step_ns < TICK_NS
+        ]
+        if numbers:
+            order = Order(
+                directory=self.directory, operation="thin", numbers=numbers, step_ns=TICK_NS
+            )
+            done = work(order)
+            replica.replace_segments(done.old, done.rows())
+        replica.remove_leftovers()
+        self._is_retaining = False
+
     def close(self) -> None:
         if self.replica is not None:
             replica, self.replica = self.replica, None
@@ -312,7 +359,7 @@ class Source:
             self.run(tries=tries)
         except BlockreplError as error:
             failure = {"error": str(error), "hint": error.hint, "code": error.code}
-            failure["stays"] = self._stays_failed()
+            failure |= {"stays": self._stays_failed(), "retaining": self._is_retaining}
         except BaseException:
             defect = traceback.format_exc()
         group = self._group.hex()
@@ -343,10 +390,16 @@ class Source:
             number = self._frames_at(state.latest_ns)
             assert number >= self.acknowledged, "an acknowledged frame is lost"
             script = self.script
-            self._check_marks(state, number)
+            floor_ns = history.history(state).floor_ns or 0
+            assert floor_ns in {0, script.floor_ns, *(at for _, at in script.ready.values())}
+            self._check_marks(state, number, floor_ns)
             begun, _ = script.gap_numbers
             gap = script.model.hidden[0]
             for at_ns in self._points(number):
+                if at_ns < floor_ns == script.floor_ns:
+                    with pytest.raises(PointError):
+                        history.resolve(Point("x", Instant(at_ns)), at_ns, state)
+                    continue
                 if begun <= number and gap[0] <= at_ns < gap[1]:
                     continue
                 view = View(history, at_ns, state)
@@ -355,15 +408,19 @@ class Source:
                     assert view.read(name, 0, disk.size_bytes) == model[name], f"{name} at {at_ns}"
         return number
 
-    def _check_marks(self, state: State, number: int) -> None:
+    def _check_marks(self, state: State, number: int, floor_ns: int) -> None:
         """All up to the newest instant; of later ones those whose frames had become durable."""
         script = self.script
-        names = {name for name, (at, _) in script.checkpoints.items() if at <= number}
+        floor_ns = floor_ns if floor_ns == script.floor_ns else 0
+        names = {
+            name for name, (n, at) in script.checkpoints.items() if n <= number and at >= floor_ns
+        }
         assert names <= set(state.checkpoints) <= set(script.checkpoints)
-        ready = {name: at for name, (n, at) in script.ready.items() if n <= number}
+        floors = {name: (n, max(at, floor_ns)) for name, (n, at) in script.ready.items()}
+        ready = {name: at for name, (n, at) in floors.items() if n <= number}
         found = {row.name: row.ready_ns for row in state.disks if row.ready_ns is not None}
         assert ready.items() <= found.items()
-        assert found.items() <= {name: at for name, (_, at) in script.ready.items()}.items()
+        assert found.items() <= {name: at for name, (_, at) in floors.items()}.items()
         begun, ended = script.gap_numbers
         begin, end = script.model.hidden[0]
         gaps = [(row.from_ns, row.to_ns) for row in state.gaps]

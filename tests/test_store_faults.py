@@ -76,6 +76,7 @@ def check_failure(failure: Failure, failed: str, fault: Fault) -> None:
     assert failure.stays
     # A file that nothing depends on yet is made anew.
     is_new = failure.error.startswith(("cannot begin segment", "cannot make"))
+    is_new |= failure.retaining
     if failed.startswith("fsync") and failed.endswith((".seg", ".img")) and not is_new:
         assert failure.code == "fail-stop", failed
 

@@ -105,6 +105,7 @@ def test_what_was_changed_behind_our_back_is_found_exactly_and_healed(place: Pai
     wanted = sorted(one - one % BLOCK for one in [*in_source, *in_base, IN_JOURNAL])
     assert [one["start"] for one in proven["found"]] == wanted
     assert {one["length"] for one in proven["found"]} == {BLOCK}
+    assert place.scrub_finds("g") == proven["found"]
     for one in proven["found"]:
         assert one["proven_ns"] < one["at_ns"] <= one["healed_ns"]
     disk.stop()

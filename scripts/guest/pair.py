@@ -121,6 +121,13 @@ class Pair:
         groups = self.receiver_json("status")["groups"]
         return next((group for group in groups if group["name"] == name), {})
 
+    def scrub_finds(self, group: str) -> Json:
+        """What scrubs have found to differ, healed since or not.
+
+        Where nobody flips bytes that must be nothing: a scrub heals what a test was to see.
+        """
+        return [one for disk in self.receiver_json("verify", group) for one in disk["found"]]
+
     def wait_replicating(self, group: str, each: Callable[[Json], None] | None = None) -> None:
         """Wait for the first sync (or a resync) to end; ``each`` sees every status on the way."""
 

@@ -49,6 +49,8 @@ class Kills(Run):
             choose = self.random
             victims = choose.sample(SERVICES, choose.choice((1, 1, 1, 1, 2, 3)))
             for victim in victims:
+                process = self.place.services[victim].process
+                assert process.poll() is None, f"{victim} has ended by itself"
                 self.place.kill(victim)
                 self.killed[victim] += 1
             if choose.random() < AWAY_SHARE:

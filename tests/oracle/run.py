@@ -151,6 +151,8 @@ class Run:
         self._check_early(root)
         self._check_latest(root)
         self._check_flush(history)
+        for found in self.place.scrub_finds(GROUP):
+            self.outcome.problems.append(f"a scrub has found, and healed, a difference: {found}")
 
     def _instants(self, group: Json, history: History) -> list[int]:
         """Half at random, half when something had just been acknowledged."""

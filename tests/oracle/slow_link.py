@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import trio
 
-from oracle.history import Request
+from oracle.history import WRITE, Request
 from oracle.run import GROUP, Outcome, Run
 from oracle.writers import Load, Pace, load, run_while
 from scripts.guest.pair import Pair
@@ -97,6 +97,8 @@ class SlowOutcome(Outcome):
     slow_bytes_per_second: int = 0
     good_p99_ms: float = 0
     slow_p99_ms: float = 0
+    good_write_p90_ms: float = 0  # of writes alone: the slowest twentieth are FUA
+    slow_write_p90_ms: float = 0
     spool_bytes: int = 0  # at the end of the slow stretch
     drain_seconds: float = 0
     agent_before_kib: int = 0
@@ -113,21 +115,23 @@ class SlowRun(Run):
         self.address = f"127.0.0.1:{link.port}"
         self.link = link
 
-    def stretch(self, running: Load, seconds: float) -> tuple[float, float]:
-        """Let the load run: bytes a second through the link, and the requests' p99 in ms."""
+    def stretch(self, running: Load, seconds: float) -> tuple[float, float, float]:
+        """Let the load run: bytes a second through the link, the requests' p99, the writes' p90."""
         begun, passed = time.monotonic(), self.link.passed_bytes
         done = [len(writer.log) for writer in running.writers]
         run_while(running, lambda: time.monotonic() < begun + seconds, seconds_max=2 * seconds + 60)
         rate = (self.link.passed_bytes - passed) / (time.monotonic() - begun)
         logs = zip(running.writers, done, strict=True)
-        return rate, _p99_ms([one for writer, before in logs for one in writer.log[before:]])
+        seen = [one for writer, before in logs for one in writer.log[before:] if one.acknowledged]
+        writes = [one for one in seen if one.kind == WRITE]
+        return rate, _quantile_ms(seen, 99), _quantile_ms(writes, 90)
 
     def go(self, running: Load, seconds: float) -> None:
         outcome = self.outcome
-        good, outcome.good_p99_ms = self.stretch(running, seconds)
+        good, outcome.good_p99_ms, outcome.good_write_p90_ms = self.stretch(running, seconds)
         outcome.agent_before_kib = self._agent_kib("VmRSS")
         self.link.bytes_per_second = good * SHARE
-        slow, outcome.slow_p99_ms = self.stretch(running, seconds)
+        slow, outcome.slow_p99_ms, outcome.slow_write_p90_ms = self.stretch(running, seconds)
         spool = self.disk.disks.home.source_directory / "spool" / GROUP
         outcome.spool_bytes = _size_bytes(spool)
         outcome.good_bytes_per_second, outcome.slow_bytes_per_second = int(good), int(slow)
@@ -151,9 +155,9 @@ def _size_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*"))
 
 
-def _p99_ms(requests: list[Request]) -> float:
-    took = [one.ended_ns - one.issued_ns for one in requests if one.acknowledged]
-    return round(float(np.percentile(took, 99)) / NANOSECONDS_PER_MILLISECOND, 2)
+def _quantile_ms(requests: list[Request], percent: int) -> float:
+    took = [one.ended_ns - one.issued_ns for one in requests]
+    return round(float(np.percentile(took, percent)) / NANOSECONDS_PER_MILLISECOND, 2)
 
 
 def run_slow_link(
