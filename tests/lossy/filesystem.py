@@ -13,7 +13,9 @@ command                                does
                                        that were open stay dead: EIO
 {"fail": N, "error": E}                the N-th counted call from now fails with errno E, once. A
                                        failed fsync of a file loses what was written (nodes.py)
-{..., "only": CALL}                    counts calls of that name alone: "fsync"
+{..., "only": CALL}                    counts calls of that name alone: "fsync", or "read", which
+                                       is not counted otherwise: files that are opened from then on
+                                       are read anew
 {"fail": N, "error": "short"}          the first write from the N-th counted call on writes half
 {"full": true|false}                   whatever takes room fails with ENOSPC
 {"free_bytes": N}                      what statfs says is free
@@ -335,11 +337,13 @@ class LossyFileSystem(pyfuse3.Operations):
     # Content
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        return FileInfo(fh=self._handle(self._node(inode)), keep_cache=True)
+        return FileInfo(fh=self._handle(self._node(inode)), keep_cache=self._only != "read")
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         node = self._file(fh)
         assert isinstance(node, File)
+        if self._only == "read":
+            self._count("read", node.name)
         return node.content.read(off, size)
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
