@@ -36,6 +36,7 @@ PACE = 0.9  # of fio's rate, from its first write until all is durable: at the f
 WIDE_RING = "512M"
 LAG_SECONDS = 15.0
 LAG_RATE_BYTES = 20 * MEGABYTE
+LAG_RATE_SHARE_MIN = 0.95  # of it, or it is not measured
 LAG_SAMPLE_SECONDS = 0.02
 LAG_SLICES = 5
 SAMPLES_MIN = 50
@@ -166,10 +167,12 @@ def lag_and_journal(bench: Bench) -> list[Row]:
     journal_bytes = product.journal_bytes() - before
     if len(samples) < SAMPLES_MIN:
         raise MeasurementError(f"only {len(samples)} samples of lag in {LAG_SECONDS:g} s")
-    lost = product.gaps() - gaps
-    taken = f"{len(samples)} samples at {load.megabytes_per_second:.1f} MB/s" + (
-        f", {lost} gaps" if lost else ""
-    )
+    rate = load.megabytes_per_second
+    if rate < LAG_RATE_SHARE_MIN * LAG_RATE_BYTES / MEGABYTE:
+        raise MeasurementError(f"only {rate:.1f} MB/s were written: that is another lag")
+    if lost := product.gaps() - gaps:
+        raise MeasurementError(f"{lost} gaps: what was dropped has no lag")
+    taken = f"{len(samples)} samples at {rate:.1f} MB/s, no gap"
     rows = []
     for name, fraction in (("lag_p50", 0.5), ("lag_p99", 0.99)):
         unit, goal = goals[name]
