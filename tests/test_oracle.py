@@ -53,7 +53,7 @@ def test_kills_in_random_order_leave_the_same_bytes_and_legal_points(place: Pair
     show(outcome)
     assert outcome.problems == []
     assert outcome.rounds == 6
-    assert outcome.views >= 12
+    assert outcome.views > outcome.rounds
 
 
 @pytest.mark.timeout(360)
