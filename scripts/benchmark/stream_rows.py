@@ -70,6 +70,7 @@ def sustained_replication(bench: Bench) -> list[Row]:
 
 
 def _sustained_row(bench: Bench, product: Ours) -> Row:
+    os.sync()  # else what rows before left in the page cache is written back within this one
     rate, reached = _sustained_rate(bench, product)
     figures = []
     for number in range(1, bench.rounds + 1):
@@ -158,7 +159,7 @@ def lag_and_journal(bench: Bench) -> list[Row]:
         return [summarise(name, unit, goal, []) for name, (unit, goal) in goals.items()]
     product = bench.product()
     product.settle()
-    os.sync()  # else what rows before left in the page cache is written back within this one
+    os.sync()  # as above
     bench.progress(f"{LAG_RATE_BYTES // MEGABYTE} MB/s of 4 KiB writes for {LAG_SECONDS:g} s")
     gaps = product.gaps()
     before = product.journal_bytes()
