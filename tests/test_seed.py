@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from uuid import uuid4
@@ -10,7 +11,7 @@ import pytest
 from serving import Disk, blockrepl, place
 
 from blockrepl import limits
-from blockrepl.errors import StateError
+from blockrepl.errors import StateError, StorageError
 from blockrepl.formats.messages import AttachDisk
 from blockrepl.storage.home import Home
 from blockrepl.storage.replica import create_replica, open_replica
@@ -72,6 +73,25 @@ def test_a_receiver_at_rest_is_seeded_and_holes_stay_holes(place: Pair) -> None:
     assert copied.read_bytes() == content
     assert copied.stat().st_blocks * 512 <= SIZE // 2 + MIB
     assert copied.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_system_that_fails_as_an_image_is_looked_for_is_an_error_of_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Guards the first ``failures`` in attachment._add: an OSError went through to the session.
+    directory = tmp_path / "g"
+    create_replica(directory, "g")
+    replica = open_replica(directory)
+
+    def exists(path: Path) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    disk = AttachDisk(id=uuid4(), name="d1", size_bytes=SIZE)
+    with pytest.raises(StorageError, match=r"cannot look at .*/d1\.img: Input/output error"):
+        replica.attach(b"s" * 16, [disk])
+    monkeypatch.undo()
+    replica.close()
 
 
 def test_a_seed_of_another_size_is_refused_when_its_disk_comes(tmp_path: Path) -> None:

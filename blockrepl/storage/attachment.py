@@ -30,7 +30,7 @@ from blockrepl.formats.messages import AttachDisk
 from blockrepl.storage import retained
 from blockrepl.storage.base import create_image, image_path
 from blockrepl.storage.catalog import Catalog, DiskRow, SourceRow
-from blockrepl.storage.files import failure
+from blockrepl.storage.files import failures
 
 
 def attach_disks(
@@ -73,7 +73,8 @@ def _add(directory: Path, catalog: Catalog, source: bytes, disk: AttachDisk) -> 
         )
     retained.remove_images(catalog, directory)  # of another that had the name: it is no seed
     image = image_path(directory, disk.name)
-    seeded = image.stat().st_size if image.exists() else 0  # 0: making one broke off
+    with failures(f"cannot look at {image}"):
+        seeded = image.stat().st_size if image.exists() else 0  # 0: making one broke off
     if seeded not in (0, disk.size_bytes):
         raise StateError(
             f"disk {disk.name} of group {catalog.group_name} was seeded with an image of {seeded} "
@@ -82,10 +83,8 @@ def _add(directory: Path, catalog: Catalog, source: bytes, disk: AttachDisk) -> 
             "with the right one",
             code="seed-size",
         )
-    try:
+    with failures(f"cannot make {image}"):
         create_image(image, disk.size_bytes)
-    except OSError as error:
-        raise failure(error, f"cannot make {image}") from error
     catalog.add_disk(DiskRow(disk.id.bytes, disk.name, disk.size_bytes, source))
 
 
