@@ -2,7 +2,7 @@
 
 Sustained: 64 KiB writes at a steady rate; bytes written over the time from the first write until
 the receiver has all of it durable. The rate is the highest, to within 6 %, that this keeps pace
-with: at a higher one what waits only grows, in the ring and then in the spool, which is written and
+with, first once and then in most rounds: at a higher one what waits only grows, in the ring and then in the spool, which is written and
 read too. A figure with a gap would count bytes that never arrived, so a round with one counts as
 nothing. The disk has a ring of 512 MiB instead of 64: source and receiver share one disk here,
 whose fdatasync stalls for up to 0.4 s when two streams write to it (with no blockrepl involved,
@@ -18,6 +18,7 @@ import math
 import os
 import threading
 import time
+from statistics import median
 
 from blockrepl.formats import segment
 from scripts.benchmark.bench import Bench
@@ -32,7 +33,7 @@ SUSTAINED_SECONDS = 8.0  # at least: a second's worth of a disk's whims is an ei
 FIRST_RATE_BYTES = 100 * MEGABYTE
 RATE_FACTOR = 1.25
 HALVINGS = 2  # of the step between what was kept pace with and what was not: 6 % of it
-PACE = 0.9  # of fio's rate, from its first write until all is durable: at the first or second try
+PACE = 0.9  # of fio's rate, from its first write until all is durable, in the median of the rounds
 WIDE_RING = "512M"
 LAG_SECONDS = 15.0
 LAG_RATE_BYTES = 20 * MEGABYTE
@@ -71,45 +72,47 @@ def sustained_replication(bench: Bench) -> list[Row]:
 
 def _sustained_row(bench: Bench, product: Ours) -> Row:
     os.sync()  # else what rows before left in the page cache is written back within this one
-    rate, reached = _sustained_rate(bench, product)
-    figures = []
-    for number in range(1, bench.rounds + 1):
-        figures.append(_sustained(bench, product, rate))
-        said = f"{figures[-1]:,.1f} MB/s" if figures[-1] else "a gap"
-        bench.progress(f"round {number}/{bench.rounds}: ours: {said}")
-    fio = f"{rate / MEGABYTE:.0f} MB/s from fio"
-    notes = [f"ring of {WIDE_RING}iB; at {fio}, once {reached:.0f} MB/s"]
+    rate = _sustained_rate(bench, product)
+    while True:
+        figures = []
+        for number in range(1, bench.rounds + 1):
+            figures.append(_sustained(bench, product, rate))
+            said = f"{figures[-1]:,.1f} MB/s" if figures[-1] else "a gap"
+            bench.progress(f"round {number}/{bench.rounds}: ours: {said}")
+        if median(figures) * MEGABYTE >= PACE * rate or rate <= FIRST_RATE_BYTES:
+            break
+        rate = int(rate / RATE_FACTOR**0.25)  # kept pace with once, and not in most rounds
+        bench.progress(f"not sustained: {rate / MEGABYTE:.0f} MB/s from fio")
+    notes = [f"ring of {WIDE_RING}iB; at {rate / MEGABYTE:.0f} MB/s from fio"]
     if lost := figures.count(0.0):
         notes.append(f"{lost} of {bench.rounds} rounds had a gap and count as 0")
     return summarise("sustained_replication", "MB/s", Goal(">=", 250), figures, notes=notes)
 
 
-def _sustained_rate(bench: Bench, product: Ours) -> tuple[int, float]:
-    """The highest rate that was kept pace with, and what it reached, in MB/s. MeasurementError."""
+def _sustained_rate(bench: Bench, product: Ours) -> int:
+    """The highest rate that was kept pace with once, in bytes a second. MeasurementError."""
 
-    def reached_at(rate: int) -> float:
-        """0 when it was not kept pace with, twice: once may be a disk's whim."""
+    def keeps_pace(rate: int) -> bool:
+        """At the first or second try: once may be a disk's whim."""
         for _ in range(2):
             reached = _sustained(bench, product, rate)
             bench.progress(f"{rate / MEGABYTE:.0f} MB/s from fio: {reached:.0f} MB/s durable")
             if reached * MEGABYTE >= PACE * rate:
-                return reached
-        return 0.0
+                return True
+        return False
 
-    rate, reached = 0, 0.0
-    faster = FIRST_RATE_BYTES
-    while found := reached_at(faster):
-        rate, reached = faster, found
-        faster = int(rate * RATE_FACTOR)
+    rate, faster = 0, FIRST_RATE_BYTES
+    while keeps_pace(faster):
+        rate, faster = faster, int(faster * RATE_FACTOR)
     if not rate:
         raise MeasurementError(f"not even {FIRST_RATE_BYTES // MEGABYTE} MB/s can be kept up")
     for _ in range(HALVINGS):
         between = int(math.sqrt(rate * faster))
-        if found := reached_at(between):
-            rate, reached = between, found
+        if keeps_pace(between):
+            rate = between
         else:
             faster = between
-    return rate, reached
+    return rate
 
 
 def _lag_samples(bench: Bench, product: Ours) -> tuple[list[float], Load]:
