@@ -4,10 +4,9 @@ Sustained: 64 KiB writes at a steady rate; bytes written over the time from the 
 the receiver has all of it durable. The rate is the highest, to within 6 %, that this keeps pace
 with, first once and then in most rounds: at a higher one what waits only grows, in the ring and
 then in the spool, which is written and read too. A figure with a gap would count bytes that never
-arrived, so a round with one counts as
-nothing. The disk has a ring of 512 MiB instead of 64: source and receiver share one disk here,
-whose fdatasync stalls for up to 0.4 s when two streams write to it (with no blockrepl involved,
-too), and at this rate that is more than the default ring holds.
+arrived, so a round with one counts as nothing. The disk has a ring of 512 MiB instead of 64: source
+and receiver share one disk here, whose fdatasync stalls for up to 0.4 s when two streams write to
+it (with no blockrepl involved, too), and at this rate that is more than the default ring holds.
 
 Lag: 20 MB/s of 4 KiB writes, the receiver's ``lag_seconds`` sampled all the while over its control
 API. Percentiles are of all samples; the range is that of fifths of the run.
@@ -82,7 +81,7 @@ def _sustained_row(bench: Bench, product: Ours) -> Row:
             bench.progress(f"round {number}/{bench.rounds}: ours: {said}")
         if median(figures) * MEGABYTE >= PACE * rate or rate <= FIRST_RATE_BYTES:
             break
-        rate = int(rate / RATE_FACTOR**0.25)  # kept pace with once, and not in most rounds
+        rate = int(rate / RATE_FACTOR ** (0.5**HALVINGS))  # kept pace with once, not in most rounds
         bench.progress(f"not sustained: {rate / MEGABYTE:.0f} MB/s from fio")
     notes = [f"ring of {WIDE_RING}iB; at {rate / MEGABYTE:.0f} MB/s from fio"]
     if lost := figures.count(0.0):
