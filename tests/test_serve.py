@@ -23,8 +23,10 @@ from test_export import command
 from test_forks import assert_gives_way, at, fail, pinned, sources, succeed
 from test_view import SIZES, find, flip, segments_of
 
+from blockrepl.errors import StorageError
 from blockrepl.limits import FORK_BLOCK_BYTES
 from blockrepl.units import KIB
+from blockrepl.views.nbd import ErrorLines, nbdkit
 
 
 @pytest.fixture
@@ -269,6 +271,17 @@ def test_damage_is_the_reader_s_error_and_names_the_segment(
         said = served.end()
     assert said.count("is damaged at offset") == 1
     assert path.name in said
+
+
+def test_a_server_is_ready_when_the_plugin_has_opened_the_view(tmp_path: Path) -> None:
+    """Guards `_greets`: nbdkit listens before."""
+    arguments = [f"replica={tmp_path}", "at_ns=1"]
+    with (
+        ErrorLines() as errors,
+        pytest.raises(StorageError, match="no catalog"),
+        nbdkit(arguments, tmp_path / "socket", errors),
+    ):
+        pytest.fail("ready with a replica that is not there")
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def nbdkit(
     is_writable: bool = False,
     inherited: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """nbdkit with the view plugin, from when it listens on a socket. StateError, StorageError.
+    """nbdkit with the view plugin, from when it answers on a socket. StateError, StorageError.
 
     It ends when its parent's end of a pipe is closed, by whatever: nothing is left of a killed one.
     (Told by a signal, nbdkit would wait for its clients to leave.)
@@ -242,7 +242,19 @@ def nbdkit(
             if process.poll() is not None:
                 raise errors.failure(process.returncode)
             time.sleep(0.01)
+        if not _greets(socket):  # it listens before the plugin has opened the view
+            raise errors.failure(process.wait())
         yield process
+
+
+def _greets(path: Path) -> bool:
+    """Wait for a server's first byte; false when it ends without."""
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as client:
+        try:
+            client.connect(str(path))
+            return bool(client.recv(1))
+        except ConnectionError:
+            return False
 
 
 def _end(process: subprocess.Popen[bytes], held: IO[bytes]) -> None:
