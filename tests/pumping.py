@@ -174,6 +174,7 @@ class Source:
         hot: bool = False,
         content: bytes = b"",
         bound: bool = True,
+        ring_bytes: int = limits.RING_BYTES_MIN,
     ) -> DiskEntry:
         """A disk with a ring; its regions all hot or all cold."""
         entry = self.disks.add(
@@ -181,7 +182,7 @@ class Source:
             self.directory / f"{name}.img",
             "web",
             create_bytes=size_bytes,
-            ring_bytes=limits.RING_BYTES_MIN,
+            ring_bytes=ring_bytes,
         )
         with entry.image.open("r+b") as file:
             file.write(content)

@@ -26,9 +26,11 @@ from pumping import (
     Source,
     StalledWrite,
     a_round,
+    attach,
     check_stream,
     known,
     linked,
+    make_pump,
     pumping,
     random_bytes,
     replay,
@@ -75,6 +77,24 @@ def source(tmp_path: Path) -> Iterator[Source]:
 @pytest.fixture
 def receiver() -> Receiver:
     return Receiver()
+
+
+@pytest.mark.parametrize("ring_bytes", [limits.RING_BYTES_MIN, 320 * MIB])
+def test_a_ring_presses_when_little_is_left_or_a_small_one_is_half_full(
+    source: Source, ring_bytes: int
+) -> None:
+    """Guards both sides of the bound in `_is_pressed`."""
+    disk = source.add("root", SIZE, ring_bytes=ring_bytes)
+    pump = make_pump(source, attach(source, known(disk)))
+    guest = source.guest(disk)
+    size_bytes = guest.writer.geometry.payload_bytes
+    bound = size_bytes // 2 if ring_bytes < 256 * MIB else size_bytes - 128 * MIB
+    with closing(pump.disks[0]), closing(pump.outbox.spool):
+        for _ in range(bound // MIB - 1):
+            guest.write(0, bytes(MIB))
+        assert not pump.is_pressed()
+        guest.write(0, bytes(bound % MIB + MIB + 1))
+        assert pump.is_pressed()
 
 
 # --- records

@@ -60,7 +60,7 @@ from blockrepl.session.release import Release
 from blockrepl.storage.clock import SourceClock
 from blockrepl.storage.ring import Batch, RingReader
 from blockrepl.storage.spool import Spool
-from blockrepl.units import format_bytes, format_instant
+from blockrepl.units import MIB, format_bytes, format_instant
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ IDLE_GROWTH = 1.2  # of the pause, by a round in which nothing was written
 GROW_SECONDS = 0.02  # at most, for the sake of a frame that is yet to be acknowledged
 SPOOL_POLL_SECONDS = 0.02  # fewer, larger frames while nobody waits for them
 SPOOL_FRAMES = 4  # appended at once, and until then a part of the ring: a thread costs half a frame
-PRESSURE = 0.5  # of a ring, at which frames leave memory for the spool
+PRESSURE = 0.5  # of a ring, at which frames leave memory for the spool; of a large ring at more:
+HEADROOM_BYTES = 128 * MIB  # the guest fills no more until the spool has begun to take them in
 LAST_FACTOR = 1.5  # a round's last frame may be so much larger: rather than a small one behind it
 BEHIND_BYTES = 2 * limits.FRAME_PAYLOAD_BYTES_TARGET  # under way: a commit's worth, or two
 CROWD = 0.25  # of a ring: less than this in memory is not what fills it
@@ -197,13 +198,11 @@ class GroupPump:
     # --- the outbox's owner
 
     def is_pressed(self) -> bool:
-        return any(disk.ring is not None and disk.ring.fill() > PRESSURE for disk in self.disks)
+        return any(disk.ring is not None and _is_pressed(disk.ring) for disk in self.disks)
 
     def is_crowded(self) -> bool:
         return any(
-            disk.ring is not None
-            and disk.ring.fill() > PRESSURE
-            and disk.ring.fill(disk.cursor) > CROWD
+            disk.ring is not None and _is_pressed(disk.ring) and disk.ring.fill(disk.cursor) > CROWD
             for disk in self.disks
         )
 
@@ -428,6 +427,11 @@ class GroupPump:
             first_sequence=disk.cursor if disk and ring else 0,
             payload=payload,
         )
+
+
+def _is_pressed(ring: RingReader) -> bool:
+    """The spool costs as much as sending does: what the ring can hold is not to go there."""
+    return ring.fill() > max(PRESSURE, 1 - HEADROOM_BYTES / ring.geometry.payload_bytes)
 
 
 def _chunks(heads: list[tuple[SourceDisk, int]]) -> Iterator[_Chunk]:
