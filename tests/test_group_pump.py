@@ -79,7 +79,7 @@ def receiver() -> Receiver:
     return Receiver()
 
 
-@pytest.mark.parametrize("ring_bytes", [limits.RING_BYTES_MIN, 320 * MIB])
+@pytest.mark.parametrize("ring_bytes", [limits.RING_BYTES_MIN, 448 * MIB])
 def test_a_ring_presses_when_little_is_left_or_a_small_one_is_half_full(
     source: Source, ring_bytes: int
 ) -> None:
@@ -88,7 +88,7 @@ def test_a_ring_presses_when_little_is_left_or_a_small_one_is_half_full(
     pump = make_pump(source, attach(source, known(disk)))
     guest = source.guest(disk)
     size_bytes = guest.writer.geometry.payload_bytes
-    bound = size_bytes // 2 if ring_bytes < 256 * MIB else size_bytes - 128 * MIB
+    bound = max(size_bytes // 2, size_bytes - 192 * MIB)
     with closing(pump.disks[0]), closing(pump.outbox.spool):
         for _ in range(bound // MIB - 1):
             guest.write(0, bytes(MIB))
