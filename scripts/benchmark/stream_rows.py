@@ -3,10 +3,12 @@
 Sustained: 64 KiB writes at a steady rate; bytes written over the time from the first write until
 the receiver has all of it durable. The rate is the highest, to within 6 %, that this keeps pace
 with, first once and then in most rounds: at a higher one what waits only grows, in the ring and
-then in the spool, which is written and read too. A figure with a gap would count bytes that never
-arrived, so a round with one counts as nothing. The disk has a ring of 512 MiB instead of 64: source
-and receiver share one disk here, whose fdatasync stalls for up to 0.4 s when two streams write to
-it (with no blockrepl involved, too), and at this rate that is more than the default ring holds.
+then in the spool, which is written and read too (dearly on a machine that reports free memory to
+its host: there a page of the page cache that is used anew takes 12 us instead of 0.3). A figure
+with a gap would count bytes that never arrived, so a round with one counts as nothing. The disk has
+a ring of 512 MiB instead of 64: source and receiver share one disk here, whose fdatasync stalls for
+up to 0.4 s when two streams write to it (with no blockrepl involved, too), and at this rate that is
+more than the default ring holds.
 
 Lag: 20 MB/s of 4 KiB writes, the receiver's ``lag_seconds`` sampled all the while over its control
 API. Percentiles are of all samples; the range is that of fifths of the run.
