@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from journal_model import GROUP, Journal, small_segments
+from serving import wait_for
 from test_view import find, flip, segments_of
 
 from blockrepl.cli.main import run
@@ -123,9 +123,7 @@ def export_under_way(
     process = subprocess.Popen(
         command(journal, *arguments, "--format", file_format), stderr=subprocess.PIPE
     )
-    deadline = time.monotonic() + 20
-    while not list(directory.glob(".out.img.*.part")) and time.monotonic() < deadline:
-        time.sleep(0.002)
+    wait_for(lambda: any(directory.glob(".out.img.*.part")), "a file begun")
     return process
 
 
@@ -136,9 +134,7 @@ def test_a_killed_export_leaves_no_server_behind(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     journal = Journal(tmp_path / "home", {"root": 192 * MIB})
     process = export_under_way(journal, tmp_path, "qcow2")
-    deadline = time.monotonic() + 20
-    while not list(tmp_path.glob("blockrepl-export-*/listening")) and time.monotonic() < deadline:
-        time.sleep(0.002)
+    wait_for(lambda: any(tmp_path.glob("blockrepl-export-*/socket")), "nbdkit's socket")
     process.kill()
     process.communicate(timeout=20)
     journal.close()

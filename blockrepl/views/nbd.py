@@ -223,11 +223,10 @@ def nbdkit(
     (Told by a signal, nbdkit would wait for its clients to leave.)
     """
     require("nbdkit", "nbdkit nbdkit-plugin-python")
-    listening = socket.with_name("listening")
     reader, writer = os.pipe()
     command = [
-        *("nbdkit", "--foreground", *(() if is_writable else ("--readonly",))),
-        *("--unix", str(socket), "--pidfile", str(listening)),
+        *("nbdkit", "--foreground", "--unix", str(socket)),
+        *(() if is_writable else ("--readonly",)),
         *("python", str(plugin_script("view")), f"until={reader}", *arguments),
     ]
     with contextlib.ExitStack() as closing, open(writer, "wb") as held:
@@ -238,22 +237,22 @@ def nbdkit(
         finally:
             os.close(reader)
         closing.callback(_end, process, held)
-        while not listening.exists():
+        while not _greets(socket):
             if process.poll() is not None:
                 raise errors.failure(process.returncode)
             time.sleep(0.01)
-        if not _greets(socket):  # it listens before the plugin has opened the view
-            raise errors.failure(process.wait())
         yield process
 
 
 def _greets(path: Path) -> bool:
-    """Wait for a server's first byte; false when it ends without."""
+    """Wait for a server's first byte: it listens before the plugin has opened the view. False when
+    it does not listen, or ends without.
+    """
     with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as client:
         try:
             client.connect(str(path))
             return bool(client.recv(1))
-        except ConnectionError:
+        except (FileNotFoundError, ConnectionError):
             return False
 
 
